@@ -1,0 +1,52 @@
+"""Run benchmarks: ``python tests/benchmarks [NAME...] [--runs N] [--json FILE]``."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import budget
+import indexing
+import ledger_cost
+import throughput
+from rich.console import Console
+
+BENCHMARKS = {
+    "throughput": throughput,
+    "ledger": ledger_cost,
+    "budget": budget,
+    "indexing": indexing,
+}
+
+
+def main() -> None:
+    """Run what is named, or all; print tables and write JSON if asked."""
+    parser = argparse.ArgumentParser(prog="python tests/benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--runs", type=int, help="runs of each case; default: its own")
+    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - BENCHMARKS.keys():
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}: {', '.join(BENCHMARKS)}")
+    console = Console(width=120)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    found: dict[str, object] = {"cpus": os.cpu_count(), "load_at_the_start": load}
+    console.print(f"{os.cpu_count()} cores; load at the start {load:.1f}, should be near 0")
+    for name in arguments.names or BENCHMARKS:
+        module = BENCHMARKS[name]
+        runs = arguments.runs or module.RUNS
+        with tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-") as folder:
+            # An empty home, so that no configuration of this computer's git matters.
+            os.environ["HOME"] = str(Path(folder, "home"))
+            Path(folder, "home").mkdir()
+            found[name] = module.measure(runs, Path(folder), console)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The command line, run as a user runs it: the script itself, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tio_openneuro.loopback import LoopbackOpenNeuro
+from tio_openneuro.sizes import format_size
+
+SCRIPT = Path(sys.executable).parent / "tio-openneuro"
+IMAGES = ["--image", "t1=sub-*/anat/*_T1w.nii.gz"]
+
+
+def run(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the script; with ``path`` as the whole PATH."""
+    environment = dict(os.environ) if path is None else {**os.environ, "PATH": path}
+    return subprocess.run(
+        [SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
+
+
+@pytest.mark.usefixtures("openneuro")
+def test_fetch_status_evict_and_doctor_tell_one_story(root: Path) -> None:
+    """What is fetched is held, what is evicted is gone, and the doctor finds nothing."""
+    fetched = run("fetch", "ds900001", *IMAGES, "--disk-budget", "1 MB", "--json")
+    assert fetched.returncode == 0, fetched.stderr
+    record = json.loads(fetched.stdout)
+    assert record["fetched_bytes"] == record["selected_bytes"] == record["used_bytes"] > 6000
+    held = json.loads(run("status", "--json").stdout)
+    assert held["used_bytes"] == record["used_bytes"]
+    assert format_size(record["used_bytes"]) in run("status").stdout
+    evicted = json.loads(run("evict", "ds900001", *IMAGES, "--json").stdout)
+    assert evicted == {"evicted_bytes": record["used_bytes"], "used_bytes": 0}
+    assert not list(root.rglob("*.nii.gz"))
+    doctor = run("doctor")
+    assert (doctor.returncode, "no inconsistencies" in doctor.stdout) == (0, True)
+
+
+def test_info_counts_from_metadata_alone(openneuro: LoopbackOpenNeuro) -> None:
+    """Subjects, images, bytes and what is selected; nothing is fetched."""
+    table = run("info", "ds900001", *IMAGES)
+    assert "images: T1w" in table.stdout
+    label = ["--label", "lesion=sub-0[1-4]/anat/*_mask.nii.gz"]
+    record = json.loads(run("info", "ds900001", *IMAGES, *label, "--json").stdout)
+    assert record["subjects"] == record["images"]["T1w"] == record["images"]["mask"] == 6
+    assert (record["units"], record["skipped"]) == (4, 2)
+    assert record["skipped_reasons"] == {"no file for 'lesion'": 2}
+    assert record["total_bytes"] > record["units_bytes"] > 4 * 10_000
+    assert (record["present_bytes"], record["unavailable_files"]) == (0, 0)
+    assert openneuro.total("ds900001").requests == 0
+
+
+@pytest.mark.usefixtures("openneuro")
+def test_fetch_stops_at_the_budget(root: Path) -> None:
+    """A budget below the dataset is filled, not passed, and all of it can be evicted at once."""
+    record = json.loads(
+        run("fetch", "ds900001", *IMAGES, "--disk-budget", "30 kB", "--json").stdout
+    )
+    assert record["used_bytes"] <= 30_000 < record["selected_bytes"]
+    assert record["fetched_bytes"] > 20_000
+    assert json.loads(run("evict", "--json").stdout)["evicted_bytes"] == record["used_bytes"]
+    assert not list(root.rglob("*.nii.gz"))
+
+
+@pytest.mark.usefixtures("openneuro")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fetch", "ds999999", *IMAGES], ["ds999999", "no such dataset"]),
+        (["fetch", "ds900001", "--image", "t1=sub-*/anat/*_bold.nii.gz"], ["_bold", "T1w"]),
+        (["fetch", "ds900001", *IMAGES, "--disk-budget", "1 kB"], ["sub-0", "1.0 kB", "Raise"]),
+        (["fetch", "ds900001", *IMAGES, "--version", "9.9.9"], ["9.9.9"]),
+        (["fetch", "nowhere/at/all", *IMAGES], ["nowhere/at/all"]),
+        (["status", "--root", "/nonexistent-root"], ["/nonexistent-root"]),
+    ],
+)
+def test_failure_is_one_message_on_stderr_and_exit_code_1(
+    arguments: list[str], words: list[str]
+) -> None:
+    """What failed, on what, and what to do next; no traceback, nothing on stdout."""
+    failed = run(*arguments)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert failed.stdout == ""
+    for word in words:
+        assert word in failed.stderr
+
+
+def test_missing_git_is_named(tmp_path: Path) -> None:
+    """Without git on the PATH the message says that git is missing."""
+    failed = run("fetch", "ds900001", *IMAGES, path=str(tmp_path))
+    assert failed.returncode == 1
+    assert "git" in failed.stderr
+    assert "install" in failed.stderr.lower()
+    assert "Traceback" not in failed.stderr
+
+
+def test_no_network_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    """A host that cannot be reached is one message, and no clone is left."""
+    config = tmp_path / "gitconfig"
+    config.write_text(
+        '[url "http://127.0.0.1:9/"]\n\tinsteadOf = https://github.com/OpenNeuroDatasets/\n'
+    )
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+    failed = run("fetch", "ds900001", *IMAGES)
+    assert failed.returncode == 1
+    assert "ds900001" in failed.stderr
+    assert "network" in failed.stderr
+    assert not [path for path in root.rglob("*") if "ds900001" in path.name]
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    """Unknown commands, and an image without a name."""
+    assert run("frobnicate").returncode == 2
+    assert run("fetch", "ds900001", "--image", "sub-*").returncode == 2
+    assert run("--help").returncode == 0

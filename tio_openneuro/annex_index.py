@@ -1,0 +1,267 @@
+"""The index of a commit: which paths it has, and which annex keys they stand for.
+
+Reads git objects only: no work tree, no network, no git-annex. Everything that is read is taken
+for hostile: names that leave the dataset are refused, and no link is ever followed on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import posixpath
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from tio_openneuro.errors import UnsafeDatasetError
+from tio_openneuro.keys import AnnexKey
+from tio_openneuro.processes import run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+_LOG = logging.getLogger(__name__)
+
+_INDEX_TIMEOUT_S = 600.0
+_POINTER_START = b"/annex/objects/"
+# A key is a file name, at most 255 bytes, so that a plain pointer is no longer than this.
+_PLAIN_POINTER_BYTES = 288
+# git-annex takes a blob up to this size for a pointer, if more lines follow the first.
+_LARGEST_POINTER_BYTES = 32 * 1024
+# Read only where small: text that datasets have by the ten thousand, and never unlocked.
+_TEXT_SUFFIXES = (".json", ".tsv", ".txt", ".md", ".bval", ".bvec", ".csv", ".html", ".svg", ".py")
+_LONGEST_LINK_CHAIN = 8
+_EXTERNAL_BACKEND = "X"
+_FORBIDDEN_PARTS = frozenset({"", ".", "..", ".git"})
+
+
+@dataclass(frozen=True, slots=True)
+class TreeFile:
+    """One file of a dataset.
+
+    Attributes:
+        path: Posix path from the dataset's root.
+        blob: Id of its git object; empty for a file of a plain folder.
+        key: Annex key of its content; None where the content is in git itself, or a plain file.
+        size_bytes: Size of the content; None where the key states none.
+    """
+
+    path: str
+    blob: str
+    key: AnnexKey | None
+    size_bytes: int | None
+
+
+def index_tree(clone: Path, commit: str) -> list[TreeFile]:
+    """List the files of a commit with their annex keys.
+
+    Symlinks into an annex and unlocked pointer files have a key. Any other link stands for the
+    file of the dataset that it names, and is left out where it names none.
+    Submodules are left out.
+
+    Args:
+        clone: The clone's folder, or a bare repository.
+        commit: Any name of a commit or tree.
+
+    Returns:
+        The files in git's order (bytewise by path).
+
+    Raises:
+        CommandError: The commit is not there, or git cannot read it.
+        UnsafeDatasetError: A path would leave the dataset's folder.
+    """
+    listing = run(
+        ["git", "ls-tree", "-r", "-z", "-l", "--full-tree", commit],
+        cwd=clone,
+        timeout_s=_INDEX_TIMEOUT_S,
+    )
+    with _without_collection():
+        files: list[TreeFile] = []
+        links: list[int] = []
+        candidates: list[int] = []
+        for entry in listing.split(b"\0"):
+            if not entry:
+                continue
+            facts, _, raw_path = entry.partition(b"\t")
+            mode, _, blob, size = facts.split()
+            if mode == b"160000":
+                continue
+            path = raw_path.decode(errors="surrogateescape")
+            _refuse_unsafe(path)
+            size_bytes = int(size)
+            if mode == b"120000":
+                links.append(len(files))
+            elif _may_be_pointer(path, size_bytes):
+                candidates.append(len(files))
+            files.append(TreeFile(path, blob.decode(), None, size_bytes))
+        del listing
+        plain_links = _attach_keys(clone, files, links, candidates)
+    return _resolve_links(files, plain_links) if plain_links else files
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep Python from looking for cycles, of which an index has none, at each 700 files."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def read_blobs(clone: Path, blobs: Sequence[str]) -> list[bytes]:
+    """Return the contents of git objects, in the order asked for.
+
+    Args:
+        clone: The clone's folder.
+        blobs: Object ids, or other names of blobs without a newline.
+
+    Raises:
+        KeyError: An object is not in the clone.
+        CommandError: git failed.
+    """
+    return [
+        _required(blob, content) for blob, content in zip(blobs, _read(clone, blobs), strict=True)
+    ]
+
+
+def read_blobs_if_present(clone: Path, blobs: Sequence[str]) -> list[bytes | None]:
+    """Return the contents of git objects, with None for each that is not there."""
+    return list(_read(clone, blobs))
+
+
+def externals(keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
+    """Return the keys that must not be fetched, with the reason; see :func:`why_external`."""
+    return {key: complaint for key in keys if (complaint := why_external(key))}
+
+
+def why_external(key: AnnexKey) -> str:
+    """Return why a key must not be fetched; empty where it may be.
+
+    To check a key of a backend ``X…``, git-annex starts the program ``git-annex-backend-X…``.
+    """
+    if not key.backend.startswith(_EXTERNAL_BACKEND):
+        return ""
+    return f"its backend {key.backend} is a program that git-annex would run, named by the dataset"
+
+
+def refuse_external(key: AnnexKey) -> None:
+    """Raise UnsafeDatasetError where a key must not be fetched; see :func:`why_external`."""
+    if complaint := why_external(key):
+        message = f"Refused to fetch {key}: {complaint}. Skip this file."
+        raise UnsafeDatasetError(message, key=key.name)
+
+
+def _required(blob: str, content: bytes | None) -> bytes:
+    if content is None:
+        raise KeyError(blob)
+    return content
+
+
+def _read(clone: Path, blobs: Sequence[str]) -> Iterator[bytes | None]:
+    """Yield the contents from one ``git cat-file --batch``."""
+    if not blobs:
+        return
+    asked = "".join(f"{blob}\n" for blob in blobs).encode(errors="surrogateescape")
+    answer = run(
+        ["git", "cat-file", "--batch", "--buffer"],
+        cwd=clone,
+        stdin=asked,
+        timeout_s=_INDEX_TIMEOUT_S,
+    )
+    position = 0
+    for _ in blobs:
+        end = answer.index(b"\n", position)
+        header = answer[position:end]
+        position = end + 1
+        if header.endswith((b" missing", b" ambiguous")):
+            yield None
+            continue
+        size_bytes = int(header.rpartition(b" ")[2])
+        yield answer[position : position + size_bytes]
+        position += size_bytes + 1
+
+
+def _may_be_pointer(path: str, size_bytes: int) -> bool:
+    """Return whether a regular file must be read to know that it is no pointer."""
+    if size_bytes <= len(_POINTER_START):
+        return False
+    if size_bytes <= _PLAIN_POINTER_BYTES:
+        return True
+    return size_bytes <= _LARGEST_POINTER_BYTES and not path.endswith(_TEXT_SUFFIXES)
+
+
+def _refuse_unsafe(path: str) -> None:
+    """Raise UnsafeDatasetError where a path would leave the dataset's folder."""
+    # The quick test settles nearly all; ".g" also finds ".GIT" where the parts are compared.
+    if (
+        "/." not in path
+        and not path.startswith((".", "/"))
+        and "\\" not in path
+        and "//" not in path
+    ):
+        return
+    parts = path.replace("\\", "/").lower().split("/")
+    if _FORBIDDEN_PARTS.isdisjoint(parts):
+        return
+    message = (
+        f"Refused to index the dataset: its tree has the path {path!r}, which leaves the "
+        f"dataset's folder or reaches into git's own. No dataset needs that: do not use it."
+    )
+    raise UnsafeDatasetError(message)
+
+
+def _attach_keys(
+    clone: Path, files: list[TreeFile], links: list[int], candidates: list[int]
+) -> dict[int, str]:
+    """Give the files at those places their keys; return the targets of other links."""
+    places: dict[str, list[int]] = {}
+    for place in (*links, *candidates):
+        places.setdefault(files[place].blob, []).append(place)
+    is_link = set(links)
+    plain_links: dict[int, str] = {}
+    for (blob, where), content in zip(places.items(), _read(clone, list(places)), strict=True):
+        text = _required(blob, content)
+        key = None
+        if text.startswith(_POINTER_START) or b"annex/objects" in text:
+            key = AnnexKey.from_pointer(text.decode(errors="surrogateescape"))
+        for place in where:
+            file = files[place]
+            if key is not None and (place in is_link or text.startswith(_POINTER_START)):
+                files[place] = TreeFile(file.path, blob, key, key.size_bytes)
+            elif place in is_link:
+                plain_links[place] = text.decode(errors="surrogateescape")
+    return plain_links
+
+
+def _resolve_links(files: list[TreeFile], targets: dict[int, str]) -> list[TreeFile]:
+    """Replace links inside the dataset by what they name, and leave out the others."""
+    by_path = {file.path: place for place, file in enumerate(files)}
+    result = []
+    left_out: list[int] = []
+    for place, file in enumerate(files):
+        if place not in targets:
+            result.append(file)
+            continue
+        end: int | None = place
+        for _ in range(_LONGEST_LINK_CHAIN):
+            if end is None or end not in targets:
+                break
+            folder = posixpath.dirname(files[end].path)
+            end = by_path.get(posixpath.normpath(posixpath.join(folder, targets[end])))
+        if end is None or end in targets:
+            left_out.append(place)
+        else:
+            result.append(replace(files[end], path=file.path))
+    if left_out:
+        first = left_out[0]
+        _LOG.info(
+            "Left out %d links that lead to no file of the dataset, %r to %r the first.",
+            len(left_out),
+            files[first].path,
+            targets[first],
+        )
+    return result

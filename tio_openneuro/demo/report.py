@@ -1,0 +1,201 @@
+"""The demo's picture: what was learnt, and what was held on disk meanwhile.
+
+Owns the look of one PNG; computes nothing but what is needed to draw it. Works without a display
+and beside other uses of Matplotlib, since it never touches pyplot.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from tio_openneuro.demo.records import DemoResult, Illustration
+from tio_openneuro.sizes import format_size
+
+_INK = "#1c2733"
+_FAINT = "#6b7885"
+_RULE = "#dfe4e8"
+_HELD = "#2f7ebc"
+_BUDGET = "#c8372d"
+_TRUTH = "#35d07f"
+_GUESS = "#ff9d2e"
+_TITLE_SIZE, _TEXT_SIZE, _SMALL_SIZE = 11.0, 9.5, 8.5
+_DPI = 150
+_LEFT = 0.055
+
+
+def write_report(result: DemoResult, picture: Illustration, path: Path) -> None:
+    """Write the PNG, making its folder.
+
+    Args:
+        result: The numbers.
+        picture: A slice of one held-out head.
+        path: The file; replaced whole, never left half written.
+    """
+    figure = Figure(figsize=(13.2, 8.6), facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        2, 12, left=_LEFT, right=0.975, top=0.81, bottom=0.07,
+        height_ratios=(1.12, 1), hspace=0.36, wspace=1.6,
+    )  # fmt: skip
+    _draw_heading(figure, result)
+    _draw_slices([figure.add_subplot(grid[0, at : at + 3]) for at in (0, 3, 6)], picture)
+    _draw_heads(figure.add_subplot(grid[0, 9:]), result)
+    _draw_disk(figure.add_subplot(grid[1, :6]), result)
+    _draw_loss(figure.add_subplot(grid[1, 6:9]), result)
+    _draw_dice(figure.add_subplot(grid[1, 9:]), result)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part.png")
+    canvas.print_figure(str(partial), dpi=_DPI)
+    partial.replace(path)
+
+
+def _draw_heading(figure: Figure, result: DemoResult) -> None:
+    fetched = result.fetched_bytes / result.budget_bytes
+    share = result.dataset_bytes / result.budget_bytes
+    link = f"{format_size(result.link_bytes_per_s)}/s and {1000 * result.latency_s:.0f} ms latency"
+    source = (
+        f"{result.heads} synthetic heads, {format_size(result.dataset_bytes)}, fetched from a "
+        f"loopback OpenNeuro over a link of {link},"
+    )
+    budgets = (
+        f"under a disk budget of {format_size(result.budget_bytes)} and a RAM budget of "
+        f"{format_size(result.ram_budget_bytes)} for the queue. "
+        f"{format_size(result.fetched_bytes)} were fetched, {fetched:.0f} times the disk budget."
+    )
+    title = f"A network trained on a dataset {share:.0f} times its disk budget"
+    figure.text(_LEFT, 0.945, title, fontsize=19, fontweight="bold", color=_INK)
+    for line, height in ((source, 0.914), (budgets, 0.889)):
+        figure.text(_LEFT, height, line, fontsize=10.5, color=_FAINT)
+
+
+def _draw_slices(axes: list[Axes], picture: Illustration) -> None:
+    """Draw the slice alone, then with both networks' lesion over the true outline."""
+    dark, bright = np.percentile(picture.image, (1, 99.95))
+    panels: list[tuple[str, str, Any]] = [
+        ("Held-out head", f"{picture.name}, slice {picture.slice_index}", None),
+        ("Before training", f"Dice {picture.dice_untrained:.2f}", picture.untrained),
+        ("After training", f"Dice {picture.dice_trained:.2f}", picture.trained),
+    ]
+    for axis, (title, note, guess) in zip(axes, panels, strict=True):
+        axis.imshow(
+            picture.image.T, cmap="gray", vmin=dark, vmax=bright, origin="lower",
+            aspect=picture.aspect, interpolation="bicubic",
+        )  # fmt: skip
+        if guess is not None and guess.any():
+            overlay = np.where(guess, 1.0, np.nan).T
+            axis.imshow(
+                overlay, cmap=ListedColormap([_GUESS]), alpha=0.42, origin="lower",
+                aspect=picture.aspect, interpolation="nearest", vmin=0, vmax=1,
+            )  # fmt: skip
+            axis.contour(guess.T.astype(float), [0.5], colors=[_GUESS], linewidths=1.2)
+        axis.contour(picture.truth.T.astype(float), [0.5], colors=[_TRUTH], linewidths=1.6)
+        axis.set_anchor("NW")
+        axis.set_axis_off()
+        _title(axis, title, note)
+    handles = [
+        Line2D([], [], color=_TRUTH, linewidth=1.8, label="true lesion"),
+        Line2D([], [], color=_GUESS, linewidth=6, alpha=0.6, label="predicted lesion"),
+    ]
+    axes[1].legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, frameon=False,
+        fontsize=_SMALL_SIZE, labelcolor=_INK, handlelength=1.4, columnspacing=1.6,
+    )  # fmt: skip
+
+
+def _draw_heads(axis: Axes, result: DemoResult) -> None:
+    """Draw each held-out head's Dice before and after."""
+    before, after = result.epochs[0].scores, result.epochs[-1].scores
+    rows = range(len(after))
+    for row, old, new in zip(rows, before, after, strict=True):
+        axis.plot([old.dice, new.dice], [row, row], color=_RULE, linewidth=3, zorder=1)
+    axis.scatter([score.dice for score in before], rows, s=34, color=_FAINT, zorder=2)
+    axis.scatter([score.dice for score in after], rows, s=46, color=_HELD, zorder=3)
+    axis.set_yticks(list(rows), [score.name for score in after])
+    axis.set_ylim(len(after) - 0.4, -0.6)
+    axis.set_xlim(-0.04, 1.0)
+    axis.set_xlabel("Dice", fontsize=_TEXT_SIZE, color=_INK)
+    _plain(axis, grid_axis="x")
+    note = f"mean {result.dice_untrained:.2f} → {result.dice_trained:.2f}"
+    _title(axis, "All held-out heads", note)
+
+
+def _draw_disk(axis: Axes, result: DemoResult) -> None:
+    times_s = np.array([sample.time_s for sample in result.samples])
+    held = np.array([sample.held_bytes for sample in result.samples], dtype=float)
+    unit = 1e6
+    axis.fill_between(times_s, held / unit, step="post", color=_HELD, alpha=0.22, linewidth=0)
+    axis.step(times_s, held / unit, where="post", color=_HELD, linewidth=0.9)
+    axis.axhline(result.budget_bytes / unit, color=_BUDGET, linewidth=1.8)
+    axis.annotate(
+        f"budget {format_size(result.budget_bytes)}",
+        (1, result.budget_bytes / unit), xycoords=("axes fraction", "data"), xytext=(-2, 5),
+        textcoords="offset points", ha="right", va="bottom", color=_BUDGET,
+        fontsize=_TEXT_SIZE, fontweight="bold",
+    )  # fmt: skip
+    axis.set_ylim(0, 1.18 * max(result.budget_bytes, result.peak_held_bytes) / unit)
+    axis.set_xlim(0, times_s[-1])
+    axis.set_xlabel("seconds", fontsize=_TEXT_SIZE, color=_INK)
+    axis.set_ylabel("MB", fontsize=_TEXT_SIZE, color=_INK)
+    _plain(axis, grid_axis="y")
+    note = (
+        f"at most {result.peak_held_bytes:,} of {result.budget_bytes:,} bytes "
+        f"in {len(result.samples):,} samples by another process"
+    )
+    _title(axis, "Disk held", note)
+
+
+def _draw_loss(axis: Axes, result: DemoResult) -> None:
+    epochs = [report.epoch for report in result.epochs[1:]]
+    axis.plot(
+        epochs, [report.loss for report in result.epochs[1:]], "-o", color=_HELD, markersize=5
+    )
+    axis.set_ylim(bottom=0)
+    _epochs(axis, result, first=1)
+    waited = result.wait_s / result.train_s
+    _title(axis, "Training loss", f"{waited:.0%} of the time waiting for patches")
+
+
+def _draw_dice(axis: Axes, result: DemoResult) -> None:
+    epochs = [report.epoch for report in result.epochs]
+    dice = [report.dice for report in result.epochs]
+    axis.plot(epochs, dice, "-o", color=_HELD, markersize=5)
+    axis.scatter(epochs[:1], dice[:1], s=34, color=_FAINT, zorder=3)
+    axis.set_ylim(-0.04, 1.0)
+    _epochs(axis, result)
+    _title(axis, "Held-out Dice", f"mean of {result.held_out} heads, epoch 0 untrained")
+
+
+def _epochs(axis: Axes, result: DemoResult, *, first: int = 0) -> None:
+    axis.set_xlim(first - 0.25, len(result.epochs) - 0.75)
+    axis.set_xticks([report.epoch for report in result.epochs[first:]])
+    axis.set_xlabel("epoch", fontsize=_TEXT_SIZE, color=_INK)
+    _plain(axis, grid_axis="y")
+
+
+def _title(axis: Axes, title: str, note: str) -> None:
+    """Put a bold title over the axes, and a faint note below it."""
+    for text, size, color, weight, height in (
+        (title, _TITLE_SIZE, _INK, "bold", 20),
+        (note, _SMALL_SIZE, _FAINT, "normal", 7),
+    ):
+        axis.annotate(
+            text, (0, 1), xycoords="axes fraction", xytext=(0, height),
+            textcoords="offset points", fontsize=size, color=color, fontweight=weight,
+        )  # fmt: skip
+
+
+def _plain(axis: Axes, *, grid_axis: Any) -> None:  # noqa: ANN401 - "x" or "y"
+    axis.grid(visible=True, axis=grid_axis, color=_RULE, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(length=0, labelsize=_SMALL_SIZE, labelcolor=_FAINT)
+    for name, spine in axis.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color(_RULE)

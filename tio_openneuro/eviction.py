@@ -1,0 +1,84 @@
+"""Which content to give up for room. Pure; owns no state and touches no disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ContentId:
+    """Name one annex key's content in one clone, as the ledger does.
+
+    Attributes:
+        clone: Absolute folder of the clone.
+        key: Name of the annex key.
+    """
+
+    clone: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Content that may be given up: nobody leases it.
+
+    Attributes:
+        content: Whose content it is.
+        size_bytes: Bytes that it is charged.
+        last_use: Rises with every use; the smallest was used longest ago.
+    """
+
+    content: ContentId
+    size_bytes: int
+    last_use: int
+
+
+def choose_victims(
+    resident: Sequence[Resident], needed_bytes: int, next_use: Mapping[ContentId, int]
+) -> list[Resident]:
+    """Return what to give up so that at least that many bytes come free.
+
+    Farthest next use first, which no other order of eviction beats when the future is known;
+    content without a known next use counts as farthest, the longest unused first. What turns out
+    not to be needed, since a later victim is large, is spared again, nearest next use first.
+
+    Args:
+        resident: Everything that may be given up.
+        needed_bytes: Bytes that must come free; zero or less asks for nothing.
+        next_use: How many steps ahead content is used next, where that is known.
+
+    Returns:
+        The victims, first to be given up first. All of ``resident`` where even that frees less
+        than is needed: the caller compares.
+
+    Source:
+        L. A. Belady, "A study of replacement algorithms", IBM Systems Journal 5(2), 1966.
+
+    Example:
+        >>> soon, late = ContentId("/c", "soon"), ContentId("/c", "late")
+        >>> resident = [Resident(soon, 5, 1), Resident(late, 5, 2)]
+        >>> [victim.content.key for victim in choose_victims(resident, 3, {soon: 1, late: 9})]
+        ['late']
+    """
+    if needed_bytes <= 0:
+        return []
+
+    def order(item: Resident) -> tuple[bool, int, int, str, str]:
+        steps = next_use.get(item.content)
+        known = steps is not None
+        return (known, -(steps or 0), item.last_use, item.content.clone, item.content.key)
+
+    chosen: list[Resident] = []
+    freed_bytes = 0
+    for item in sorted(resident, key=order):
+        if freed_bytes >= needed_bytes:
+            break
+        chosen.append(item)
+        freed_bytes += item.size_bytes
+    spare_bytes = freed_bytes - needed_bytes
+    for item in reversed(chosen[:-1]):
+        if item.size_bytes <= spare_bytes:
+            chosen.remove(item)
+            spare_bytes -= item.size_bytes
+    return chosen

@@ -1,0 +1,398 @@
+"""Background production: which thread makes the next subject, with what RAM.
+
+Owns the threads, the buffer and the RAM charges, and knows nothing of the queue that it serves,
+so that the queue can be collected while threads run. Subjects are claimed in the order of
+production; whoever claims one has its RAM first, and then asks the dataset for it. A thread that
+waits holds nothing of the dataset.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from itertools import count as count_from
+from typing import TYPE_CHECKING
+
+import torch
+
+from tio_openneuro.errors import DiskBudgetError, RamBudgetError
+from tio_openneuro.memory import refuse_subject
+from tio_openneuro.production import Production, fix_intra_op_threads, return_free_memory
+from tio_openneuro.randomness import CancelledWorkError
+from tio_openneuro.schedule import Place, Schedule
+from tio_openneuro.workers import Workers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torchio as tio
+
+    from tio_openneuro.memory import Admission
+    from tio_openneuro.production import Need, SubjectSource
+    from tio_openneuro.shuffle import EpochPlan
+
+_LOGGER = logging.getLogger(__name__)
+_DIAGNOSIS_S = 60.0
+_REST_SHARE = 8
+NEVER_SKIPPED = (RamBudgetError, DiskBudgetError, NotImplementedError, MemoryError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One subject to be made, and what is charged for it."""
+
+    generation: int
+    place: Place
+    index: int
+    occurrence: int
+    wanted: frozenset[int]
+    charge_bytes: int
+    work_bytes: int
+
+
+@dataclass(slots=True)
+class _Made:
+    """A subject's patches that wait to be delivered, or why there are none."""
+
+    patches: dict[int, tio.Subject] = field(default_factory=dict)
+    patch_bytes: int = 0
+    error: BaseException | None = None
+
+
+class Filler:
+    """Makes the patches of the current epoch, and of the next, ahead of the consumer."""
+
+    def __init__(
+        self,
+        source: SubjectSource,
+        admission: Admission,
+        *,
+        num_workers: int,
+        window: int,
+    ) -> None:
+        """Begin with nothing to make, and no thread.
+
+        Args:
+            source: Makes a subject's patches.
+            admission: The RAM charges; the filler locks them.
+            num_workers: Threads; with zero the consumer's own thread makes what it takes.
+            window: Patches from which the consumer draws.
+        """
+        self._source = source
+        self._admission = admission
+        self._num_workers = num_workers
+        self._schedule = Schedule(window=window, subjects_ahead=num_workers or None)
+        self._lock = threading.RLock()
+        self._room = threading.Condition(self._lock)
+        self._ready = threading.Condition(self._lock)
+        self._turn = threading.Lock()
+        self._workers = Workers(num_workers, self._work)
+        self._closed = False
+        self._generation = 0
+        self._made: dict[Place, _Made] = {}
+        self._running: dict[int, _Job] = {}
+        self._tickets = count_from()
+        self._awaited: Place | None = None
+        self._sized = source.cost.known
+        self.subjects = 0
+        self.wait_s = 0.0
+
+    # --- the consumer's side ---
+
+    def begin(
+        self,
+        plan: EpochPlan,
+        left: Iterable[int],
+        following: EpochPlan | None,
+        *,
+        afresh: bool = False,
+    ) -> None:
+        """Make an epoch's patches from now on; what was made of it ahead stays.
+
+        Args:
+            plan: The epoch.
+            left: Production indices that are still to be delivered.
+            following: The epoch that may be begun before this one ends, or None.
+            afresh: Keep nothing: after an error, what was made ahead may be the same one again.
+        """
+        with self._lock:
+            if afresh:
+                self._schedule.forget()
+            continues = self._schedule.begin(plan, left, following)
+            if not continues:
+                self._generation += 1
+            self._discard(lambda place: not continues or place[0] < plan.epoch)
+            ahead = self._schedule.ahead()
+        self._source.prefetch(ahead)
+        if not self._closed:
+            self._workers.start()
+        with self._lock:
+            self._room.notify_all()
+
+    def take(self, epoch: int, index: int, step: int) -> tio.Subject | BaseException:
+        """Return a patch once it is made, or what stopped its subject.
+
+        Args:
+            epoch: Number of the epoch that was begun last.
+            index: Production index of the patch.
+            step: Patches of the epoch that were delivered or skipped before.
+
+        Raises:
+            RuntimeError: The filler is closed, or no thread is left to make it.
+        """
+        position, number = self._schedule.plan(epoch).locate(index)
+        place = (epoch, position)
+        begun = time.monotonic()
+        with self._lock:
+            self._schedule.advance(epoch, step)
+        try:
+            (self._wait_for if self._num_workers else self._fill_until)(place)
+        finally:
+            self.wait_s += time.monotonic() - begun
+        with self._lock:
+            made = self._made[place]
+            return made.patches[number] if made.error is None else made.error
+
+    def taken(self, epoch: int, index: int, step: int) -> None:
+        """Let go of a patch that was delivered.
+
+        Args:
+            epoch: Number of the epoch that was begun last.
+            index: Production index of the patch.
+            step: As for :meth:`take`, this patch included.
+        """
+        position, number = self._schedule.plan(epoch).locate(index)
+        place = (epoch, position)
+        with self._lock:
+            self._schedule.advance(epoch, step)
+            made = self._made.get(place)
+            if made is not None and made.patches.pop(number, None) is not None:
+                self._admission.release(made.patch_bytes)
+                if not made.patches:
+                    del self._made[place]
+            self._room.notify_all()
+
+    def buffered(self, epoch: int | None = None) -> dict[Place, tio.Subject]:
+        """Return the patches that are made and not taken, by epoch and production index."""
+        with self._lock:
+            return {
+                (place[0], self._schedule.plan(place[0]).start(place[1]) + number): patch
+                for place, made in self._made.items()
+                if epoch is None or place[0] == epoch
+                for number, patch in made.patches.items()
+            }
+
+    def close(self) -> None:
+        """End the threads, drop what they made, and wait shortly until they are gone."""
+        with self._lock:
+            self._closed = True
+            self._generation += 1
+            self._schedule.forget()
+            self._discard(lambda _place: True)
+            self._room.notify_all()
+            self._ready.notify_all()
+        self._source.prefetch(())
+        if not threading.main_thread().is_alive():
+            # The interpreter ends: nobody else waits for what the threads are loading.
+            self._source.close_dataset()
+        self._workers.join()
+        return_free_memory()
+
+    # --- the threads' side ---
+
+    def _work(self) -> None:
+        while True:
+            with self._turn:
+                claim = self._claim()
+            if claim is None:
+                return
+            self._carry_out(*claim)
+            del claim
+
+    def _carry_out(self, ticket: int, job: _Job) -> None:
+        production: Production | None = None
+        seed_parts = job.place[0], job.occurrence
+        try:
+            production = self._source.produce(
+                job.index,
+                seed_parts,
+                job.work_bytes,
+                lambda: not self._current(job),
+            )
+        except CancelledWorkError:
+            pass
+        except BaseException as error:
+            if self._num_workers == 0:
+                raise
+            production = Production((), error=error)
+        finally:
+            # Also where an interrupt ends it: the charge must not outlive the work.
+            self._deposit(ticket, job, production)
+            del production
+
+    def _claim(self) -> tuple[int, _Job] | None:
+        """Wait until the next subject may be made; None once the filler is closed."""
+        while True:
+            with self._lock:
+                while (place := self._schedule.next()) is None and not self._closed:
+                    if self._num_workers == 0:
+                        return None
+                    self._rest()
+                # Nobody would wake the consumer's own thread from a rest.
+                if self._closed or place is None or self._served():
+                    return None
+                generation = self._generation
+                index = self._schedule.index(place)
+                occurrence = self._schedule.plan(place[0]).occurrence(place[1])
+                wanted = self._schedule.wanted(place)
+            need = self._source.need(index)
+            charge_bytes = need.work_bytes + need.patch_bytes * self._source.count(index)
+            job = _Job(generation, place, index, occurrence, wanted, charge_bytes, need.work_bytes)
+            with self._lock:
+                while not self._closed and self._current(job) and self._schedule.next() == place:
+                    if self._admissible(job, need):
+                        return self._enter(job)
+                    if self._stuck(job, need):
+                        if need.known:
+                            self._refuse(job)
+                            break
+                        return self._enter(self._squeeze(job))
+                    self._rest()
+
+    def _served(self) -> bool:
+        return self._num_workers == 0 and self._awaited in self._made
+
+    def _current(self, job: _Job) -> bool:
+        return job.generation == self._generation and self._schedule.covers(job.place[0])
+
+    def _enter(self, job: _Job) -> tuple[int, _Job]:
+        self._admission.charge(job.charge_bytes)
+        self._schedule.claim(job.place)
+        ticket = next(self._tickets)
+        self._running[ticket] = job
+        return ticket, job
+
+    def _admissible(self, job: _Job, need: Need) -> bool:
+        # A subject whose transform is unknown runs alone, and so does the first whose size is:
+        # their bounds are guesses.
+        guessed = not self._sized or (not need.known and self.subjects == 0)
+        if self._running and guessed:
+            return False
+        if not self._admission.fits(job.charge_bytes):
+            self._return_memory()
+        return self._admission.fits(job.charge_bytes)
+
+    def _return_memory(self, least_bytes: int = 1) -> None:
+        # Not after each subject: a trim, and faulting the pages in again, took a fifth of the
+        # producers' time at 96**3 (2026-11-20).
+        if self._admission.retained_bytes >= least_bytes:
+            return_free_memory()
+            self._admission.returned()
+
+    def _rest(self) -> None:
+        """Wait for room, a good moment to return memory."""
+        self._return_memory(self._admission.budget_bytes // _REST_SHARE)
+        self._room.wait()
+
+    def _stuck(self, job: _Job, need: Need) -> bool:
+        """Tell whether waiting cannot help: nothing runs, and the consumer waits for this."""
+        if self._running or self._admission.fits(job.charge_bytes):
+            return False
+        if need.known and job.charge_bytes > self._admission.capacity_bytes:
+            return True
+        awaited = self._awaited is not None and self._awaited >= job.place
+        return awaited or self._admission.idle
+
+    def _squeeze(self, job: _Job) -> _Job:
+        """Return a job of unknown size with what the budget has left; its header will tell."""
+        left = max(self._admission.budget_bytes - self._admission.charged_bytes, 0)
+        patches_bytes = job.charge_bytes - job.work_bytes
+        return replace(job, charge_bytes=left, work_bytes=max(left - patches_bytes, 0))
+
+    def _refuse(self, job: _Job) -> None:
+        held = self._admission.charged_bytes
+        advice = (
+            f"Its own work needs {job.charge_bytes} bytes, libraries and patches that wait for "
+            f"delivery hold {held} bytes. Raise ram_budget, or lower max_length, the patch size "
+            f"or samples_per_volume."
+        )
+        name = self._source.name(job.index)
+        budget_bytes = self._admission.budget_bytes
+        error = refuse_subject(name, held + job.charge_bytes, budget_bytes, advice)
+        self._schedule.claim(job.place)
+        self._made[job.place] = _Made(error=error)
+        self._ready.notify_all()
+
+    def _deposit(self, ticket: int, job: _Job, production: Production | None) -> None:
+        with self._lock:
+            if self._running.pop(ticket, None) is None:
+                return
+            if not self._current(job):
+                self._admission.release(job.charge_bytes)
+            elif production is None or production.larger:
+                self._admission.release(job.charge_bytes)
+                self._schedule.give_back(job.place)
+            else:
+                self._keep(job, production)
+            self._room.notify_all()
+            self._ready.notify_all()
+
+    def _keep(self, job: _Job, production: Production) -> None:
+        kept = {n: patch for n, patch in enumerate(production.patches) if n in job.wanted}
+        made = _Made(kept, production.patch_bytes, production.error)
+        self._admission.settle(job.charge_bytes, len(kept) * made.patch_bytes)
+        if made.error is None:
+            self._sized = True
+            self.subjects += 1
+        self._made[job.place] = made
+
+    def _fill_until(self, place: Place) -> None:
+        """Make subjects in this thread, in order, until one is made."""
+        if self._closed:
+            raise RuntimeError(_CLOSED)
+        if place in self._made:
+            return
+        before = fix_intra_op_threads()
+        self._awaited = place
+        try:
+            while place not in self._made and (claim := self._claim()) is not None:
+                self._carry_out(*claim)
+        finally:
+            self._awaited = None
+            torch.set_num_threads(before)
+            for ticket, job in list(self._running.items()):
+                self._deposit(ticket, job, None)
+
+    def _wait_for(self, place: Place) -> None:
+        begun = time.monotonic()
+        with self._lock:
+            self._awaited = place
+            self._room.notify_all()
+            try:
+                while place not in self._made:
+                    if self._closed:
+                        raise RuntimeError(_CLOSED)
+                    if not self._workers.alive:
+                        raise RuntimeError(_NO_THREAD)
+                    if not self._ready.wait(_DIAGNOSIS_S):
+                        self._log_wait(place, time.monotonic() - begun)
+            finally:
+                self._awaited = None
+
+    def _log_wait(self, place: Place, waited_s: float) -> None:
+        busy = ", ".join(self._source.name(job.index) for job in self._running.values())
+        name = self._source.name(self._schedule.index(place))
+        charged = f"{self._admission.charged_bytes} of {self._admission.budget_bytes}"
+        text = "The queue has waited %.0f s for %s; in work: %s; RAM charged: %s bytes"
+        _LOGGER.warning(text, waited_s, name, busy or "nothing", charged)
+
+    def _discard(self, chosen: Callable[[Place], bool]) -> None:
+        for place in [place for place in self._made if chosen(place)]:
+            made = self._made.pop(place)
+            self._admission.release(len(made.patches) * made.patch_bytes)
+
+
+_CLOSED = "Cannot take a patch: the queue is closed. Make a new one."
+_NO_THREAD = "Cannot take a patch: no thread of the queue is alive. Begin the iteration again."

@@ -1,0 +1,172 @@
+"""Sizes of images from their files' headers, before anything is decoded.
+
+A header is what a stranger wrote. Only its first bytes are read, here and not by a library:
+those follow a header's extensions, of which a few compressed kilobytes may become gigabytes.
+
+Source: https://nifti.nimh.nih.gov (nifti1.h, nifti2.h); FreeSurfer's MGH format.
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nibabel.nifti1 import data_type_codes
+
+from tio_openneuro.errors import RamBudgetError, UnsafeDatasetError
+from tio_openneuro.machine import available_bytes
+from tio_openneuro.memory import SubjectSize, announce_size, is_listening
+from tio_openneuro.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+ImageSize = tuple[int, int, int]
+_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
+_LEAST_ITEM_BYTES = 4
+_HEADER_BYTES = 544
+_GZIP = b"\x1f\x8b"
+_NIFTI1_BYTES = 348
+_NIFTI2_BYTES = 540
+_MOST_DIMENSIONS = 7
+_PLAIN_EXTENSION_BYTES = 1 << 20
+_MGH_VERSION = 1
+_MGH_FRAMES = 4
+
+
+def measure_header(path: Path) -> ImageSize | None:
+    """Return an image's channels, voxels of one channel and bytes per voxel once loaded, or None.
+
+    None where the file is absent, no NIfTI or MGH, or cannot be read. A voxel counts four bytes
+    at least, since scaling factors turn integers into floats. Extensions of the header that pass
+    1 MiB count as voxels, since they are loaded too.
+
+    Args:
+        path: A local file.
+    """
+    if not path.name.endswith(_SUFFIXES):
+        return None
+    try:
+        header = _first_bytes(path)
+        return _measure_mgh(header) if ".mg" in path.suffix else _measure_nifti(header)
+    except (OSError, EOFError, zlib.error, struct.error, ValueError, OverflowError):
+        return None
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Return the first bytes of a file, inflated where it is compressed."""
+    with path.open("rb") as file:
+        compressed = file.read(len(_GZIP)) == _GZIP
+        file.seek(0)
+        if not compressed:
+            return file.read(_HEADER_BYTES)
+        with gzip.open(file) as inflated:
+            return inflated.read(_HEADER_BYTES)
+
+
+def _measure_nifti(header: bytes) -> ImageSize | None:
+    sizes = [struct.unpack_from(f"{order}i", header)[0] for order in "<>"]
+    second = _NIFTI2_BYTES in sizes
+    at, word = (16, "8q") if second else (40, "8h")
+    # As the NIfTI library does: the order of bytes is that in which there are 1 to 7 dimensions.
+    for order in "<>":
+        count, *dims = struct.unpack_from(order + word, header, at)
+        if 1 <= count <= _MOST_DIMENSIONS:
+            break
+    else:
+        return None
+    shape = [abs(size) for size in dims[:count]]
+    datatype, bits = struct.unpack_from(f"{order}hh", header, 12 if second else 70)
+    stored = data_type_codes.dtype[datatype] if datatype in data_type_codes else None
+    stored_bytes = int(getattr(stored, "itemsize", 0))
+    item_bytes = max(stored_bytes, abs(bits) // 8, _LEAST_ITEM_BYTES)
+    begin = _NIFTI2_BYTES if second else _NIFTI1_BYTES
+    offset = struct.unpack_from(order + ("q" if second else "f"), header, 168 if second else 108)[0]
+    extension_bytes = int(offset) - begin if any(header[begin : begin + 1]) else 0
+    channels, voxels = prod(shape[3:]), prod(shape[:3])
+    if extension_bytes > _PLAIN_EXTENSION_BYTES:
+        voxels += extension_bytes // (item_bytes * max(channels, 1)) + 1
+    return max(channels, 1), voxels, item_bytes
+
+
+def _measure_mgh(header: bytes) -> ImageSize | None:
+    version, *shape = struct.unpack_from(">5i", header)
+    if version != _MGH_VERSION:
+        return None
+    frames = max(abs(shape.pop()), 1)
+    return frames, prod(map(abs, shape)), _LEAST_ITEM_BYTES
+
+
+def sum_sizes(images: Sequence[ImageSize]) -> SubjectSize:
+    """Return the size of a subject that has these images.
+
+    Args:
+        images: Channels, voxels of one channel and bytes per voxel of each; one at least.
+    """
+    return SubjectSize(
+        largest_voxels=max(channels * voxels for channels, voxels, _ in images),
+        total_voxels=sum(channels * voxels for channels, voxels, _ in images),
+        stored_bytes=sum(prod(image) for image in images),
+        channels=sum(channels for channels, _, _ in images),
+    )
+
+
+def announce_files(paths: Iterable[Path]) -> None:
+    """Tell whoever admits RAM what a subject's files will need, before they are decoded.
+
+    Does nothing where nobody listens, or where a header cannot be read.
+
+    Args:
+        paths: All files of one subject, local.
+
+    Raises:
+        RamBudgetError: The RAM that was set aside for the subject does not suffice; its files
+            must not be decoded now.
+    """
+    if not is_listening():
+        return
+    sizes = [measure_header(path) for path in paths]
+    if sizes and None not in sizes:
+        announce_size(sum_sizes([size for size in sizes if size is not None]))
+
+
+def refuse_bomb(path: Path, title: str, unit_name: str) -> None:
+    """Raise where a file must not be decoded, by what its header states.
+
+    A file that bears the name of a NIfTI or MGH image and is none is refused too: readers try
+    other formats then, of which nothing is known before they are decoded.
+
+    Args:
+        path: A local file.
+        title: Where the dataset has it; its suffix tells the format.
+        unit_name: The unit that it belongs to, for messages.
+
+    Raises:
+        RamBudgetError: The header states more than the RAM that is available.
+        UnsafeDatasetError: It is no image of the format that its name tells.
+    """
+    if not title.endswith(_SUFFIXES) or not path.exists():
+        return
+    size = measure_header(path)
+    if size is None:
+        message = (
+            f"Refused to load {title} of {unit_name}: it has no header of a NIfTI or MGH image, "
+            f"though its name says so ({format_size(path.stat().st_size)}). Likely it is "
+            f"damaged: leave the unit out."
+        )
+        raise UnsafeDatasetError(message, unit=unit_name)
+    need_bytes = prod(size)
+    free_bytes = available_bytes()
+    if need_bytes > free_bytes:
+        channels, voxels, item_bytes = size
+        message = (
+            f"Cannot load {title} of {unit_name}: its header states {channels} x {voxels} voxels "
+            f"of {item_bytes} bytes, {format_size(need_bytes)} ({need_bytes} bytes), and "
+            f"{format_size(free_bytes)} of RAM are available. Likely the file, of "
+            f"{format_size(path.stat().st_size)}, is damaged: leave the unit out."
+        )
+        raise RamBudgetError(message, unit=unit_name)

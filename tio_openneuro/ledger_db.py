@@ -1,0 +1,254 @@
+"""The ledger's SQLite database: opened, locked, and carried safely over a fork.
+
+Owns one connection, shared by the threads of one process. Promises that a transaction happens
+whole or not at all, and that no connection is open while the process forks: SQLite keeps its
+locks in memory that a child would inherit without holding them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tio_openneuro.errors import LedgerError
+
+_LOCKED_TIMEOUT_S = 60.0
+_OPENING_TRIES = 200
+_OPENING_PAUSE_S = 0.02
+_FIRST_PAUSE_S = 0.0003
+_LONGEST_PAUSE_S = 0.003
+_NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+
+Statement = tuple[str, Sequence[Any]]
+
+
+class LedgerDatabase:
+    """One process's connection to the ledger; safe to share by threads, not by processes."""
+
+    def __init__(self, path: Path, tables: str, version: int) -> None:
+        """Open the database, made where it is missing.
+
+        Args:
+            path: File on a local disk.
+            tables: SQL that makes the tables, statements ended by semicolons.
+            version: Of the tables; another version is refused.
+
+        Raises:
+            LedgerError: The database cannot be opened, or is of another version.
+        """
+        self._path = path
+        self._tables = tables
+        self._version = version
+        self._mutex = threading.RLock()
+        self._closed = False
+        self._owed: list[Statement] = []
+        self.settled = 0
+        self._db: sqlite3.Connection | None = self._open()
+        self._mind_forks()
+
+    def _mind_forks(self) -> None:
+        """Have the connection closed whenever this process forks, and opened again after."""
+        itself = weakref.ref(self)
+        held: list[LedgerDatabase] = []
+
+        def before() -> None:
+            database = itself()
+            if database is not None:
+                database._mutex.acquire()  # noqa: SLF001 - the same class
+                held.append(database)
+                database._disconnect()  # noqa: SLF001 - the same class
+
+        def after() -> None:
+            # Empty where another thread opened this database after the fork had begun.
+            while held:
+                held.pop()._mutex.release()  # noqa: SLF001 - the same class
+
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=before, after_in_parent=after, after_in_child=after)
+
+    def _open(self) -> sqlite3.Connection:
+        pause = threading.Event()
+        for attempt in range(_OPENING_TRIES):
+            db = sqlite3.connect(
+                self._path, timeout=_LOCKED_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+            try:
+                # Switching to WAL fails at once, without waiting, while another process does it.
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA foreign_keys = ON")
+                # The log is synced before it goes into the database, and by make_durable().
+                db.execute("PRAGMA synchronous = NORMAL")
+                db.execute("BEGIN IMMEDIATE")
+                found = db.execute("PRAGMA user_version").fetchone()[0]
+                if found == 0:
+                    for statement in self._tables.split(";"):
+                        db.execute(statement)
+                    db.execute(f"PRAGMA user_version = {self._version}")
+                db.execute("COMMIT")
+            except sqlite3.Error as error:
+                db.close()
+                if attempt == _OPENING_TRIES - 1 or "locked" not in str(error):
+                    raise self._broken(error) from error
+                pause.wait(_OPENING_PAUSE_S)
+            else:
+                if found in (0, self._version):
+                    return db
+                db.close()
+                break
+        message = (
+            f"Cannot use the ledger {self._path}: it is of another version of this library than "
+            f"{self._version}. Use another root, or evict with the version that made it."
+        )
+        raise LedgerError(message)
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._closed:
+            message = f"Cannot use the ledger {self._path}: it was closed meanwhile."
+            raise LedgerError(message)
+        if self._db is None:
+            self._db = self._open()
+        return self._db
+
+    def _broken(self, error: sqlite3.Error) -> LedgerError:
+        return LedgerError(
+            f"Cannot use the ledger {self._path}: {error}. Likely the disk is full, or the folder "
+            f"was changed by something else. Run `tio-openneuro doctor`."
+        )
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """Run one write transaction, rolled back whole where it fails.
+
+        Once it ends it outlives this process, but no power failure before
+        :meth:`make_durable`.
+
+        Yields:
+            The connection; with it go all cursors that are not read to their end.
+        """
+        with self._mutex:
+            db = self._connected()
+            try:
+                _begin(db)
+                try:
+                    for sql, values in self._owed:
+                        db.execute(sql, values)
+                    yield db
+                    db.execute("COMMIT")
+                    self.settled += len(self._owed)
+                    self._owed.clear()
+                except BaseException:
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise self._broken(error) from error
+
+    def make_durable(self) -> None:
+        """Have all transactions so far outlive a power failure.
+
+        Reservations must, since they precede the bytes; all others only make the ledger count
+        too much when they are lost. What a full sync would do inside the transaction is done
+        after it, so that other processes write meanwhile.
+        """
+        try:
+            # SQLite holds no lock on this file, which closing it would give up.
+            log = os.open(f"{self._path}-wal", os.O_RDWR)
+            try:
+                os.fsync(log)
+            finally:
+                os.close(log)
+        except FileNotFoundError:
+            # Another thread forks: the connection was closed, and the log went into the database.
+            return
+        except OSError as error:
+            message = f"Cannot write the ledger {self._path} to the disk: {error}. Is it full?"
+            raise LedgerError(message) from error
+
+    def report(self, *statements: Statement) -> list[Any]:
+        """Write what has happened, at once or, where the disk is full, before anything else.
+
+        Until then the ledger counts too much. Who reports need not fail for it.
+
+        Returns:
+            The rows of the last statement; none where they are still owed.
+        """
+        with self._mutex:
+            try:
+                with self.writing() as db:
+                    found = [db.execute(sql, values).fetchall() for sql, values in statements]
+            except LedgerError as error:
+                if not _is_full(error.__cause__):
+                    raise
+                self._owed += statements
+                return []
+            return found[-1] if found else []
+
+    def settle(self) -> bool:
+        """Write what is owed, if the disk has room again; return whether nothing is."""
+        with self._mutex:
+            if self._owed and not self._closed:
+                self.report()
+            return not self._owed
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Keep other threads, and forks, away while several queries are read to their end."""
+        with self._mutex:
+            try:
+                yield self._connected()
+            except sqlite3.Error as error:
+                raise self._broken(error) from error
+
+    def read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Return the rows of one query."""
+        with self.reading() as db:
+            return db.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        """Close the connection for good."""
+        with self._mutex:
+            self._closed = True
+            self._disconnect()
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Return whether SQLite could not write for want of space."""
+    return isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF in _NO_ROOM
+
+
+def _begin(db: sqlite3.Connection) -> None:
+    """Begin to write, waiting for others in short steps.
+
+    SQLite's own waits grow to 0.1 s, where a transaction takes less than a thousandth: with eight
+    processes some would wait for seconds.
+    """
+    deadline_s = time.monotonic() + _LOCKED_TIMEOUT_S
+    pause = threading.Event()
+    pause_s = _FIRST_PAUSE_S
+    db.execute("PRAGMA busy_timeout = 0")
+    try:
+        while True:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline_s:
+                    raise
+                pause.wait(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            else:
+                return
+    finally:
+        db.execute(f"PRAGMA busy_timeout = {int(1000 * _LOCKED_TIMEOUT_S)}")

@@ -1,0 +1,70 @@
+"""Git over smart HTTP, for reading, as GitHub serves it.
+
+Two requests only: the advertisement of the references and the pack. Everything else, a
+repository's ``config`` above all, is not found, which is what tells git-annex that no annex is
+behind the address.
+"""
+
+from __future__ import annotations
+
+import gzip
+from typing import TYPE_CHECKING
+
+from tio_openneuro.loopback.message import Request, Response
+from tio_openneuro.processes import child_environment, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_SERVICE = "git-upload-pack"
+
+
+def answer(repositories: Path, request: Request) -> Response:
+    """Answer a request below ``/git/``.
+
+    Args:
+        repositories: Folder of the bare repositories, ``NAME.git``.
+        request: The request; its path is ``git/NAME.git/…`` (``.git`` may be left out).
+    """
+    _, _, rest = request.path.partition("/")
+    name, _, service = rest.partition("/")
+    folder = repositories / f"{name.removesuffix('.git')}.git"
+    counted = f"{name.removesuffix('.git')}/{service}"
+    known = name not in ("", ".", "..") and (folder / "HEAD").is_file()
+    if known and request.method == "GET" and service == "info/refs":
+        if request.query.get("service") != _SERVICE:
+            return _plain(403, "Only git-upload-pack is served here.", counted)
+        return _advertise(folder, request, counted)
+    if known and request.method == "POST" and service == _SERVICE:
+        return _upload_pack(folder, request, counted)
+    return _plain(404, "Not Found", counted)
+
+
+def _advertise(folder: Path, request: Request, counted: str) -> Response:
+    advertisement = _run_upload_pack(folder, request, b"", "--http-backend-info-refs")
+    if "version=2" not in request.headers.get("git-protocol", ""):
+        line = f"# service={_SERVICE}\n".encode()
+        advertisement = b"%04x%b0000%b" % (len(line) + 4, line, advertisement)
+    return _git(advertisement, "advertisement", counted)
+
+
+def _upload_pack(folder: Path, request: Request, counted: str) -> Response:
+    body = request.body
+    if request.headers.get("content-encoding") == "gzip":
+        body = gzip.decompress(body)
+    return _git(_run_upload_pack(folder, request, body), "result", counted)
+
+
+def _run_upload_pack(folder: Path, request: Request, body: bytes, *options: str) -> bytes:
+    environment = child_environment({"GIT_PROTOCOL": request.headers.get("git-protocol", "")})
+    command = ["git", "upload-pack", "--stateless-rpc", *options, str(folder)]
+    return run(command, stdin=body, environment=environment)
+
+
+def _git(body: bytes, kind: str, counted: str) -> Response:
+    headers = {"Content-Type": f"application/x-{_SERVICE}-{kind}", "Cache-Control": "no-cache"}
+    return Response(200, body, headers, "git", counted)
+
+
+def _plain(status: int, text: str, counted: str) -> Response:
+    return Response(status, text.encode(), {"Content-Type": "text/plain"}, "git", counted)

@@ -1,0 +1,209 @@
+"""Who is alive: one locked file per owner of reservations and leases.
+
+An owner is alive while somebody holds the lock of its file: the process itself, or a child that
+inherited the descriptor and may still write to disk. The kernel lets go of the lock when the last
+of them ends, however it ends. Never ends a process that is not the orphan of a dead owner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+if sys.platform == "win32":  # pragma: no cover
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+_CLOCK_TOLERANCE_S = 2.0
+_ORPHAN_TIMEOUT_S = 5.0
+# An orphan may have started a child of its own between being listed and being killed.
+_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerRecord:
+    """One owner, as the ledger knows it.
+
+    Attributes:
+        owner_id: Its unique name; its lock is the file of that name.
+        pid: Process that opened it.
+        created_s: When that process began, in seconds since the epoch.
+        budget_bytes: Disk budget that it stated.
+    """
+
+    owner_id: str
+    pid: int
+    created_s: float
+    budget_bytes: int
+
+
+class OwnerLock:
+    """The lock that shows that an owner is alive."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        """Keep a descriptor that already holds the lock.
+
+        Args:
+            path: The owner's file.
+            descriptor: Open, locked, not inherited by children unless passed on.
+        """
+        self.path = path
+        self.descriptor = descriptor
+
+    @classmethod
+    def create(cls, path: Path) -> OwnerLock:
+        """Make the file and take its lock."""
+        lock = cls.try_take(path, create=True)
+        if lock is None:
+            message = f"Cannot lock {path}: another process took the lock of a new owner."
+            raise OSError(message)
+        return lock
+
+    @classmethod
+    def try_take(cls, path: Path, *, create: bool = False) -> OwnerLock | None:
+        """Take the lock if nobody holds it; return None where somebody does.
+
+        Raises:
+            FileNotFoundError: There is no such file, and none is to be made.
+        """
+        flags = os.O_RDWR | (os.O_CREAT if create else 0)
+        descriptor = os.open(path, flags, 0o600)
+        if _try_lock(descriptor):
+            return cls(path, descriptor)
+        os.close(descriptor)
+        return None
+
+    @property
+    def inheritable(self) -> int | None:
+        """Descriptor for children to inherit, or None where the system has no such thing."""
+        return None if sys.platform == "win32" else self.descriptor
+
+    def let_go(self) -> None:
+        """Close the descriptor; in a forked child this leaves the parent's lock as it is."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def remove(self) -> None:
+        """Delete the file, then let go of the lock."""
+        if sys.platform == "win32":  # pragma: no cover
+            self.let_go()
+        self.path.unlink(missing_ok=True)
+        self.let_go()
+
+
+def this_process() -> tuple[int, float]:
+    """Return this process's id and when it began, in seconds since the epoch."""
+    return os.getpid(), psutil.Process().create_time()
+
+
+def runs(owner: OwnerRecord) -> bool:
+    """Return whether the process that opened the owner seems to run; cheap, may be wrong."""
+    try:
+        process = psutil.Process(owner.pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return bool(abs(process.create_time() - owner.created_s) <= _CLOCK_TOLERANCE_S)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _holds_lock(pid: int, descriptor: int) -> bool:
+    """Return whether the descriptor is one that the lock belongs to, as far as can be told."""
+    if not Path("/proc/self/fdinfo").is_dir():
+        return True
+    try:
+        return "FLOCK" in Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text(encoding="ascii")
+    except OSError:
+        return False
+
+
+def _holders(path: Path, owner: OwnerRecord) -> list[psutil.Process]:
+    """Return the processes that hold the lock by an inherited descriptor."""
+    found = []
+    wanted = os.path.realpath(path)
+    for process in psutil.process_iter():
+        try:
+            if sys.platform == "win32":  # pragma: no cover
+                if process.ppid() == owner.pid and process.create_time() >= owner.created_s:
+                    found.append(process)
+                continue
+            for file in process.open_files():
+                if file.path == wanted and _holds_lock(process.pid, file.fd):
+                    found.append(process)
+                    break
+        except psutil.Error:
+            continue
+    return found
+
+
+def _is_orphan(process: psutil.Process, owner: OwnerRecord) -> bool:
+    """Return whether a holder of the lock is certainly not the owner itself.
+
+    In another container the same process has another id, so only this one's are judged. One that
+    has ended meanwhile, as idle children do when their parent dies, is nobody's owner any more.
+    """
+    if process.pid in {owner.pid, os.getpid()}:
+        return False
+    if not Path("/proc/self/ns/pid").is_symlink():
+        return True
+    try:
+        own = Path("/proc/self/ns/pid").readlink()
+        return Path(f"/proc/{process.pid}/ns/pid").readlink() == own
+    except OSError:
+        try:
+            return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.Error as error:
+            return isinstance(error, psutil.NoSuchProcess)
+
+
+def take_if_dead(path: Path, owner: OwnerRecord) -> OwnerLock | None:
+    """Take over the lock of a dead owner, its orphaned children ended first.
+
+    Call it inside the ledger's transaction: two that reap at once would take each other, holding
+    the dead owner's lock, for orphans.
+
+    Args:
+        path: The owner's file; made again where it is missing.
+        owner: As the ledger knows it.
+
+    Returns:
+        The lock, to be removed once the ledger has forgotten the owner; None while it is alive.
+    """
+    if not path.exists() and runs(owner):
+        return None
+    for _ in range(_ROUNDS):
+        lock = OwnerLock.try_take(path, create=True)
+        if lock is not None or runs(owner):
+            return lock
+        orphans = _holders(path, owner)
+        if not all(_is_orphan(process, owner) for process in orphans):
+            return None
+        for process in orphans:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(orphans, timeout=_ORPHAN_TIMEOUT_S)
+    return OwnerLock.try_take(path, create=True)

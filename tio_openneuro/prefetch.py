@@ -1,0 +1,194 @@
+"""What is used next, and fetching it before it is asked for.
+
+Owns the known order of one process. Prefetched content carries no lease: it takes room that is
+free or held by what is used later still, gives way to every lease, and is cancelled for one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tio_openneuro.content import ContentFile, ContentUnit
+from tio_openneuro.errors import TioOpenNeuroError
+from tio_openneuro.eviction import ContentId
+from tio_openneuro.flights import Flight, Flights, Signal
+from tio_openneuro.ledger import Ledger
+from tio_openneuro.store import Store
+
+_LOGGER = logging.getLogger(__name__)
+_POLL_S = 0.05
+_VERIFY_S = 1.0
+_IDLE_S = 60.0
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """One use of a unit, in order.
+
+    Attributes:
+        position: Its place; rises along the order.
+        unit: The unit.
+        files: Its files by content.
+        ready: Whether all of it was there or on its way when last looked at.
+        dropped: Whether another order took the place of the one that it belongs to.
+    """
+
+    position: int
+    unit: ContentUnit
+    files: dict[ContentId, ContentFile]
+    ready: bool = False
+    dropped: bool = False
+
+    def is_use_of(self, name: str, contents: Iterable[ContentId]) -> bool:
+        """Return whether it is a use of that unit."""
+        return self.unit.name == name and self.files.keys() == set(contents)
+
+
+class Prefetcher:
+    """The known order of one process, and how far it is fetched."""
+
+    def __init__(self, ledger: Ledger, store: Store, signal: Signal) -> None:
+        """Know no order yet."""
+        self._ledger = ledger
+        self._store = store
+        self._signal = signal
+        self._mutex = threading.Lock()
+        self._entries: list[_Entry] = []
+        self._reached = 0
+        self._last = 0
+        self._taken: Counter[str] = Counter()
+        self._avoid: frozenset[ContentId] = frozenset()
+        self._blocked: tuple[int, int] | None = None
+        self._verified_s = 0.0
+
+    # The order
+
+    def replace(self, units: Sequence[ContentUnit]) -> frozenset[ContentId]:
+        """Make this the order from now on; return all its content."""
+        files = [self._store.files_of(unit) for unit in units]
+        with self._mutex:
+            rest = self._entries
+            follows = len(rest) <= len(units) and all(
+                entry.is_use_of(unit.name, contents)
+                for entry, unit, contents in zip(rest, units, files, strict=False)
+            )
+            if not follows:
+                for entry in rest:
+                    entry.dropped = True
+                self._entries = []
+                self._reached = self._last
+            added = [
+                _Entry(self._last + step, unit, contents)
+                for step, (unit, contents) in enumerate(
+                    zip(units[len(self._entries) :], files[len(self._entries) :], strict=True), 1
+                )
+            ]
+            self._entries = self._entries + added
+            self._last += len(added)
+            self._taken.clear()
+            self._blocked = None
+            uses = [(e.position, e.unit.name, content) for e in added for content in e.files]
+            if uses or not follows:
+                self._ledger.set_order(uses, replace=not follows, reached=self._reached)
+        return frozenset(content for contents in files for content in contents)
+
+    def take(self, unit: ContentUnit, contents: Iterable[ContentId]) -> int | None:
+        """Strike out the next use of a unit, now begun; return its position, if it has one."""
+        wanted = set(contents)
+        with self._mutex:
+            for index, entry in enumerate(self._entries):
+                if entry.is_use_of(unit.name, wanted):
+                    del self._entries[index]
+                    self._reached = max(self._reached, entry.position)
+                    self._taken[unit.name] += 1
+                    return entry.position
+        return None
+
+    def release(self, unit: ContentUnit, contents: Iterable[ContentId]) -> None:
+        """Strike out a use that another process took, a worker that loads for this one."""
+        with self._mutex:
+            if self._taken[unit.name] > 0:
+                self._taken[unit.name] -= 1
+                return
+        position = self.take(unit, contents)
+        if position is not None:
+            self._taken[unit.name] -= 1
+            self._ledger.reach(position)
+
+    def lost(self, contents: Iterable[ContentId]) -> None:
+        """Note that content is gone, so that it is prefetched again when there is room."""
+        gone = set(contents)
+        with self._mutex:
+            for entry in self._entries:
+                if entry.ready and not gone.isdisjoint(entry.files):
+                    entry.ready = False
+
+    # Fetching ahead
+
+    def look_ahead(self, flights: Flights) -> float:
+        """Begin the next prefetch if there is room for it.
+
+        Returns:
+            Seconds after which another look is worth its while; zero if one was begun.
+        """
+        with self._mutex:
+            entry = next((entry for entry in self._entries if not entry.ready), None)
+            waiting = bool(self._entries)
+            steps = entry.position - self._reached if entry else 0
+        if entry is None:
+            self._verify()
+            return _VERIFY_S if waiting else _IDLE_S
+        now = (self._signal.value, self._ledger.changes())
+        if now == self._blocked:
+            self._verify()
+            return _POLL_S
+        try:
+            wants = self._store.wants(entry.files)
+        except TioOpenNeuroError as error:
+            _LOGGER.debug("Not prefetched: %s", error)
+            entry.ready = True
+            return 0
+        outcome = self._ledger.request_prefetch(
+            wants,
+            steps,
+            keep=self._avoid,
+            spare_bytes=self._store.spare_bytes(entry.files.values()),
+        )
+        if outcome.granted:
+            entry.ready = True
+            self._avoid = frozenset()
+            for content in outcome.fetch:
+                fresh = content not in outcome.resumed
+                flight = Flight(
+                    content, entry.files[content], entry.unit.name, fresh, prefetch=True
+                )
+                flights.add(flight)
+                if entry.dropped:
+                    # The order was replaced after we looked, too late for it to cancel this.
+                    flight.cancel.set()
+            return 0
+        if outcome.victims:
+            self.lost(outcome.victims)
+            reason = f"for {entry.unit.name}, used sooner"
+            self._avoid |= self._store.drop(outcome.victims, reason)
+            return 0
+        self._blocked = now
+        return _POLL_S
+
+    def _verify(self) -> None:
+        """Look again, now and then, whether others evicted what was prefetched."""
+        if time.monotonic() - self._verified_s < _VERIFY_S:
+            return
+        self._verified_s = time.monotonic()
+        with self._mutex:
+            ready = [entry for entry in self._entries if entry.ready]
+        there = self._ledger.rows(content for entry in ready for content in entry.files)
+        for entry in ready:
+            for content, file in entry.files.items():
+                if content not in there and file.repo.locate(file.key) is None:
+                    entry.ready = False

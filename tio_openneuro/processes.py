@@ -1,0 +1,384 @@
+"""Child processes: start, feed, watch and kill them. The only user of :mod:`subprocess`.
+
+Every child leads a process group of its own, so that it ends together with whatever it started,
+and runs in :func:`child_environment`. Every wait has a deadline. Never keeps module-level state,
+never prints, and never hands a child a descriptor that was not asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from tio_openneuro.errors import TioOpenNeuroError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+_WINDOWS = sys.platform == "win32"
+_READ_BYTES = 1 << 16
+_STDERR_LINES = 40
+_KILL_WAIT_S = 10.0
+_STRIPPED = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+    "GIT_COMMON_DIR",
+    "GIT_NAMESPACE",
+)
+_IDENTITY = {
+    "GIT_AUTHOR_NAME": "tio-openneuro",
+    "GIT_AUTHOR_EMAIL": "tio-openneuro@localhost",
+    "GIT_COMMITTER_NAME": "tio-openneuro",
+    "GIT_COMMITTER_EMAIL": "tio-openneuro@localhost",
+}
+_GIT_CONFIG = (
+    ("core.hooksPath", os.devnull),
+    ("core.fsmonitor", "false"),
+    ("protocol.ext.allow", "never"),
+    ("submodule.recurse", "false"),
+    ("fetch.recurseSubmodules", "false"),
+)
+
+
+class CommandError(TioOpenNeuroError):
+    """A child process failed, or passed its deadline."""
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        arguments: tuple[str, ...] = (),
+        returncode: int | None = None,
+        stderr: str = "",
+    ) -> None:
+        """Keep the message and what the child left.
+
+        Args:
+            message: The whole message.
+            arguments: The command line.
+            returncode: Exit status; None where the child was killed at its deadline.
+            stderr: What the child wrote to standard error.
+        """
+        super().__init__(message)
+        self.arguments = arguments
+        self.returncode = returncode
+        self.stderr = stderr
+
+
+class MissingProgramError(CommandError):
+    """A program that this library needs is not installed."""
+
+
+def scripts_folder() -> str:
+    """Return the folder of this environment's programs, git-annex among them."""
+    return sysconfig.get_path("scripts")
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment for git, git-annex and DataLad.
+
+    This interpreter's scripts folder comes first on the path, so that git finds git-annex
+    without an activated environment. AWS credentials are stripped: with them git-annex signs its
+    requests and leaves the public URL. So is what git sets for a hook that this may run in. An
+    identity is there where the environment gives none. No hook, file-system monitor, ``ext::``
+    transport or submodule recursion is left to git.
+
+    Args:
+        extra: Variables that go over all of these.
+
+    Returns:
+        A new mapping.
+    """
+    environment = dict(os.environ)
+    for name in _STRIPPED:
+        environment.pop(name, None)
+    path = environment.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != scripts_folder():
+        environment["PATH"] = os.pathsep.join((scripts_folder(), path))
+    for name, value in _IDENTITY.items():
+        environment.setdefault(name, value)
+    environment["GIT_TERMINAL_PROMPT"] = "0"
+    environment["LC_ALL"] = "C.UTF-8"
+    environment.update(extra or {})
+    _add_git_config(environment)
+    return environment
+
+
+def _add_git_config(environment: dict[str, str]) -> None:
+    """Append our settings of git to those that the environment carries."""
+    given = environment.get("GIT_CONFIG_COUNT", "0")
+    first = int(given) if given.isdigit() else 0
+    for number, (name, value) in enumerate(_GIT_CONFIG, start=first):
+        environment[f"GIT_CONFIG_KEY_{number}"] = name
+        environment[f"GIT_CONFIG_VALUE_{number}"] = value
+    environment["GIT_CONFIG_COUNT"] = str(first + len(_GIT_CONFIG))
+
+
+def _start(
+    arguments: Sequence[str],
+    *,
+    cwd: Path | None,
+    environment: Mapping[str, str] | None,
+    keep_fds: tuple[int, ...],
+) -> subprocess.Popen[bytes]:
+    """Start a child that leads its own process group, with three unbuffered pipes."""
+    given = dict(environment) if environment is not None else child_environment()
+    try:
+        if sys.platform == "win32":
+            return subprocess.Popen(
+                list(arguments),
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=cwd,
+                env=given,
+                creationflags=subprocess.CREATE_NEW_PROCESS_GROUP,
+            )
+        return subprocess.Popen(
+            list(arguments),
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=cwd,
+            env=given,
+            start_new_session=True,
+            pass_fds=keep_fds,
+        )
+    except FileNotFoundError as error:
+        if cwd is not None and not cwd.is_dir():
+            message = f"Cannot run {arguments[0]} in {cwd}: there is no such folder."
+            raise CommandError(message, arguments=tuple(arguments)) from error
+        message = (
+            f"Cannot run {arguments[0]}: it is not installed, or not on the path. Install it "
+            f"with your system's packages (git-annex also with 'pip install git-annex')."
+        )
+        raise MissingProgramError(message, arguments=tuple(arguments)) from error
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a child and its process group, and wait until the child is gone."""
+    if sys.platform == "win32":
+        if process.poll() is None:
+            subprocess.run(
+                ["taskkill", "/T", "/F", "/PID", str(process.pid)],
+                check=False,
+                capture_output=True,
+                timeout=_KILL_WAIT_S,
+            )
+            process.kill()
+    elif process.returncode is None:
+        # Not reaped yet: the group's number cannot have been given to another process.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_KILL_WAIT_S)
+
+
+def run(
+    arguments: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    stdin: bytes = b"",
+    timeout_s: float = 120.0,
+    environment: Mapping[str, str] | None = None,
+    keep_fds: tuple[int, ...] = (),
+) -> bytes:
+    """Run a program to its end and return its standard output.
+
+    Killed with its process group at the deadline, and when an exception passes through.
+
+    Args:
+        arguments: The program and its arguments; no shell is involved.
+        cwd: Folder to run in; default: the current one.
+        stdin: What the child reads.
+        timeout_s: Deadline in seconds.
+        environment: The whole environment; default: :func:`child_environment`.
+        keep_fds: Descriptors that the child inherits (ignored on Windows).
+
+    Raises:
+        MissingProgramError: The program is not installed.
+        CommandError: It failed, or passed its deadline.
+    """
+    process = _start(arguments, cwd=cwd, environment=environment, keep_fds=keep_fds)
+    shown = " ".join(arguments[:6])
+    try:
+        stdout, stderr = process.communicate(stdin, timeout_s)
+    except subprocess.TimeoutExpired as error:
+        message = f"Cannot finish '{shown}': no end after {timeout_s:g} s; it was killed."
+        raise CommandError(message, arguments=tuple(arguments)) from error
+    finally:
+        if process.returncode is None:
+            kill_group(process)
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+    if process.returncode != 0:
+        said = stderr.decode(errors="replace").strip()
+        message = f"Cannot run '{shown}': it exited with {process.returncode}: {said[-2000:]}"
+        raise CommandError(
+            message, arguments=tuple(arguments), returncode=process.returncode, stderr=said
+        )
+    return stdout
+
+
+class Coprocess:
+    """A long-lived child that is asked and answers line by line.
+
+    One thread at a time writes and reads. The pipes are unbuffered and read by daemon threads,
+    so that a process forked meanwhile inherits no held lock; it must :meth:`abandon` the copy.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        keep_fds: tuple[int, ...] = (),
+    ) -> None:
+        """Start the child.
+
+        Args:
+            arguments: The program and its arguments.
+            cwd: Folder to run in; default: the current one.
+            environment: The whole environment; default: :func:`child_environment`.
+            keep_fds: Descriptors that the child inherits (ignored on Windows).
+
+        Raises:
+            MissingProgramError: The program is not installed.
+        """
+        self._arguments = tuple(arguments)
+        self._process = _start(arguments, cwd=cwd, environment=environment, keep_fds=keep_fds)
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._stderr: deque[bytes] = deque(maxlen=_STDERR_LINES)
+        self._ended = False
+        self._threads = (
+            threading.Thread(target=self._read_stdout, name="coprocess-out", daemon=True),
+            threading.Thread(target=self._read_stderr, name="coprocess-err", daemon=True),
+        )
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child, which is also its group's."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the child runs and its output is open."""
+        return not self._ended and self._process.poll() is None
+
+    @property
+    def stderr(self) -> str:
+        """The last lines that the child wrote to standard error."""
+        return b"".join(self._stderr).decode(errors="replace").strip()
+
+    def write_line(self, line: bytes) -> None:
+        """Send one line; the newline is added.
+
+        Raises:
+            CommandError: The child is gone.
+        """
+        assert self._process.stdin is not None  # noqa: S101 - opened as a pipe in _start
+        rest = memoryview(line + b"\n")
+        try:
+            while rest:
+                rest = rest[self._process.stdin.write(rest) or 0 :]
+        except (OSError, ValueError) as error:
+            message = f"Cannot ask '{self._arguments[0]}' (process {self.pid}): it has ended."
+            raise CommandError(message, arguments=self._arguments, stderr=self.stderr) from error
+
+    def read_line(self, timeout_s: float) -> bytes | None:
+        """Return the next line without its newline, or None at the end of the output.
+
+        Args:
+            timeout_s: Longest wait in seconds.
+
+        Raises:
+            TimeoutError: No line came in that time; the child still runs.
+        """
+        if self._ended:
+            return None
+        try:
+            line = self._lines.get(timeout=max(timeout_s, 0.0))
+        except queue.Empty:
+            raise TimeoutError from None
+        self._ended = line is None
+        return line
+
+    def finish(self, timeout_s: float) -> bool:
+        """Close the child's input and wait for its end; kill it at the deadline.
+
+        Returns:
+            Whether it ended by itself.
+        """
+        deadline = time.monotonic() + timeout_s
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return False
+        self.kill()
+        return True
+
+    def kill(self) -> None:
+        """Kill the child and its process group, and close the pipes. Idempotent."""
+        kill_group(self._process)
+        for thread in self._threads:
+            # A grandchild that left the group may hold the pipe open: the thread is a daemon.
+            thread.join(1.0)
+        self.abandon(close_output=not any(thread.is_alive() for thread in self._threads))
+
+    def abandon(self, *, close_output: bool = True) -> None:
+        """Close this process's ends of the pipes and leave the child alone.
+
+        For a forked process, whose copies of the pipes would keep the child waiting.
+        """
+        self._ended = True
+        pipes = [self._process.stdin]
+        if close_output:
+            pipes += [self._process.stdout, self._process.stderr]
+        for pipe in pipes:
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def _read_stdout(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101 - opened as a pipe in _start
+        rest = b""
+        with contextlib.suppress(OSError, ValueError):
+            while block := self._process.stdout.read(_READ_BYTES):
+                *lines, rest = (rest + block).split(b"\n")
+                for line in lines:
+                    self._lines.put(line.removesuffix(b"\r"))
+        if rest:
+            self._lines.put(rest)
+        self._lines.put(None)
+
+    def _read_stderr(self) -> None:
+        assert self._process.stderr is not None  # noqa: S101 - opened as a pipe in _start
+        with contextlib.suppress(OSError, ValueError):
+            while block := self._process.stderr.read(_READ_BYTES):
+                self._stderr.append(block[-2000:])

@@ -1,0 +1,397 @@
+"""From a dataset's index to patches: load, transform, sample, in one thread, under one seed.
+
+Owns what TorchIO must be asked about a subject: its name, its number of patches, the size of its
+images, the cost of its transforms. It holds nothing of the dataset between two subjects.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import traceback
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torchio as tio
+from torchio.constants import NUM_SAMPLES
+
+from tio_openneuro.errors import RamBudgetError
+from tio_openneuro.headers import ImageSize, measure_header, sum_sizes
+from tio_openneuro.memory import (
+    FLOAT_BYTES,
+    SubjectSize,
+    TransformCost,
+    bound_subject,
+    listening,
+)
+from tio_openneuro.randomness import drawing_from
+from tio_openneuro.shuffle import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+INTRA_OP_THREADS = 1
+_FALLBACK_VOXELS = 256**3
+_UNKNOWN_VOXEL_BYTES = 128
+_NESTING = 2
+
+# Bytes of temporaries per voxel of one image, measured as peak RSS at 128**3 and 160**3 with
+# TorchIO 1.2.1 and rounded up (2026-11-20). Classes that are not here are taken for the worst.
+_VOXEL_BYTES = {
+    "Compose": 0,
+    "OneOf": 0,
+    "Crop": 16,
+    "RandomFlip": 16,
+    "ToCanonical": 16,
+    "ToOrientation": 16,
+    "Clamp": 32,
+    "RandomAffine": 32,
+    "RandomAnisotropy": 32,
+    "RandomBlur": 32,
+    "RandomGamma": 32,
+    "RandomNoise": 32,
+    "RandomSwap": 32,
+    "CropOrPad": 40,
+    "EnsureShapeMultiple": 40,
+    "Pad": 40,
+    "RandomElasticDeformation": 40,
+    "Resample": 40,
+    "RescaleIntensity": 40,
+    "Resize": 40,
+    "ToReferenceSpace": 40,
+    "ZNormalization": 72,
+    "RandomBiasField": 80,
+    "RandomGhosting": 80,
+    "RandomSpike": 80,
+}
+# What these hold depends on the size of their results, which the first subject tells.
+_GROWING = frozenset(
+    {
+        "CropOrPad",
+        "EnsureShapeMultiple",
+        "OneHot",
+        "Pad",
+        "Resample",
+        "Resize",
+        "ToReferenceSpace",
+    },
+)
+_MAP_BYTES = {"UniformSampler": 0, "WeightedSampler": 48, "LabelSampler": 56}
+_UNKNOWN_MAP_BYTES = 56
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Upper bounds of what one subject holds.
+
+    Attributes:
+        work_bytes: Held while it is loaded, transformed and sampled, beside its patches.
+        patch_bytes: Held by each of its patches.
+        known: Whether its size is known; else the bounds are guesses.
+    """
+
+    work_bytes: int
+    patch_bytes: int
+    known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Production:
+    """What became of one subject.
+
+    Attributes:
+        patches: Its patches in the order of sampling; empty where it failed.
+        patch_bytes: Bytes of the largest patch.
+        error: What stopped it, with its traceback, or None.
+        larger: Whether it was stopped at its header, since it is larger than what was charged;
+            its size is known now.
+    """
+
+    patches: Sequence[tio.Subject]
+    patch_bytes: int = 0
+    error: BaseException | None = None
+    larger: bool = False
+
+
+class _LargerSubjectError(RamBudgetError):
+    """A header says that a subject is larger than what was charged for it."""
+
+
+class SubjectSource:
+    """Makes patches of a dataset's subjects. Safe to share by threads."""
+
+    def __init__(
+        self,
+        dataset: tio.SubjectsDataset,
+        sampler: Callable[[tio.Subject], Any],
+        *,
+        samples_per_volume: int,
+        patch_transform: Callable[[tio.Subject], tio.Subject] | None,
+        seed: int,
+        drop: bool,
+    ) -> None:
+        """Keep the parts; load nothing.
+
+        Args:
+            dataset: The subjects.
+            sampler: The patch sampler.
+            samples_per_volume: Patches of a subject that has no ``num_samples``.
+            patch_transform: Applied to each patch, under the subject's generator.
+            seed: The queue's seed.
+            drop: Whether a subject's content is dropped once its patches are made.
+        """
+        self.dataset = dataset
+        self.sampler = sampler
+        self.samples_per_volume = samples_per_volume
+        self.patch_transform = patch_transform
+        self.cost = add_costs(
+            measure_cost(getattr(dataset, "preprocess", None)),
+            measure_cost(getattr(dataset, "_transform", None)),
+        )
+        self._seed = seed
+        self._drop = drop
+        self._sizes: dict[int, SubjectSize] = {}
+        self._largest_patch_bytes = 0
+        self._growth = 1.0
+
+    def __len__(self) -> int:
+        """Return the number of subjects."""
+        return len(self.dataset)
+
+    def count(self, index: int) -> int:
+        """Return how many patches a subject gives, without loading it."""
+        subject = self.dataset.dry_iter()[index]
+        return int(getattr(subject, NUM_SAMPLES, self.samples_per_volume))
+
+    def images(self, index: int) -> int:
+        """Return how many images a subject has, without loading it."""
+        return len(self.dataset.dry_iter()[index].get_images(intensity_only=False))
+
+    def loaded(self) -> list[int]:
+        """Return the indices of subjects whose images are in RAM already."""
+        return [
+            index
+            for index, subject in enumerate(self.dataset.dry_iter())
+            if all(image._loaded for image in subject.get_images(intensity_only=False))  # noqa: SLF001
+        ]
+
+    def name(self, index: int) -> str:
+        """Return what a subject is called, for messages."""
+        subject = self.dataset.dry_iter()[index]
+        for attribute in ("name", "subject_id"):
+            value = subject.get(attribute)
+            if isinstance(value, str) and value:
+                session = subject.get("session_id")
+                return f"{value} {session}" if isinstance(session, str) and session else value
+        return f"subject {index}"
+
+    def size(self, index: int) -> SubjectSize | None:
+        """Return the size of a subject's images, or None where it is not known yet.
+
+        Reads headers of local files at most.
+        """
+        if index not in self._sizes:
+            size = measure_subject(self.dataset.dry_iter()[index])
+            if size is None:
+                return None
+            self._sizes[index] = size
+        return self._sizes[index]
+
+    def need(self, index: int) -> Need:
+        """Return upper bounds of what a subject holds.
+
+        Where its size is not known yet, that of the largest subject so far, or a volume of
+        256**3 for each image, is taken. Patches of all subjects are taken for equal once some
+        were made.
+        """
+        size = self.size(index)
+        known = size is not None
+        if size is None:
+            image = (1, _FALLBACK_VOXELS, FLOAT_BYTES)
+            guess = sum_sizes([image] * max(self.images(index), 1))
+            size = max(self._sizes.values(), key=lambda s: s.stored_bytes, default=guess)
+        patch_bytes = self._largest_patch_bytes or self.patch_bytes(size.channels)
+        return Need(self._bound(size), patch_bytes, known)
+
+    def _bound(self, size: SubjectSize) -> int:
+        grown = size.scaled(self._growth)
+        return bound_subject(grown, self.cost, sampler_map_bytes(self.sampler))
+
+    def patch_bytes(self, channels: int) -> int:
+        """Return the bytes of one patch, with float voxels."""
+        voxels = prod(int(n) for n in cast("Any", self.sampler).patch_size)
+        return voxels * channels * FLOAT_BYTES
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Tell the dataset which subjects come next, where it wants to know."""
+        tell = getattr(self.dataset, "prefetch_indices", None)
+        if callable(tell):
+            tell(indices)
+
+    def close_dataset(self) -> None:
+        """End the loads under way, where the dataset can be closed."""
+        close = getattr(self.dataset, "close", None)
+        if callable(close):
+            close()
+
+    def produce(
+        self,
+        index: int,
+        seed_parts: tuple[int, int],
+        granted_bytes: int,
+        cancelled: Callable[[], bool],
+    ) -> Production:
+        """Load a subject and make its patches; what goes wrong is part of the result.
+
+        Args:
+            index: Index in the dataset.
+            seed_parts: Number of the epoch, and how often it had the subject before.
+            granted_bytes: What was charged for the work, beside the patches.
+            cancelled: Whether the patches are no longer wanted.
+
+        Raises:
+            CancelledWorkError: They are not.
+        """
+
+        def admit(size: SubjectSize) -> None:
+            self._sizes[index] = size
+            if self._bound(size) > granted_bytes:
+                message = f"{self.name(index)} is larger than what was charged for it."
+                raise _LargerSubjectError(message)
+
+        count = self.count(index)
+        try:
+            seed = derive_seed(self._seed, "subject", index, *seed_parts)
+            with drawing_from(seed, cancelled), listening(admit):
+                patches = self._make_patches(index, count)
+        except _LargerSubjectError as error:
+            return Production((), error=error, larger=True)
+        except Exception as error:  # noqa: BLE001 - raised in the training loop, whole
+            forget_locals(error)
+            return Production((), error=error)
+        patch_bytes = max(map(subject_bytes, patches), default=0)
+        self._largest_patch_bytes = max(self._largest_patch_bytes, patch_bytes)
+        return Production(patches, patch_bytes)
+
+    def _make_patches(self, index: int, count: int) -> list[tio.Subject]:
+        subject = self.dataset[index]
+        self._calibrate(index, subject)
+        try:
+            patches = list(islice(self.sampler(subject), count))
+        finally:
+            del subject
+            release = getattr(self.dataset, "release_index", None)
+            if callable(release):
+                release(index, drop=self._drop)
+        if len(patches) < count:
+            message = f"The patch sampler gave {len(patches)} of {count} patches."
+            raise RuntimeError(message)
+        if self.patch_transform is not None:
+            transform = self.patch_transform
+            patches = [transform(patch) for patch in patches]
+        return patches
+
+    def _calibrate(self, index: int, subject: tio.Subject) -> None:
+        """Learn from a transformed subject how sizes grow, and its size where it was unknown."""
+        size = measure_subject(subject)
+        if size is not None:
+            before = self._sizes.setdefault(index, size)
+            self._growth = max(self._growth, size.total_voxels / before.total_voxels)
+
+
+def forget_locals(error: BaseException) -> None:
+    """Clear the variables of an error's frames, which would pin volumes; its lines stay."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+
+
+def measure_subject(subject: tio.Subject) -> SubjectSize | None:
+    """Return the size of a subject's images from memory or local headers, or None.
+
+    Args:
+        subject: Loaded or not; it is not loaded.
+    """
+    sizes = []
+    for image in subject.get_images(intensity_only=False):
+        size = _measure_image(image)
+        if size is None:
+            return None
+        sizes.append(size)
+    return sum_sizes(sizes) if sizes else None
+
+
+def _measure_image(image: tio.Image) -> ImageSize | None:
+    if image._loaded:  # noqa: SLF001 - the public attributes would load it
+        data = image.data
+        return len(data), prod(data.shape[1:]), data.element_size()
+    return measure_header(image.path) if isinstance(image.path, Path) else None
+
+
+def subject_bytes(subject: tio.Subject) -> int:
+    """Return the bytes of a loaded subject's voxels."""
+    images = subject.get_images(intensity_only=False)
+    return sum(image.data.numel() * image.data.element_size() for image in images)
+
+
+def measure_cost(transform: object) -> TransformCost:
+    """Return an upper bound of what a transform holds while it works.
+
+    Args:
+        transform: A TorchIO transform, any callable, or None.
+    """
+    if transform is None:
+        return TransformCost()
+    name = type(transform).__name__
+    inner = getattr(transform, "transforms", None)
+    children = list(inner) if isinstance(inner, list | tuple) else []
+    children += list(getattr(transform, "transforms_dict", {}))
+    costs = [measure_cost(child) for child in children]
+    known = isinstance(transform, tio.Transform) and name not in _GROWING
+    known = known and type(transform).__module__.startswith("torchio.")
+    return TransformCost(
+        copies=1 + max((cost.copies for cost in costs), default=_NESTING - 1),
+        voxel_bytes=max(
+            [_VOXEL_BYTES.get(name, _UNKNOWN_VOXEL_BYTES), *(c.voxel_bytes for c in costs)],
+        ),
+        known=known and all(cost.known for cost in costs),
+    )
+
+
+def add_costs(first: TransformCost, second: TransformCost) -> TransformCost:
+    """Return the bound of two transforms that follow one another."""
+    return TransformCost(
+        copies=max(first.copies, second.copies),
+        voxel_bytes=max(first.voxel_bytes, second.voxel_bytes),
+        known=first.known and second.known,
+    )
+
+
+def sampler_map_bytes(sampler: object) -> int:
+    """Return the bytes of a patch sampler's maps per voxel of an image."""
+    return _MAP_BYTES.get(type(sampler).__name__, _UNKNOWN_MAP_BYTES)
+
+
+def fix_intra_op_threads() -> int:
+    """Fix torch's intra-op threads in this thread, and return how many it had.
+
+    Results such as the mean of a volume depend on the number (TorchIO 1.2.1, torch 2.13).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(INTRA_OP_THREADS)
+    return before
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed back to the system, where glibc would keep it."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,95 @@
+"""The root: the local folder of clones and ledger. Refuses what cannot hold a ledger."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+
+from tio_openneuro.errors import DiskBudgetError, LedgerError
+from tio_openneuro.sizes import format_size
+
+FLOOR_BYTES = 5_000_000_000
+"""Free space that an automatic budget never uses."""
+
+_NETWORK_TYPES = {
+    "afs", "beegfs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.rclone",
+    "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "pvfs2",
+    "smb", "smb2", "smb3", "smbfs",
+}  # fmt: skip
+
+
+def network_type(path: Path, mounts: list[tuple[str, str]] | None = None) -> tuple[str, str] | None:
+    """Return mount point and type of the network file system that holds the path, if one does.
+
+    Args:
+        path: Absolute; need not exist.
+        mounts: Mount points with their types; default: this machine's.
+    """
+    if mounts is None:
+        mounts = [(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)]
+    real = Path(os.path.realpath(path))
+    holding = [(point, kind) for point, kind in mounts if real.is_relative_to(point)]
+    if not holding:
+        return None
+    # Of several mounts on one point the last is the one that is seen.
+    longest = max(len(point) for point, _ in holding)
+    point, kind = [mount for mount in holding if len(mount[0]) == longest][-1]
+    return (point, kind) if kind.lower() in _NETWORK_TYPES else None
+
+
+def prepare_ledger_folder(root: Path) -> Path:
+    """Make ``root/ledger`` for this user alone, and return it.
+
+    Raises:
+        LedgerError: The root lies on a network file system, or cannot be written.
+    """
+    network = network_type(root.absolute())
+    if network is not None:
+        message = (
+            f"Cannot keep a ledger in {root}: {network[0]} is a network file system "
+            f"({network[1]}), on which processes of several machines cannot share one. "
+            f"Give a root on a local disk, or set TIO_OPENNEURO_ROOT."
+        )
+        raise LedgerError(message)
+    folder = root / "ledger"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        (folder / "owners").mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        message = (
+            f"Cannot make the ledger's folder {folder}: {error}. Give a root that you may write."
+        )
+        raise LedgerError(message) from error
+    return folder
+
+
+def automatic_budget(free: int, used_bytes: int) -> int:
+    """Return the disk budget of those who state none: half of what is free or held by us.
+
+    Args:
+        free: Free bytes of the root's file system.
+        used_bytes: Bytes that the ledger has charged already.
+
+    Raises:
+        DiskBudgetError: Less than the floor is free.
+    """
+    budget_bytes = min((free + used_bytes) // 2, free + used_bytes - FLOOR_BYTES)
+    if budget_bytes <= 0:
+        message = (
+            f"Cannot choose a disk budget: {free} bytes ({format_size(free)}) are free under the "
+            f"root, and {format_size(FLOOR_BYTES)} are kept free. Free some, give a root on "
+            f"another disk, or state disk_budget yourself."
+        )
+        raise DiskBudgetError(message)
+    return budget_bytes
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the file system that holds the folder, or its next parent."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,151 @@
+"""Which subject is made next, and how far ahead of the consumer. Pure bookkeeping.
+
+A place is an epoch and a position in its order. Places are claimed in ascending order; one that
+was given back is claimed again before all others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tio_openneuro.shuffle import EpochPlan
+
+Place = tuple[int, int]
+
+
+class Schedule:
+    """The current epoch and the next, and what was claimed of them.
+
+    Not safe to share by threads: its owner locks.
+    """
+
+    def __init__(self, *, window: int, subjects_ahead: int | None) -> None:
+        """Begin with nothing to make.
+
+        Args:
+            window: Patches from which the consumer draws.
+            subjects_ahead: Subjects that may be made beyond the window; None sets no bound.
+        """
+        self._window = window
+        self._subjects_ahead = subjects_ahead
+        self._plans: dict[int, EpochPlan] = {}
+        self._wanted: dict[Place, frozenset[int]] = {}
+        self._claimed: set[Place] = set()
+        self._head: Place = (0, 0)
+        self._taken: Place = (0, 0)
+
+    def begin(self, plan: EpochPlan, left: Iterable[int], following: EpochPlan | None) -> bool:
+        """Make an epoch the current one; return whether what was made of it can stay.
+
+        It can where the epoch was made ahead, and nothing of it was taken before.
+
+        Args:
+            plan: The epoch.
+            left: Production indices that are still to be delivered.
+            following: The epoch that may be begun before this one ends, or None.
+        """
+        indices = sorted(left)
+        whole = len(indices) == plan.total
+        begun = self._taken[0] == plan.epoch and self._taken[1] > 0
+        continues = whole and not begun and self._plans.get(plan.epoch) == plan
+        if not continues:
+            self.forget()
+            self._head = (plan.epoch, 0)
+            self._want(plan, indices)
+        self._plans = {plan.epoch: plan}
+        if following is not None:
+            self._plans[following.epoch] = following
+        self._claimed = {place for place in self._claimed if place[0] in self._plans}
+        self._head = max(self._head, (plan.epoch, 0))
+        self._taken = (plan.epoch, plan.total - len(indices))
+        return continues
+
+    def forget(self) -> None:
+        """Have nothing to make."""
+        self._plans = {}
+        self._wanted = {}
+        self._claimed = set()
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """Return the plan of an epoch that :meth:`covers` is true of."""
+        return self._plans[epoch]
+
+    def covers(self, epoch: int) -> bool:
+        """Return whether patches of an epoch are to be made."""
+        return epoch in self._plans
+
+    def advance(self, epoch: int, step: int) -> None:
+        """Note how many patches of the current epoch were taken.
+
+        Args:
+            epoch: The current epoch.
+            step: Patches delivered or skipped.
+        """
+        self._taken = (epoch, step)
+
+    def next(self) -> Place | None:
+        """Return the first place that is not claimed and within reach, or None."""
+        epoch, position = self._head
+        while epoch in self._plans:
+            plan = self._plans[epoch]
+            while position < len(plan.order):
+                place = (epoch, position)
+                if place not in self._claimed and self.wanted(place):
+                    self._head = place
+                    return place if self._within_reach(place) else None
+                position += 1
+            epoch, position = epoch + 1, 0
+        return None
+
+    def claim(self, place: Place) -> None:
+        """Take a place out of what is to be made."""
+        self._claimed.add(place)
+
+    def give_back(self, place: Place) -> None:
+        """Put a claimed place back to what is to be made."""
+        if place in self._claimed:
+            self._claimed.discard(place)
+            self._head = min(self._head, place)
+
+    def wanted(self, place: Place) -> frozenset[int]:
+        """Return which patches of a subject are to be delivered."""
+        if place in self._wanted:
+            return self._wanted[place]
+        return frozenset(range(self._plans[place[0]].counts[place[1]]))
+
+    def index(self, place: Place) -> int:
+        """Return the dataset's index of a place's subject."""
+        return self._plans[place[0]].order[place[1]]
+
+    def ahead(self) -> list[int]:
+        """Return the dataset's indices of the subjects to be made, in order."""
+        return [
+            plan.order[position]
+            for epoch, plan in sorted(self._plans.items())
+            for position in range(len(plan.order))
+            if (epoch, position) not in self._claimed and self.wanted((epoch, position))
+        ]
+
+    def _within_reach(self, place: Place) -> bool:
+        if self._subjects_ahead is None:
+            return True
+        epoch, position = place
+        taken_epoch, step = self._taken
+        distance = self._plans[epoch].start(position) - step
+        if epoch > taken_epoch and taken_epoch in self._plans:
+            distance += self._plans[taken_epoch].total
+        ahead = self._subjects_ahead * self._plans[epoch].counts[position]
+        return distance < self._window + ahead
+
+    def _want(self, plan: EpochPlan, indices: list[int]) -> None:
+        places: dict[int, set[int]] = {}
+        for index in indices:
+            position, place = plan.locate(index)
+            places.setdefault(position, set()).add(place)
+        self._wanted = {
+            (plan.epoch, position): frozenset(places.get(position, ()))
+            for position in range(len(plan.order))
+        }

@@ -1,0 +1,99 @@
+"""Counts of what the engine did. Owns the counters of one process; the ledger's are its own."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStatistics:
+    """What one engine did, and what its root holds.
+
+    Attributes:
+        budget_bytes: The smallest disk budget of the live owners of the root.
+        used_bytes: Bytes that the root is charged now, by all processes.
+        peak_bytes: Most bytes that the root was ever charged at once.
+        fetched_bytes: Bytes fetched by this process.
+        fetched_files: Files fetched by this process.
+        evicted_bytes: Bytes evicted by this process.
+        evicted_files: Files evicted by this process.
+        hit_files: Leased files whose content was there already.
+        retries: Fetches that were tried again.
+        failures: Fetches that failed for good.
+    """
+
+    budget_bytes: int
+    used_bytes: int
+    peak_bytes: int
+    fetched_bytes: int
+    fetched_files: int
+    evicted_bytes: int
+    evicted_files: int
+    hit_files: int
+    retries: int
+    failures: int
+
+    @classmethod
+    def empty(cls) -> DiskStatistics:
+        """Return the statistics of a plain folder, where nothing is fetched or evicted."""
+        return cls(*(0 for _ in fields(cls)))
+
+
+@dataclass(frozen=True, slots=True)
+class RootStatus:
+    """What lies under a root, and who is at work there.
+
+    Attributes:
+        budget_bytes: The smallest disk budget of the processes at work; None where none is.
+        used_bytes: Bytes charged now.
+        peak_bytes: Most bytes ever charged at once.
+        leased_bytes: Bytes of content under a lease.
+        pids: Processes at work.
+        lease_pids: Those of them that hold leases.
+        clones: Bytes charged by clone.
+    """
+
+    budget_bytes: int | None
+    used_bytes: int
+    peak_bytes: int
+    leased_bytes: int
+    pids: tuple[int, ...]
+    lease_pids: tuple[int, ...]
+    clones: dict[str, int]
+
+
+class Counters:
+    """Counts of one process; safe to share by threads."""
+
+    def __init__(self) -> None:
+        """Start from zero."""
+        self._mutex = threading.Lock()
+        self.fetched_bytes = 0
+        self.fetched_files = 0
+        self.evicted_bytes = 0
+        self.evicted_files = 0
+        self.hit_files = 0
+        self.failures = 0
+
+    def fetched(self, size_bytes: int) -> None:
+        """Count one file that arrived."""
+        with self._mutex:
+            self.fetched_files += 1
+            self.fetched_bytes += size_bytes
+
+    def evicted(self, size_bytes: int) -> None:
+        """Count one file that was dropped."""
+        with self._mutex:
+            self.evicted_files += 1
+            self.evicted_bytes += size_bytes
+
+    def hit(self, files: int) -> None:
+        """Count files that were there already."""
+        with self._mutex:
+            self.hit_files += files
+
+    def failed(self) -> None:
+        """Count one fetch that failed for good."""
+        with self._mutex:
+            self.failures += 1
