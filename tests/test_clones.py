@@ -278,16 +278,27 @@ class TestFileSystems:
 class TestShapes:
     """Clones that are laid out otherwise."""
 
-    def test_clone_that_was_never_initialised(
+    def test_clone_that_plain_git_made_becomes_an_annex(
         self, openneuro: LoopbackOpenNeuro, tmp_path: Path
     ) -> None:
-        """It is left as it is, and the message says what to run."""
+        """Content goes into it; the branch does not tell of it, and only the bucket is enabled."""
         git(tmp_path, "clone", "-q", openneuro.url("ds900001"), "plain")
-        config = (tmp_path / "plain/.git/config").read_bytes()
-        with pytest.raises(NotAnAnnexError, match="git annex init"):
+        plain = tmp_path / "plain"
+        with tno.DataladSubjectsDataset(plain, T1) as dataset:
+            assert dataset[0].t1.data.numel() > 0
+            assert disk_bytes(plain) == charged(dataset) > 0
+        assert git(plain, "config", "annex.uuid") not in git(plain, "grep", "-h", ".", "git-annex")
+        named = git(plain, "config", "--get-regexp", r"remote\..*\.annex-uuid").split()[::2]
+        assert named == ["remote.s3-PUBLIC.annex-uuid"]
+
+    def test_clone_that_cannot_become_an_annex(
+        self, openneuro: LoopbackOpenNeuro, tmp_path: Path
+    ) -> None:
+        """One message says what fails, and what to do."""
+        git(tmp_path, "clone", "-q", openneuro.url("ds900001"), "plain")
+        (tmp_path / "plain/.git/annex").write_text("in the way")
+        with pytest.raises(NotAnAnnexError, match=r"(?s)git annex init' fails: .*accession or URL"):
             tno.DataladSubjectsDataset(tmp_path / "plain", T1)
-        assert (tmp_path / "plain/.git/config").read_bytes() == config
-        assert not (tmp_path / "plain/.git/annex").exists()
 
     def test_linked_worktree(self, clone: Path, tmp_path: Path) -> None:
         """Content goes into the common annex, and is found there by the main clone."""

@@ -2,13 +2,14 @@
 
 Owns the clones under the root: made once, through DataLad, shared by every process, reused
 offline, and fetched only for a version that they do not have. Clones of the user's are used where
-they are, and never changed. Fetches no image content.
+they are, and not changed, but that one which plain git made becomes an annex. Fetches no content.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,19 @@ import filelock
 
 from tio_openneuro.annex_branch import branch_ref, config_value, git_folder
 from tio_openneuro.errors import NotAnAnnexError, TioOpenNeuroError
-from tio_openneuro.openneuro_clone import clone_into, fetch, hide_password
+from tio_openneuro.openneuro_clone import (
+    clone_into,
+    fetch,
+    hide_password,
+    initialise,
+)
 from tio_openneuro.openneuro_remotes import already_enabled, enable
 from tio_openneuro.processes import CommandError, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_LOG = logging.getLogger(__name__)
 
 _ACCESSION = re.compile(r"ds\d{6}")
 _ACCESSION_URL = "https://github.com/OpenNeuroDatasets/{}.git"
@@ -89,7 +97,7 @@ def install(
     if isinstance(source, str) and _URL.fullmatch(source):
         return _install_own(_Origin.of_url(source), root, version, names)
     if folder.is_dir():
-        return _use_where_it_is(folder.resolve(), version, names)
+        return _use_where_it_is(folder.resolve(), root, version, names)
     if folder.is_file():
         return _install_own(_Origin.of_url(str(folder.resolve())), root, version, names)
     message = (
@@ -123,7 +131,9 @@ def _install_own(
     return _described(title, clone, found, version, usable, owned=True)
 
 
-def _use_where_it_is(folder: Path, version: str | None, names: tuple[str, ...]) -> InstalledDataset:
+def _use_where_it_is(
+    folder: Path, root: Path, version: str | None, names: tuple[str, ...]
+) -> InstalledDataset:
     if git_folder(folder) is None:
         message = (
             f"Cannot use {folder}: it is not the root of a git repository. Give the root of a "
@@ -142,13 +152,35 @@ def _use_where_it_is(folder: Path, version: str | None, names: tuple[str, ...]) 
         )
         raise NotAnAnnexError(message)
     if not config_value(folder, "annex.uuid"):
-        message = (
-            f"Cannot use {folder}: git-annex was never initialised there, and a clone of yours "
-            f"is not changed. Run 'git annex init' in it, or give the accession or URL instead."
-        )
-        raise NotAnAnnexError(message)
+        _begin_annex(folder, root, names)
     usable = already_enabled(folder, names)
     return _described(folder.name, folder, _resolve(folder, version), version, usable, owned=False)
+
+
+def _begin_annex(folder: Path, root: Path, names: tuple[str, ...]) -> None:
+    """Initialise a clone that plain git made, as git-annex would at its first use there.
+
+    Unlike git-annex we enable no remote but those that may be used, and record nothing of the
+    clone in its git-annex branch.
+    """
+    clones = Path(root).expanduser().absolute() / "clones"
+    clones.mkdir(parents=True, exist_ok=True, mode=0o700)
+    digest = hashlib.sha256(str(folder).encode()).hexdigest()
+    with _locked(clones / f".{digest[:16]}.lock", folder, folder.name):
+        if config_value(folder, "annex.uuid"):
+            return
+        try:
+            run(["git", "config", "annex.private", "true"], cwd=folder)
+            initialise(folder)
+        except CommandError as error:
+            message = (
+                f"Cannot use {folder}: git-annex was never initialised there, and 'git annex "
+                f"init' fails: {error.stderr[:500] or error}. Look whether you may write there, "
+                f"or give the accession or URL instead."
+            )
+            raise NotAnAnnexError(message) from error
+        enable(folder, names)
+        _LOG.info("Initialised git-annex in %s, for its first use there", folder)
 
 
 def _described(

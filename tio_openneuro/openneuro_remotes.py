@@ -148,16 +148,19 @@ def _complaint(remote: SpecialRemote) -> str:
         return f"its publicurl is {public_url!r}"
     host = url.hostname or ""
     odd = ", ".join(sorted(_FORBIDDEN_FIELDS.intersection(fields)))
-    # git-annex itself refuses loopback addresses, unless the user's own configuration allows it.
+    # git-annex itself refuses loopback addresses, unless the user's own configuration allows it:
+    # a bucket that the user serves may have any name.
+    here = _is_loopback(host)
+    stated = fields.get("host", _HOST)
     checks = (
         (fields.get("type") == "S3", f"its type is {fields.get('type')!r}, not 'S3'"),
         (not odd, f"it has the fields {odd}"),
         (fields.get("encryption", "none") == "none", "it is encrypted"),
-        (fields.get("bucket") == _BUCKET, f"its bucket is {fields.get('bucket')!r}"),
-        (_is_amazon(fields.get("host", _HOST)), f"its host is {fields.get('host')!r}"),
+        (here or fields.get("bucket") == _BUCKET, f"its bucket is {fields.get('bucket')!r}"),
+        (_is_amazon(stated) or (here and _is_loopback(stated)), f"its host is {stated!r}"),
         (url.scheme in {"http", "https"}, f"its publicurl is {public_url!r}"),
         ("@" not in url.netloc, f"its publicurl is {public_url!r}"),
-        (_is_amazon(host) or _is_loopback(host), f"its publicurl leads to {host!r}"),
+        (_is_amazon(host) or here, f"its publicurl leads to {host!r}"),
     )
     return next((complaint for sound, complaint in checks if not sound), "")
 
