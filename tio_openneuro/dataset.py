@@ -275,7 +275,7 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
         return sum(annexed.values()) + sum(plain.values())
 
     def fetch(self) -> int:
-        """Fetch what of this view the budget holds; return the bytes that are present after."""
+        """Fetch what of this view the budget holds; return the bytes that came."""
         if self._engine is None:
             return 0
         return self._engine.fetch([row.content for row in self._rows])
