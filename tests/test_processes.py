@@ -17,6 +17,29 @@ from tio_openneuro.processes import (
     scripts_folder,
 )
 
+# Forks again and again, as a loader with workers does, while other threads start programs; says
+# how many of these ended. What is forked lives on, with whatever descriptors it inherited.
+FORKER = """
+import os, threading
+from tio_openneuro.processes import run
+ended = []
+def work():
+    for _ in range(20):
+        assert run(["cat"], stdin=b"text", timeout_s=20) == b"text"
+        ended.append(1)
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads:
+    thread.start()
+kept, end = os.pipe()
+for _ in range(300):
+    if any(thread.is_alive() for thread in threads) and os.fork() == 0:
+        os.close(end)
+        os.read(kept, 1)
+        os._exit(0)
+for thread in threads:
+    thread.join()
+print(len(ended))
+"""
 # Starts a grandchild that would outlive it, says its process id, and waits.
 PARENT = """
 import subprocess, sys, time
@@ -56,6 +79,13 @@ def test_run_gives_the_output_and_passes_the_input() -> None:
         "import sys, shutil; shutil.copyfileobj(sys.stdin, sys.stdout)",
     ]
     assert run(command, stdin=text) == text
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_programs_end_although_others_fork_while_they_start() -> None:
+    """A forked process never keeps a program waiting for the end of its input, or of its start."""
+    said = run([sys.executable, "-W", "ignore", "-c", FORKER], timeout_s=120)
+    assert said.split() == [b"40"]
 
 
 def test_failure_carries_command_status_and_stderr() -> None:

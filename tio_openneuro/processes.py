@@ -1,8 +1,10 @@
 """Child processes: start, feed, watch and kill them. The only user of :mod:`subprocess`.
 
 Every child leads a process group of its own, so that it ends together with whatever it started,
-and runs in :func:`child_environment`. Every wait has a deadline. Never keeps module-level state,
-never prints, and never hands a child a descriptor that was not asked for.
+and runs in :func:`child_environment`. Every wait has a deadline. Never prints, and never hands a
+child a descriptor that was not asked for. The one piece of module-level state keeps forks apart
+from starts: a process that another thread forks meanwhile, as loaders with workers do, would
+inherit the ends of pipes whose closing is waited for, and keep them open as long as it lives.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from tio_openneuro.errors import TioOpenNeuroError
 
@@ -55,6 +58,15 @@ _GIT_CONFIG = (
     ("submodule.recurse", "false"),
     ("fetch.recurseSubmodules", "false"),
 )
+
+
+_STARTING = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_STARTING.acquire,
+        after_in_parent=_STARTING.release,
+        after_in_child=_STARTING.release,
+    )
 
 
 class CommandError(TioOpenNeuroError):
@@ -137,32 +149,25 @@ def _start(
     cwd: Path | None,
     environment: Mapping[str, str] | None,
     keep_fds: tuple[int, ...],
+    stdin: IO[bytes] | int = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
-    """Start a child that leads its own process group, with three unbuffered pipes."""
+    """Start a child that leads its own process group, with unbuffered pipes."""
     given = dict(environment) if environment is not None else child_environment()
+    apart: dict[str, Any] = {"start_new_session": True, "pass_fds": keep_fds}
+    if sys.platform == "win32":
+        apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     try:
-        if sys.platform == "win32":
+        with _STARTING:
             return subprocess.Popen(
                 list(arguments),
                 bufsize=0,
-                stdin=subprocess.PIPE,
+                stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 cwd=cwd,
                 env=given,
-                creationflags=subprocess.CREATE_NEW_PROCESS_GROUP,
+                **apart,
             )
-        return subprocess.Popen(
-            list(arguments),
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=cwd,
-            env=given,
-            start_new_session=True,
-            pass_fds=keep_fds,
-        )
     except FileNotFoundError as error:
         if cwd is not None and not cwd.is_dir():
             message = f"Cannot run {arguments[0]} in {cwd}: there is no such folder."
@@ -218,17 +223,23 @@ def run(
         MissingProgramError: The program is not installed.
         CommandError: It failed, or passed its deadline.
     """
-    process = _start(arguments, cwd=cwd, environment=environment, keep_fds=keep_fds)
+    # From a file and not a pipe, whose other end a process forked meanwhile would keep open.
+    with tempfile.TemporaryFile() as source:
+        source.write(stdin)
+        source.seek(0)
+        process = _start(
+            arguments, cwd=cwd, environment=environment, keep_fds=keep_fds, stdin=source
+        )
     shown = " ".join(arguments[:6])
     try:
-        stdout, stderr = process.communicate(stdin, timeout_s)
+        stdout, stderr = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
         message = f"Cannot finish '{shown}': no end after {timeout_s:g} s; it was killed."
         raise CommandError(message, arguments=tuple(arguments)) from error
     finally:
         if process.returncode is None:
             kill_group(process)
-        for pipe in (process.stdin, process.stdout, process.stderr):
+        for pipe in (process.stdout, process.stderr):
             if pipe is not None:
                 pipe.close()
     if process.returncode != 0:
