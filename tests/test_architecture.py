@@ -23,7 +23,7 @@ LAYERS = [
     "batching dividing",
     "dataset",
     "concatenation",
-    "randomness shuffle identity subject_order schedule passes queue_state",
+    "randomness shuffle plan identity subject_order schedule passes queue_state",
     "production workers filling queue_checks queue_view queue",
     "loopback",
     "__init__",

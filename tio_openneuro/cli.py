@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import platformdirs
 import rich
@@ -18,8 +18,12 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from tio_openneuro.errors import TioOpenNeuroError
+from tio_openneuro.root import automatic_budget, free_bytes
 from tio_openneuro.selection import Label, Scalar
-from tio_openneuro.sizes import format_size
+from tio_openneuro.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from tio_openneuro.selection import Unit
 
 app = typer.Typer(
     name="tio-openneuro",
@@ -47,6 +51,8 @@ Labels = Annotated[
     list[str], typer.Option("--label", metavar="NAME=GLOB", help="A label map; repeatable.")
 ]
 Version = Annotated[str | None, typer.Option(help="Tag or commit; default: the newest snapshot.")]
+UnitOf = Annotated[str, typer.Option("--unit", help="What one unit is: subject, session or run.")]
+DiskBudget = Annotated[str, typer.Option(help="Bytes, '10 GB', or 'auto'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
@@ -81,6 +87,7 @@ def info(
     image: Images = [],  # noqa: B006 - typer copies it
     label: Labels = [],  # noqa: B006
     version: Version = None,
+    unit: UnitOf = "subject",
     as_json: Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Show what a dataset has and what patterns select of it, from git metadata alone."""
@@ -88,10 +95,41 @@ def info(
     from tio_openneuro.summary import summarise
 
     patterns = _patterns(image, label)
-    summary = summarise(open_catalog(source, root, version=version), patterns)
+    catalog = open_catalog(source, root, version=version)
+    summary = summarise(catalog, patterns, cast("Unit", unit))
     record = dataclasses.asdict(summary)
     record |= record.pop("selected") or {}
     _report(str(source), record, as_json=as_json)
+
+
+@app.command()
+def plan(
+    source: Source,
+    root: Root,
+    image: Images,
+    label: Labels = [],  # noqa: B006 - typer copies it
+    version: Version = None,
+    unit: UnitOf = "subject",
+    disk_budget: DiskBudget = "auto",
+    rate: Annotated[str, typer.Option(help="What the link gives in a second.")] = "20 MB",
+    epochs: Annotated[int, typer.Option(min=2, help="Passes over the units.")] = 10,
+    seed: Annotated[int, typer.Option(help="The queue's seed, which decides the order.")] = 0,
+    as_json: Json = False,  # noqa: FBT002 - typer
+) -> None:
+    """Tell what training will fetch and how long the link is busy, from git metadata alone."""
+    from tio_openneuro.catalog import open_catalog
+    from tio_openneuro.plan import plan_disk
+    from tio_openneuro.summary import unit_contents
+
+    catalog = open_catalog(source, root, version=version)
+    units = unit_contents(catalog, _patterns(image, label), cast("Unit", unit))
+    automatic = disk_budget == "auto"
+    budget_bytes = automatic_budget(free_bytes(root), 0) if automatic else parse_size(disk_budget)
+    found = plan_disk(units, budget_bytes, epochs=epochs, seed=seed)
+    record = {"dataset": catalog.dataset_id, "commit": catalog.commit, **dataclasses.asdict(found)}
+    record |= {"epochs": epochs, "rate_bytes": parse_size(rate)}
+    record["link_busy_s"] = round(found.seconds(parse_size(rate), epochs), 1)
+    _report(f"Plan for {source}", record, as_json=as_json)
 
 
 @app.command()
@@ -101,11 +139,12 @@ def fetch(
     image: Images = [],  # noqa: B006 - typer copies it
     label: Labels = [],  # noqa: B006
     version: Version = None,
-    disk_budget: Annotated[str, typer.Option(help="Bytes, '10 GB', or 'auto'.")] = "auto",
+    unit: UnitOf = "subject",
+    disk_budget: DiskBudget = "auto",
     as_json: Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Fetch the selected images, as far as the disk budget holds them."""
-    with _open(source, root, image, label, version, disk_budget) as dataset:
+    with _open(source, root, image, label, version, disk_budget, unit) as dataset:
         fetched_bytes = dataset.fetch()
         statistics = dataset.statistics()
         record = {
@@ -165,7 +204,7 @@ def adopt(
     image: Images = [],  # noqa: B006 - typer copies it
     label: Labels = [],  # noqa: B006
     version: Version = None,
-    disk_budget: Annotated[str, typer.Option(help="Bytes, '10 GB', or 'auto'.")] = "auto",
+    disk_budget: DiskBudget = "auto",
     as_json: Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Hand content that was there before, and that a remote can give back, to the budget."""
@@ -203,12 +242,18 @@ def _open(
     label: list[str],
     version: str | None,
     disk_budget: str,
+    unit: str = "subject",
 ) -> Any:  # noqa: ANN401 - imported late, since torch takes seconds
     from tio_openneuro.dataset import DataladSubjectsDataset
 
     patterns = _patterns(image, label)
     return DataladSubjectsDataset(
-        source, patterns or None, version=version, root=root, disk_budget=disk_budget
+        source,
+        patterns or None,
+        version=version,
+        root=root,
+        unit=cast("Unit", unit),
+        disk_budget=disk_budget,
     )
 
 

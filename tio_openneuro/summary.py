@@ -1,4 +1,4 @@
-"""What a dataset has, told from git metadata alone: for ``tio-openneuro info``.
+"""What a dataset has, told from git metadata alone: for ``info`` and ``plan``.
 
 Owns no state. Fetches no content.
 """
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from tio_openneuro.bids import parse_path
 from tio_openneuro.catalog import Catalog
+from tio_openneuro.errors import SelectionError
 from tio_openneuro.keys import AnnexKey
 from tio_openneuro.patterns import IMAGE_EXTENSIONS
-from tio_openneuro.selection import Label, Scalar, select
+from tio_openneuro.selection import Label, Scalar, Unit, select
 
 _SHOWN_REASONS = 10
 
@@ -70,12 +71,15 @@ class Summary:
     selected: Selected | None
 
 
-def summarise(catalog: Catalog, patterns: Mapping[str, Scalar | Label]) -> Summary:
+def summarise(
+    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit = "subject"
+) -> Summary:
     """Count what the catalog has, and what the patterns select of it.
 
     Args:
         catalog: The dataset's files.
         patterns: Patterns by image name; may be empty.
+        unit: What one unit of the selection is.
 
     Raises:
         SelectionError: The patterns select nothing.
@@ -105,25 +109,60 @@ def summarise(catalog: Catalog, patterns: Mapping[str, Scalar | Label]) -> Summa
         remotes=catalog.repo.remotes if catalog.repo is not None else (),
         unavailable_files=sum(reasons.values()),
         unavailable_reasons=dict(reasons),
-        selected=_selected(catalog, patterns, lost) if patterns else None,
+        selected=_selected(catalog, patterns, lost, unit) if patterns else None,
     )
 
 
 def _selected(
-    catalog: Catalog, patterns: Mapping[str, Scalar | Label], lost: Mapping[AnnexKey, str]
+    catalog: Catalog,
+    patterns: Mapping[str, Scalar | Label],
+    lost: Mapping[AnnexKey, str],
+    unit: Unit,
 ) -> Selected:
-    selection = select(catalog.files, patterns)
+    units, why = _usable(catalog, patterns, lost, unit)
+    kept = {key: size_bytes for contents in units.values() for key, size_bytes in contents.items()}
+    return Selected(
+        len(units), sum(kept.values()), len(why), dict(Counter(why).most_common(_SHOWN_REASONS))
+    )
+
+
+def unit_contents(
+    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit
+) -> dict[str, dict[str, int]]:
+    """Return the bytes of each file of each unit that can be had, in the dataset's order.
+
+    Args:
+        catalog: The dataset's files.
+        patterns: Patterns by image name.
+        unit: What one unit is.
+
+    Raises:
+        SelectionError: The patterns select nothing, or nothing that can be had.
+    """
+    keys = [file.key for file in catalog.files if file.key is not None]
+    lost = catalog.repo.unavailable(keys) if catalog.repo is not None else {}
+    units, why = _usable(catalog, patterns, lost, unit)
+    if not units:
+        message = f"Cannot use {catalog.dataset_id}: no unit can be had ({', '.join({*why})})."
+        raise SelectionError(message)
+    return units
+
+
+def _usable(
+    catalog: Catalog,
+    patterns: Mapping[str, Scalar | Label],
+    lost: Mapping[AnnexKey, str],
+    unit: Unit,
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Return the units that can be had, with their files' bytes, and why others cannot."""
+    selection = select(catalog.files, patterns, unit=unit)
     why = [skip.reason for skip in selection.skipped]
-    kept: dict[str, int] = {}
-    units = 0
+    units: dict[str, dict[str, int]] = {}
     for row in selection.rows:
         files = [file for found in row.images.values() for file in found]
         missing = next((file for file in files if file.key in lost), None)
         if missing is not None and missing.key is not None:
             why.append(lost[missing.key])
-            continue
-        units += 1
-        kept.update({str(file.key or file.path): file.size_bytes or 0 for file in files})
-    return Selected(
-        units, sum(kept.values()), len(why), dict(Counter(why).most_common(_SHOWN_REASONS))
-    )
+        else:
+            units[row.unit] = {str(f.key or f.path): f.size_bytes or 0 for f in files}
+    return units, why
