@@ -401,8 +401,6 @@ def test_ranks_with_unequal_subjects_are_refused(make_queue):
     sampler = DistributedSampler(dataset, num_replicas=2, rank=0)
     with pytest.raises(ValueError, match="num_samples"):
         make_queue(dataset, subject_sampler=sampler, shuffle_subjects=False)
-    with pytest.raises(NotImplementedError, match="on_error"):
-        make_queue(subject_sampler=sampler, shuffle_subjects=False, on_error="skip")
 
 
 # --- errors ---

@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count as count_from
 from typing import TYPE_CHECKING
 
 import torch
 
+from tio_openneuro.buffer import Buffer
 from tio_openneuro.errors import DiskBudgetError, RamBudgetError
 from tio_openneuro.memory import refuse_subject
 from tio_openneuro.production import Production, fix_intra_op_threads, return_free_memory
@@ -25,7 +26,7 @@ from tio_openneuro.schedule import Place, Schedule
 from tio_openneuro.workers import Workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     import torchio as tio
 
@@ -50,15 +51,6 @@ class _Job:
     wanted: frozenset[int]
     charge_bytes: int
     work_bytes: int
-
-
-@dataclass(slots=True)
-class _Made:
-    """A subject's patches that wait to be delivered, or why there are none."""
-
-    patches: dict[int, tio.Subject] = field(default_factory=dict)
-    patch_bytes: int = 0
-    error: BaseException | None = None
 
 
 class Filler:
@@ -91,7 +83,7 @@ class Filler:
         self._workers = Workers(num_workers, self._work)
         self._closed = False
         self._generation = 0
-        self._made: dict[Place, _Made] = {}
+        self._made = Buffer(admission)
         self._running: dict[int, _Job] = {}
         self._tickets = count_from()
         self._awaited: Place | None = None
@@ -123,11 +115,24 @@ class Filler:
             continues = self._schedule.begin(plan, left, following)
             if not continues:
                 self._generation += 1
-            self._discard(lambda place: not continues or place[0] < plan.epoch)
+            self._made.discard(lambda place: not continues or place[0] < plan.epoch)
             ahead = self._schedule.ahead()
         self._source.prefetch(ahead)
         if not self._closed:
             self._workers.start()
+        with self._lock:
+            self._room.notify_all()
+
+    def extend(self, plan: EpochPlan) -> None:
+        """Make also what was added to the end of the current epoch.
+
+        Args:
+            plan: Its plan, of which the present one is the beginning.
+        """
+        with self._lock:
+            self._schedule.extend(plan)
+            ahead = self._schedule.ahead()
+        self._source.prefetch(ahead)
         with self._lock:
             self._room.notify_all()
 
@@ -152,8 +157,7 @@ class Filler:
         finally:
             self.wait_s += time.monotonic() - begun
         with self._lock:
-            made = self._made[place]
-            return made.patches[number] if made.error is None else made.error
+            return self._made.get(place, number)
 
     def taken(self, epoch: int, index: int, step: int) -> None:
         """Let go of a patch that was delivered.
@@ -167,11 +171,7 @@ class Filler:
         place = (epoch, position)
         with self._lock:
             self._schedule.advance(epoch, step)
-            made = self._made.get(place)
-            if made is not None and made.patches.pop(number, None) is not None:
-                self._admission.release(made.patch_bytes)
-                if not made.patches:
-                    del self._made[place]
+            self._made.take(place, number)
             self._room.notify_all()
 
     def buffered(self, epoch: int | None = None) -> dict[Place, tio.Subject]:
@@ -179,9 +179,8 @@ class Filler:
         with self._lock:
             return {
                 (place[0], self._schedule.plan(place[0]).start(place[1]) + number): patch
-                for place, made in self._made.items()
+                for place, number, patch in self._made
                 if epoch is None or place[0] == epoch
-                for number, patch in made.patches.items()
             }
 
     def close(self) -> None:
@@ -190,7 +189,7 @@ class Filler:
             self._closed = True
             self._generation += 1
             self._schedule.forget()
-            self._discard(lambda _place: True)
+            self._made.discard(lambda _place: True)
             self._room.notify_all()
             self._ready.notify_all()
         self._source.prefetch(())
@@ -245,7 +244,7 @@ class Filler:
                     return None
                 generation = self._generation
                 index = self._schedule.index(place)
-                occurrence = self._schedule.plan(place[0]).occurrence(place[1])
+                occurrence = self._schedule.plan(place[0]).occurrences[place[1]]
                 wanted = self._schedule.wanted(place)
             need = self._source.need(index)
             charge_bytes = need.work_bytes + need.patch_bytes * self._source.count(index)
@@ -254,12 +253,13 @@ class Filler:
                 while not self._closed and self._current(job) and self._schedule.next() == place:
                     if self._admissible(job, need):
                         return self._enter(job)
-                    if self._stuck(job, need):
+                    if not self._stuck(job, need):
+                        self._rest()
+                    elif not self._make_way(job):
                         if need.known:
                             self._refuse(job)
                             break
                         return self._enter(self._squeeze(job))
-                    self._rest()
 
     def _served(self) -> bool:
         return self._num_workers == 0 and self._awaited in self._made
@@ -305,6 +305,19 @@ class Filler:
         awaited = self._awaited is not None and self._awaited >= job.place
         return awaited or self._admission.idle
 
+    def _make_way(self, job: _Job) -> bool:
+        """Drop a subject that was made too far ahead, to be made again; return whether one was.
+
+        A subject that was given back, or added to the end of an epoch, comes before what was
+        made meanwhile, and must not be refused for the room that this takes.
+        """
+        place = self._made.furthest(self._schedule.wanted)
+        if place is None or place <= job.place:
+            return False
+        self._made.discard(lambda other: other == place)
+        self._schedule.give_back(place)
+        return True
+
     def _squeeze(self, job: _Job) -> _Job:
         """Return a job of unknown size with what the budget has left; its header will tell."""
         left = max(self._admission.budget_bytes - self._admission.charged_bytes, 0)
@@ -322,7 +335,7 @@ class Filler:
         budget_bytes = self._admission.budget_bytes
         error = refuse_subject(name, held + job.charge_bytes, budget_bytes, advice)
         self._schedule.claim(job.place)
-        self._made[job.place] = _Made(error=error)
+        self._made.fail(job.place, error)
         self._ready.notify_all()
 
     def _deposit(self, ticket: int, job: _Job, production: Production | None) -> None:
@@ -335,18 +348,12 @@ class Filler:
                 self._admission.release(job.charge_bytes)
                 self._schedule.give_back(job.place)
             else:
-                self._keep(job, production)
+                self._made.keep(job.place, production, job.wanted, job.charge_bytes)
+                if production.error is None:
+                    self._sized = True
+                    self.subjects += 1
             self._room.notify_all()
             self._ready.notify_all()
-
-    def _keep(self, job: _Job, production: Production) -> None:
-        kept = {n: patch for n, patch in enumerate(production.patches) if n in job.wanted}
-        made = _Made(kept, production.patch_bytes, production.error)
-        self._admission.settle(job.charge_bytes, len(kept) * made.patch_bytes)
-        if made.error is None:
-            self._sized = True
-            self.subjects += 1
-        self._made[job.place] = made
 
     def _fill_until(self, place: Place) -> None:
         """Make subjects in this thread, in order, until one is made."""
@@ -387,11 +394,6 @@ class Filler:
         charged = f"{self._admission.charged_bytes} of {self._admission.budget_bytes}"
         text = "The queue has waited %.0f s for %s; in work: %s; RAM charged: %s bytes"
         _LOGGER.warning(text, waited_s, name, busy or "nothing", charged)
-
-    def _discard(self, chosen: Callable[[Place], bool]) -> None:
-        for place in [place for place in self._made if chosen(place)]:
-            made = self._made.pop(place)
-            self._admission.release(len(made.patches) * made.patch_bytes)
 
 
 _CLOSED = "Cannot take a patch: the queue is closed. Make a new one."

@@ -91,14 +91,14 @@ class BudgetedQueue(QueueView):
             verbose: As in TorchIO.
             ram_budget: Bytes, text like ``"4 GB"``, or ``"auto"``: half of what is available.
             seed: Decides every draw; None takes one from the system.
-            on_error: ``"raise"`` or ``"skip"`` a subject that cannot be made into patches.
+            on_error: ``"raise"`` or ``"skip"`` a subject that cannot be made into patches. With
+                ranks, its share is taken by the rank's next subjects.
             patch_transform: Applied to each patch in the background.
             on_release: ``"keep"`` or ``"drop"`` a subject's content once its patches are made.
 
         Raises:
             ValueError: A parameter is out of range, or two exclude each other.
             RamBudgetError: The budget cannot hold a subject whose size is known.
-            NotImplementedError: ``on_error="skip"`` with several ranks.
         """
         queue_checks.check_choices(
             max_length=max_length,
@@ -133,7 +133,9 @@ class BudgetedQueue(QueueView):
         self._delivered = 0
         install_seed_guard()
         self._build(PassStart())
-        queue_checks.refuse_unequal_ranks(self._planner, subject_sampler, on_error)
+        self._has_ranks = queue_checks.count_ranks(subject_sampler) > 1
+        if self._has_ranks:
+            queue_checks.refuse_unequal_ranks(self._planner)
         queue_checks.refuse_large_subjects(
             self._source,
             self._planner,
@@ -361,8 +363,14 @@ class BudgetedQueue(QueueView):
             if self.on_error == "raise" or isinstance(made, NEVER_SKIPPED):
                 current.failed = True
                 raise queue_checks.name_error(name, made) from made
-            current.skip(position)
             self.skipped.append(SkippedSubject.because(name, made, index=subject, epoch=epoch))
+            if not self._has_ranks:
+                current.skip(position)
+            elif current.replace(position):
+                self._filler.extend(current.plan)
+            else:
+                current.failed = True
+                raise queue_checks.name_error(name, made) from made
         raise StopIteration
 
     def _choose_length(self) -> int:

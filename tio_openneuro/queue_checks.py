@@ -82,25 +82,23 @@ def refuse_other_generators(dataset: tio.SubjectsDataset, *targets: object) -> N
             raise ValueError(message)
 
 
-def refuse_unequal_ranks(planner: Planner, subject_sampler: object, on_error: str) -> None:
-    """Refuse what would give ranks different numbers of patches.
-
-    Raises:
-        ValueError: Subjects differ in their numbers of patches.
-        NotImplementedError: Subjects may be skipped.
-    """
+def count_ranks(subject_sampler: object) -> int:
+    """Return in how many processes the training runs that must have equal numbers of patches."""
     ranks = 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         ranks = torch.distributed.get_world_size()
     if isinstance(subject_sampler, DistributedSampler):
         ranks = max(ranks, subject_sampler.num_replicas)
-    if ranks > 1 and on_error == "skip":
-        message = (
-            "Cannot skip subjects with several ranks yet: their numbers of patches would differ. "
-            "Use on_error='raise'."
-        )
-        raise NotImplementedError(message)
-    if ranks > 1 and planner.uniform is None:
+    return ranks
+
+
+def refuse_unequal_ranks(planner: Planner) -> None:
+    """Refuse what would give ranks different numbers of patches.
+
+    Raises:
+        ValueError: Subjects differ in their numbers of patches.
+    """
+    if planner.uniform is None:
         message = (
             "Cannot give ranks equal numbers of patches: subjects differ in num_samples. Give "
             "every subject the same."

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tio_openneuro.passes import PassStart
+from tio_openneuro.passes import PassStart, Replacement
 
 STATE_VERSION = 1
 LONGEST_SKIPPED = 500
@@ -112,6 +112,7 @@ class QueueState:
             "step": self.start.step,
             "next_index": self.start.next_index,
             "holes": sorted(self.start.holes),
+            "replacements": [[r.step, r.index, r.count] for r in self.start.replacements],
             "order": None if self.order is None else _pack(self.order),
             "skipped": [[s.unit, s.reason, s.index, s.epoch] for s in self.skipped],
             "parts": dict(self.parts),
@@ -133,11 +134,16 @@ class QueueState:
                 f"library reads {STATE_VERSION}. Use the library version that wrote it."
             )
             raise ValueError(message)
-        holes = frozenset(state["holes"])
         return cls(
             seed=state["seed"],
             window=state["window"],
-            start=PassStart(state["epoch"], state["step"], state["next_index"], holes),
+            start=PassStart(
+                state["epoch"],
+                state["step"],
+                state["next_index"],
+                frozenset(state["holes"]),
+                tuple(Replacement(*entry) for entry in state["replacements"]),
+            ),
             order=None if state["order"] is None else _unpack(state["order"]),
             skipped=tuple(SkippedSubject(*entry) for entry in state["skipped"]),
             parts=state["parts"],

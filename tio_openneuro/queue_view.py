@@ -115,6 +115,7 @@ class QueueView(tio.Queue):
     def statistics(self) -> QueueStatistics:
         """Return what was done and what is held."""
         start = self._next if self._pass is None else self._pass.here()
+        replaced = sum(replacement.count for replacement in start.replacements)
         return QueueStatistics(
             patches=self._delivered,
             subjects=self._filler.subjects,
@@ -127,6 +128,6 @@ class QueueView(tio.Queue):
             window=self.max_length,
             epoch=start.epoch,
             epoch_patches=start.step,
-            epoch_total=self._planner.total(start.epoch),
+            epoch_total=self._planner.total(start.epoch) + replaced,
             intra_op_threads=INTRA_OP_THREADS,
         )

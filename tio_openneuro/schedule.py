@@ -54,7 +54,8 @@ class Schedule:
         if not continues:
             self.forget()
             self._head = (plan.epoch, 0)
-            self._want(plan, indices)
+            if not whole:
+                self._want(plan, indices)
         self._plans = {plan.epoch: plan}
         if following is not None:
             self._plans[following.epoch] = following
@@ -62,6 +63,16 @@ class Schedule:
         self._head = max(self._head, (plan.epoch, 0))
         self._taken = (plan.epoch, plan.total - len(indices))
         return continues
+
+    def extend(self, plan: EpochPlan) -> None:
+        """Go on with a plan of the current epoch that has more subjects at its end.
+
+        Args:
+            plan: What the present plan is the beginning of.
+        """
+        place = (plan.epoch, len(self._plans[plan.epoch].order))
+        self._plans[plan.epoch] = plan
+        self._head = min(self._head, place)
 
     def forget(self) -> None:
         """Have nothing to make."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -78,16 +79,33 @@ class EpochPlan:
         order: Index in the dataset of each subject, by position.
         counts: Patches of each subject, by position.
         ends: Production index after the last patch of each subject, by position.
+        occurrences: How often each subject came before in this epoch, by position.
     """
 
     epoch: int
     order: tuple[int, ...]
     counts: tuple[int, ...]
-    ends: tuple[int, ...] = field(init=False)
+    ends: tuple[int, ...] = field(init=False, compare=False)
+    occurrences: tuple[int, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         """Sum the counts up."""
         object.__setattr__(self, "ends", tuple(accumulate(self.counts)))
+        seen: Counter[int] = Counter()
+        occurrences = []
+        for index in self.order:
+            occurrences.append(seen[index])
+            seen[index] += 1
+        object.__setattr__(self, "occurrences", tuple(occurrences))
+
+    def extended(self, index: int, count: int) -> EpochPlan:
+        """Return the plan with one more subject at its end.
+
+        Args:
+            index: Its index in the dataset.
+            count: Its patches.
+        """
+        return EpochPlan(self.epoch, (*self.order, index), (*self.counts, count))
 
     @property
     def total(self) -> int:
@@ -106,10 +124,6 @@ class EpochPlan:
         """
         position = bisect_right(self.ends, index)
         return position, index - self.start(position)
-
-    def occurrence(self, position: int) -> int:
-        """Return how often the subject at a position came before it in this epoch."""
-        return self.order[:position].count(self.order[position])
 
 
 class Draw:
@@ -138,6 +152,16 @@ class Draw:
         self._first = sum(plan.counts[:_FIRST_SUBJECTS])
         self._reached = 0
         self._candidates: list[int] = []
+        self._chosen: int | None = None
+
+    def extend(self, plan: EpochPlan) -> None:
+        """Go on with a plan that has more subjects at its end.
+
+        Args:
+            plan: What the present plan is the beginning of.
+        """
+        self.plan = plan
+        self._chosen = None
 
     @property
     def finished(self) -> bool:
@@ -161,10 +185,10 @@ class Draw:
         """Take the next patch, and return its production index."""
         index = self.peek()
         if self._shuffled:
-            slot = self._slot()
-            self._candidates[slot] = self._candidates[-1]
+            self._candidates[self._slot()] = self._candidates[-1]
             self._candidates.pop()
         self.step += 1
+        self._chosen = None
         return index
 
     def advance(self, step: int) -> None:
@@ -182,15 +206,17 @@ class Draw:
         """Return the production indices from which this step takes one, in no fixed order."""
         if not self._shuffled:
             return list(range(self.step, self.window_end()))
-        self._extend()
+        self._reach()
         return list(self._candidates)
 
     def _slot(self) -> int:
-        self._extend()
-        count = len(self._candidates)
-        return draw_below(count, self._seed, "patch", self.plan.epoch, self.step)
+        if self._chosen is None:
+            self._reach()
+            count = len(self._candidates)
+            self._chosen = draw_below(count, self._seed, "patch", self.plan.epoch, self.step)
+        return self._chosen
 
-    def _extend(self) -> None:
+    def _reach(self) -> None:
         end = self.window_end()
         if end > self._reached:
             self._candidates.extend(range(self._reached, end))
