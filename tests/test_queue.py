@@ -613,6 +613,7 @@ class ObservingDataset(tio.SubjectsDataset):
         """Make four subjects."""
         super().__init__([make_subject(n) for n in range(4)])
         self.prefetched = []
+        self.again = []
         self.events = []
 
     def __getitem__(self, index):
@@ -620,9 +621,10 @@ class ObservingDataset(tio.SubjectsDataset):
         self.events.append(("load", index))
         return super().__getitem__(index)
 
-    def prefetch_indices(self, indices):
-        """Note the order ahead."""
+    def prefetch_indices(self, indices, *, again=()):
+        """Note the order ahead, and what may follow it."""
         self.prefetched.append(list(indices))
+        self.again.append(list(again))
 
     def release_index(self, index, *, drop):
         """Note the release."""
@@ -639,7 +641,8 @@ def test_content_is_fetched_ahead_and_released_once_sampled(make_queue, on_relea
     assert sorted(first[:4]) == sorted(first[4:]) == [0, 1, 2, 3]
     list(queue)
     queue.close()
-    assert dataset.prefetched[-1] == []
+    assert dataset.prefetched[-1] == dataset.again[-1] == []
+    assert dataset.again[:-1] == [[0, 1, 2, 3]] * (len(dataset.again) - 1)
     events = dataset.events
     assert [index for kind, index in events if kind == "load"][:8] == first
     assert events[1::2] == [(on_release, index) for _, index in events[::2]][: len(events[1::2])]

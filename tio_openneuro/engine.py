@@ -185,14 +185,19 @@ class Engine:
             names = {file.key: runtime.store.content_of(file) for file in unit.files}
             yield {key: found[content] for key, content in names.items()}
 
-    def prefetch(self, units: Sequence[ContentUnit]) -> None:
+    def prefetch(self, units: Sequence[ContentUnit], *, again: Sequence[ContentUnit] = ()) -> None:
         """Make this the known order from now on, and fetch ahead along it; return at once.
 
         Without leases, in room that is free or held by what is used later. The first unit should
         be the one that is leased next.
+
+        Args:
+            units: The next uses, in order.
+            again: What is used after them in an order that is not known yet, the likeliest first;
+                it is not prefetched, and gives way in reverse.
         """
         runtime = self._here()
-        runtime.flights.cancel_prefetches(keep=runtime.prefetcher.replace(units))
+        runtime.flights.cancel_prefetches(keep=runtime.prefetcher.replace(units, again))
         if units:
             runtime.flights.start()
         runtime.signal.notify()

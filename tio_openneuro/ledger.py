@@ -110,13 +110,20 @@ class Ledger:
         wants: Sequence[Want],
         steps: int,
         *,
+        ahead_bytes: int = 0,
+        largest_bytes: int = 0,
         keep: frozenset[ContentId] = frozenset(),
         spare_bytes: int | None = None,
     ) -> Outcome:
         """Reserve without a lease: see :meth:`Decision.request_prefetch`."""
         with self._db.writing() as db:
             outcome = Decision(db, self.owner_id).request_prefetch(
-                wants, steps, keep=keep, spare_bytes=spare_bytes
+                wants,
+                steps,
+                ahead_bytes=ahead_bytes,
+                largest_bytes=largest_bytes,
+                keep=keep,
+                spare_bytes=spare_bytes,
             )
         return self._made_durable(outcome)
 

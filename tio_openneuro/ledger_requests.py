@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from tio_openneuro.errors import DiskBudgetError
-from tio_openneuro.eviction import ContentId, Resident, choose_victims
+from tio_openneuro.eviction import ContentId, Resident, choose_victims, prefetch_window
 from tio_openneuro.ledger_schema import (
     BUDGET,
     EVICTABLE,
+    ORDERS,
     PENDING,
     RECORD_PEAK,
     RESERVED,
@@ -132,6 +133,8 @@ class Decision:
         wants: Sequence[Want],
         steps: int,
         *,
+        ahead_bytes: int = 0,
+        largest_bytes: int = 0,
         keep: frozenset[ContentId] = frozenset(),
         spare_bytes: int | None = None,
     ) -> Outcome:
@@ -140,6 +143,9 @@ class Decision:
         Args:
             wants: Its content, each key of a clone once.
             steps: How many steps ahead the unit is used; only later content gives way.
+            ahead_bytes: Bytes that this owner fetched ahead and has not used; only what nobody is
+                known to use again gives way for more than :func:`prefetch_window`.
+            largest_bytes: Bytes of the largest unit of its order.
             keep: Content that does not give way in any case.
             spare_bytes: Free bytes of the disk above its floor, or None where none is kept.
 
@@ -155,8 +161,14 @@ class Decision:
             self._mark(orphaned, ContentState.DROPPING)
             return Outcome(victims=tuple(orphaned), why="drop")
         missing = [w for w in wants if w.content not in rows and not w.located]
-        short_bytes = sum(want.size_bytes for want in missing) - self._room(spare_bytes)
+        needed_bytes = sum(want.size_bytes for want in missing)
+        short_bytes = needed_bytes - self._room(spare_bytes)
         if missing and short_bytes > 0:
+            budget_bytes = int(self._db.execute(BUDGET).fetchone()[0])
+            orders = int(self._db.execute(ORDERS).fetchone()[0])
+            window_bytes = prefetch_window(budget_bytes, largest_bytes, orders)
+            # One unit may always come ahead, or a small share of the window would end prefetching.
+            full = ahead_bytes > 0 and ahead_bytes + needed_bytes > window_bytes
             short_bytes -= int(self._db.execute(PENDING).fetchone()[0])
             later, next_use = self._evictable(keep | {w.content for w in wants}, idle=True)
             turn = self._db.execute("SELECT turn FROM owner WHERE id = ?", (self._owner_id,))
@@ -165,6 +177,7 @@ class Decision:
             # else scoring between epochs and this prefetch evict each other's content in turn
             # (one epoch of the demo fetched 23.6 MB, now 18.9, 2026-11-20).
             later = [r for r in later if r.content in next_use or r.last_use <= since]
+            later = [r for r in later if not full or r.content not in next_use]
             later = [r for r in later if next_use.get(r.content, steps + 1) > steps]
             victims = choose_victims(later, short_bytes, next_use)
             if sum(victim.size_bytes for victim in victims) < short_bytes:

@@ -206,6 +206,10 @@ WHERE NOT refused AND NOT {_LEASED} AND (
     state = 'present' OR owner IS NULL OR (state = 'reserved' AND prefetch AND NOT cancel)
 )
 """
+ORDERS = (
+    "SELECT COUNT(*) FROM owner WHERE EXISTS "
+    "(SELECT 1 FROM upcoming WHERE upcoming.owner = owner.id)"
+)
 ROWS = f"SELECT clone, key, size_bytes, state, COALESCE(owner, ''), {_LEASED} FROM content"
 FORGET_EMPTY = (
     f"DELETE FROM content WHERE state = 'reserved' AND owner IS NULL AND empty AND NOT {_LEASED}"

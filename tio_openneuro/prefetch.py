@@ -24,6 +24,8 @@ _LOGGER = logging.getLogger(__name__)
 _POLL_S = 0.05
 _VERIFY_S = 1.0
 _IDLE_S = 60.0
+_AGAIN = 1 << 40
+"""Position, beyond any known one, of the first use that is expected at a time not known yet."""
 
 
 @dataclass(eq=False, slots=True)
@@ -35,6 +37,7 @@ class _Entry:
         unit: The unit.
         files: Its files by content.
         ready: Whether all of it was there or on its way when last looked at.
+        fetched_bytes: Bytes of it that were absent and are fetched ahead.
         dropped: Whether another order took the place of the one that it belongs to.
     """
 
@@ -42,6 +45,7 @@ class _Entry:
     unit: ContentUnit
     files: dict[ContentId, ContentFile]
     ready: bool = False
+    fetched_bytes: int = 0
     dropped: bool = False
 
     def is_use_of(self, name: str, contents: Iterable[ContentId]) -> bool:
@@ -59,6 +63,9 @@ class Prefetcher:
         self._signal = signal
         self._mutex = threading.Lock()
         self._entries: list[_Entry] = []
+        self._fetched: set[_Entry] = set()
+        self._again: list[ContentUnit] = []
+        self._largest_bytes = 0
         self._reached = 0
         self._last = 0
         self._taken: Counter[str] = Counter()
@@ -68,8 +75,15 @@ class Prefetcher:
 
     # The order
 
-    def replace(self, units: Sequence[ContentUnit]) -> frozenset[ContentId]:
-        """Make this the order from now on; return all its content."""
+    def replace(
+        self, units: Sequence[ContentUnit], again: Sequence[ContentUnit] = ()
+    ) -> frozenset[ContentId]:
+        """Make this the order from now on; return all its content.
+
+        Args:
+            units: The next uses, in order.
+            again: What is used after them in an order that is not known yet, the likeliest first.
+        """
         files = [self._store.files_of(unit) for unit in units]
         with self._mutex:
             rest = self._entries
@@ -81,6 +95,7 @@ class Prefetcher:
                 for entry in rest:
                     entry.dropped = True
                 self._entries = []
+                self._fetched.clear()
                 self._reached = self._last
             added = [
                 _Entry(self._last + step, unit, contents)
@@ -92,7 +107,17 @@ class Prefetcher:
             self._last += len(added)
             self._taken.clear()
             self._blocked = None
+            self._largest_bytes = max((unit.size_bytes for unit in units), default=0)
             uses = [(e.position, e.unit.name, content) for e in added for content in e.files]
+            expected = list(again)
+            if not follows or expected != self._again:
+                follows, self._again = False, expected
+                uses = [(e.position, e.unit.name, c) for e in self._entries for c in e.files]
+                uses += [
+                    (_AGAIN + rank, unit.name, content)
+                    for rank, unit in enumerate(expected)
+                    for content in self._store.files_of(unit)
+                ]
             if uses or not follows:
                 self._ledger.set_order(uses, replace=not follows, reached=self._reached)
         return frozenset(content for contents in files for content in contents)
@@ -104,6 +129,7 @@ class Prefetcher:
             for index, entry in enumerate(self._entries):
                 if entry.is_use_of(unit.name, wanted):
                     del self._entries[index]
+                    self._fetched.discard(entry)
                     self._reached = max(self._reached, entry.position)
                     self._taken[unit.name] += 1
                     return entry.position
@@ -127,6 +153,7 @@ class Prefetcher:
             for entry in self._entries:
                 if entry.ready and not gone.isdisjoint(entry.files):
                     entry.ready = False
+                    self._fetched.discard(entry)
 
     # Fetching ahead
 
@@ -140,6 +167,7 @@ class Prefetcher:
             entry = next((entry for entry in self._entries if not entry.ready), None)
             waiting = bool(self._entries)
             steps = entry.position - self._reached if entry else 0
+            ahead_bytes = sum(each.fetched_bytes for each in self._fetched)
         if entry is None:
             self._verify()
             return _VERIFY_S if waiting else _IDLE_S
@@ -156,11 +184,16 @@ class Prefetcher:
         outcome = self._ledger.request_prefetch(
             wants,
             steps,
+            ahead_bytes=ahead_bytes,
+            largest_bytes=self._largest_bytes,
             keep=self._avoid,
             spare_bytes=self._store.spare_bytes(entry.files.values()),
         )
         if outcome.granted:
             entry.ready = True
+            entry.fetched_bytes = sum(w.size_bytes for w in wants if w.content in outcome.fetch)
+            with self._mutex:
+                self._fetched.add(entry)
             self._avoid = frozenset()
             for content in outcome.fetch:
                 fresh = content not in outcome.resumed

@@ -133,6 +133,7 @@ class SubjectSource:
         patch_transform: Callable[[tio.Subject], tio.Subject] | None,
         seed: int,
         drop: bool,
+        again: Sequence[int] = (),
     ) -> None:
         """Keep the parts; load nothing.
 
@@ -143,6 +144,7 @@ class SubjectSource:
             patch_transform: Applied to each patch, under the subject's generator.
             seed: The queue's seed.
             drop: Whether a subject's content is dropped once its patches are made.
+            again: Subjects of epochs whose order is not known yet, the likeliest first.
         """
         self.dataset = dataset
         self.sampler = sampler
@@ -154,6 +156,7 @@ class SubjectSource:
         )
         self._seed = seed
         self._drop = drop
+        self._again = again
         self._sizes: dict[int, SubjectSize] = {}
         self._largest_patch_bytes = 0
         self._growth = 1.0
@@ -230,7 +233,7 @@ class SubjectSource:
         """Tell the dataset which subjects come next, where it wants to know."""
         tell = getattr(self.dataset, "prefetch_indices", None)
         if callable(tell):
-            tell(indices)
+            tell(indices, again=self._again if indices else ())
 
     def close_dataset(self) -> None:
         """End the loads under way, where the dataset can be closed."""

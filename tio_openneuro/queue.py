@@ -146,6 +146,12 @@ class BudgetedQueue(QueueView):
 
     def _build(self, start: PassStart) -> None:
         """Make what depends on the seed and the window, to go on from there."""
+        self._order = SubjectOrder(
+            len(self.subjects_dataset),
+            self.subject_sampler,
+            seed=self.seed,
+            shuffled=self.shuffle_subjects,
+        )
         self._source = SubjectSource(
             self.subjects_dataset,
             self.sampler,
@@ -153,12 +159,7 @@ class BudgetedQueue(QueueView):
             patch_transform=self.patch_transform,
             seed=self.seed,
             drop=self.on_release == "drop",
-        )
-        self._order = SubjectOrder(
-            len(self.subjects_dataset),
-            self.subject_sampler,
-            seed=self.seed,
-            shuffled=self.shuffle_subjects,
+            again=self._order.likeliest(),
         )
         self._planner = Planner(self._order, self._source.count, len(self.subjects_dataset))
         self._admission = Admission(self.ram_budget_bytes)

@@ -219,6 +219,8 @@ class Runtime:
                 if outcome.granted:
                     if self._is_sound(outcome, files):
                         self.counters.hit(len(files) - len(outcome.fetch))
+                        if position is not None:
+                            self.signal.notify()  # one more may be fetched ahead
                         return outcome
                     self.ledger.end_lease(outcome.lease_id)
                     continue

@@ -109,6 +109,17 @@ class SubjectOrder:
             self._known[epoch] = order
         return self._known[epoch]
 
+    def likeliest(self) -> list[int]:
+        """Return the subjects that an epoch of unknown order may have, the likeliest first."""
+        chosen = getattr(self._live, "indices", None)
+        weights = getattr(self._live, "weights", None)
+        if chosen is None or not all(0 <= int(index) < self._count for index in chosen):
+            chosen = range(self._count)
+        found = sorted({int(index) for index in chosen})
+        if weights is None or len(weights) != self._count:
+            return found
+        return sorted(found, key=lambda index: -float(weights[index]))
+
     def recall(self, epoch: int, order: tuple[int, ...]) -> None:
         """Set the order of an epoch that was begun before a restart.
 
