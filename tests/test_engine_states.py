@@ -144,7 +144,7 @@ class Engines(RuleBasedStateMachine):
         for engine in self.engines:
             runtime = engine._here()
             # Whoever looks ahead may just have found something to fetch.
-            with runtime.flights._ahead:
+            with runtime.flights._planning:
                 pass
             while runtime.flights._known:
                 runtime.signal.wait(runtime.signal.value, 0.01)

@@ -41,7 +41,7 @@ def fetch(
             _LOGGER.info("Stopped fetching at %s: the disk budget is full.", unit.name)
             break
         under_way.flights += started
-        under_way.collect(jobs - 1)
+        under_way.collect(2 * jobs - 1)
         done_bytes += unit.size_bytes
         if on_progress is not None:
             on_progress(done_bytes, total_bytes)

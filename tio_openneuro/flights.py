@@ -1,7 +1,8 @@
 """Fetches under way: one per key in a process, on a bounded number of daemon threads.
 
-Owns the threads and the queue of fetches. What is leased goes before what is prefetched. The
-threads hold nothing of the user's but the units that they fetch; they end with :meth:`close`.
+Owns the threads and the queue of fetches: some that fetch, and one that reserves ahead of them,
+so that a connection that is done goes on at once. What is leased goes before what is prefetched.
+The threads hold nothing of the user's but the units that they fetch; they end with :meth:`close`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,22 @@ from tio_openneuro.eviction import ContentId
 
 _LOGGER = logging.getLogger(__name__)
 _IDLE_S = 60.0
+_CANCEL_POLL_S = 0.1
+_SHORTEST_PAUSE_S = 0.002
+_LONGEST_PAUSE_S = 0.25
+_PAUSE_SHARE = 8
+
+
+def growing_pause_s(waited_s: float) -> float:
+    """Return how long to wait before looking again at what other processes change.
+
+    What they do is found out late by an eighth of the wait at most, and a long wait costs next to
+    no processor time: four looks a second.
+
+    Args:
+        waited_s: Seconds since the wait began.
+    """
+    return min(max(_SHORTEST_PAUSE_S, waited_s / _PAUSE_SHARE), _LONGEST_PAUSE_S)
 
 
 class Signal:
@@ -80,6 +97,7 @@ class Flights:
         signal: Signal,
         run: Callable[[Flight], None],
         look_ahead: Callable[[], float],
+        cancelled: Callable[[ContentId], bool],
     ) -> None:
         """Start nothing yet.
 
@@ -89,13 +107,16 @@ class Flights:
             run: Carries out one fetch and tells the ledger; its errors end up in the flight.
             look_ahead: Tries to begin the next prefetch. Returns seconds to wait before it is
                 worth another try: zero if it began one.
+            cancelled: Says whether somebody needs the room of a prefetch that has not begun.
         """
         self._jobs = jobs
         self._signal = signal
         self._run = run
         self._look_ahead = look_ahead
+        self._cancelled = cancelled
         self._mutex = threading.Lock()
-        self._ahead = threading.Lock()
+        # Held while a prefetch may be about to begin: who takes it knows that none is.
+        self._planning = threading.Lock()
         self._known: dict[ContentId, Flight] = {}
         self._leased: deque[Flight] = deque()
         self._prefetched: deque[Flight] = deque()
@@ -149,9 +170,13 @@ class Flights:
     def start(self) -> None:
         """Start the threads, if they do not run."""
         with self._mutex:
-            while not self._closing and len(self._threads) < self._jobs:
-                name = f"tio-openneuro-fetch-{len(self._threads)}"
-                thread = threading.Thread(target=self._work, name=name, daemon=True)
+            if self._closing or self._threads:
+                return
+            numbered = [(f"fetch-{number}", self._serve) for number in range(self._jobs)]
+            for name, work in [*numbered, ("ahead", self._plan)]:
+                thread = threading.Thread(
+                    target=self._work, args=(work,), name=f"tio-openneuro-{name}", daemon=True
+                )
                 self._threads.append(thread)
                 self._running += 1
                 thread.start()
@@ -165,9 +190,9 @@ class Flights:
             flight.started = True
             return flight
 
-    def _work(self) -> None:
+    def _work(self, work: Callable[[], None]) -> None:
         try:
-            self._serve()
+            work()
         finally:
             with self._mutex:
                 self._running -= 1
@@ -176,27 +201,56 @@ class Flights:
                 last()
 
     def _serve(self) -> None:
+        """Carry out what is queued."""
         while True:
             seen = self._signal.value
             if self._closing:
                 return
             flight = self._take()
-            if flight is not None:
+            if flight is None:
+                self._signal.wait(seen, _IDLE_S)
+            else:
                 self._carry_out(flight)
-                continue
-            pause_s = _IDLE_S
-            if self._ahead.acquire(blocking=False):
-                # One thread looks ahead at a time; the others wait for what it finds.
-                try:
-                    pause_s = self._look_ahead()
-                except Exception:
-                    if self._closing:
-                        return
-                    _LOGGER.exception("Prefetching stops: the ledger could not be used.")
-                finally:
-                    self._ahead.release()
+
+    def _plan(self) -> None:
+        """Keep as many prefetches queued as can run at once, and give up those not wanted."""
+        while True:
+            seen = self._signal.value
+            if self._closing:
+                return
+            try:
+                with self._planning:
+                    pause_s = self._plan_once()
+            except Exception:
+                if self._closing:
+                    return
+                _LOGGER.exception("Prefetching stops: the ledger could not be used.")
+                pause_s = _IDLE_S
             if pause_s > 0:
                 self._signal.wait(seen, pause_s)
+
+    def _plan_once(self) -> float:
+        """Return seconds after which another look is worth its while."""
+        with self._mutex:
+            waiting = list(self._prefetched)
+        for flight in waiting:
+            if not flight.cancel.is_set() and self._cancelled(flight.content):
+                flight.cancel.set()
+            if flight.cancel.is_set() and self._claim(flight):
+                self._carry_out(flight)
+        if len(waiting) >= self._jobs:
+            return _CANCEL_POLL_S
+        pause_s = self._look_ahead()
+        return min(pause_s, _CANCEL_POLL_S) if waiting else pause_s
+
+    def _claim(self, flight: Flight) -> bool:
+        """Take one prefetch out of the queue; return whether nobody else did."""
+        with self._mutex:
+            if flight not in self._prefetched:
+                return False
+            self._prefetched.remove(flight)
+            flight.started = True
+            return True
 
     def _carry_out(self, flight: Flight) -> None:
         try:

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from tio_openneuro.content import ContentFile, ContentUnit
 from tio_openneuro.errors import TioOpenNeuroError
 from tio_openneuro.eviction import ContentId
-from tio_openneuro.flights import Flight, Flights, Signal
+from tio_openneuro.flights import Flight, Flights, Signal, growing_pause_s
 from tio_openneuro.ledger import Ledger
 from tio_openneuro.store import Store
 
 _LOGGER = logging.getLogger(__name__)
-_POLL_S = 0.05
 _VERIFY_S = 1.0
 _IDLE_S = 60.0
 _AGAIN = 1 << 40
@@ -71,7 +70,8 @@ class Prefetcher:
         self._taken: Counter[str] = Counter()
         self._avoid: frozenset[ContentId] = frozenset()
         self._blocked: tuple[int, int] | None = None
-        self._verified_s = 0.0
+        self._blocked_s = 0.0
+        self._verified: tuple[int, float] = (-1, 0.0)
 
     # The order
 
@@ -174,7 +174,7 @@ class Prefetcher:
         now = (self._signal.value, self._ledger.changes())
         if now == self._blocked:
             self._verify()
-            return _POLL_S
+            return growing_pause_s(time.monotonic() - self._blocked_s)
         try:
             wants = self._store.wants(entry.files)
         except TioOpenNeuroError as error:
@@ -210,14 +210,16 @@ class Prefetcher:
             reason = f"for {entry.unit.name}, used sooner"
             self._avoid |= self._store.drop(outcome.victims, reason)
             return 0
-        self._blocked = now
-        return _POLL_S
+        self._blocked, self._blocked_s = now, time.monotonic()
+        return growing_pause_s(0)
 
     def _verify(self) -> None:
         """Look again, now and then, whether others evicted what was prefetched."""
-        if time.monotonic() - self._verified_s < _VERIFY_S:
+        now_s, changes = time.monotonic(), self._ledger.changes()
+        # Our own evictions are told to lost(): without a change by others there is nothing new.
+        if now_s - self._verified[1] < _VERIFY_S or changes == self._verified[0]:
             return
-        self._verified_s = time.monotonic()
+        self._verified = (changes, now_s)
         with self._mutex:
             ready = [entry for entry in self._entries if entry.ready]
         there = self._ledger.rows(content for entry in ready for content in entry.files)

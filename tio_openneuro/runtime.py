@@ -19,7 +19,7 @@ from typing import NoReturn
 from tio_openneuro.content import ContentFile, ContentUnit
 from tio_openneuro.errors import DiskBudgetError, FetchError, LedgerError, TioOpenNeuroError
 from tio_openneuro.eviction import ContentId
-from tio_openneuro.flights import Flight, Flights, Signal
+from tio_openneuro.flights import Flight, Flights, Signal, growing_pause_s
 from tio_openneuro.ledger import Ledger
 from tio_openneuro.ledger_schema import ContentState, Outcome, Row
 from tio_openneuro.prefetch import Prefetcher
@@ -29,8 +29,6 @@ from tio_openneuro.statistics import Counters
 from tio_openneuro.store import OpenRepo, Store
 
 _LOGGER = logging.getLogger(__name__)
-_FIRST_PAUSE_S = 0.002
-_LONGEST_PAUSE_S = 0.05
 _REAP_S = 1.0
 _SLOWEST_BYTES_PER_S = 50_000
 _GRACE_S = 60.0
@@ -77,7 +75,9 @@ class Runtime:
             self.ledger, self.counters, self.signal, settings.open_repo, settings.floor_bytes
         )
         self.prefetcher = Prefetcher(self.ledger, self.store, self.signal)
-        self.flights = Flights(settings.jobs, self.signal, self._run, self._look_ahead)
+        self.flights = Flights(
+            settings.jobs, self.signal, self._run, self._look_ahead, self.ledger.cancelled
+        )
         self._reaped_s = time.monotonic()
         self._closed = False
         try:
@@ -106,17 +106,17 @@ class Runtime:
 
     def wait(self, since: tuple[int, int], deadline_s: float) -> None:
         """Wait until something differs from then; reap dead owners meanwhile."""
-        pause_s = _FIRST_PAUSE_S
+        begun_s = time.monotonic()
         while (now_s := time.monotonic()) < deadline_s:
             if now_s - self._reaped_s > _REAP_S:
                 self._reaped_s = now_s
                 if self.ledger.reap():
                     return
-            # Within the process a notification wakes us; other processes can only be looked at.
-            pause_s = min(pause_s, deadline_s - now_s)
+            # Within the process a notification wakes us; other processes can only be looked at,
+            # the more rarely the longer it takes.
+            pause_s = min(growing_pause_s(now_s - begun_s), deadline_s - now_s)
             if self.signal.wait(since[0], pause_s) or self.ledger.changes() != since[1]:
                 return
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def who_leases(self) -> str:
         """Return, for messages, how much is leased and by whom."""
