@@ -18,7 +18,7 @@ LAYERS = [
     "bids participants patterns joining grouping selection splits split_files",
     "flights store prefetch runtime bulk audit engine",
     "catalog summary",
-    "machine memory headers image",
+    "machine memory headers reader image",
     "subjects",
     "batching dividing",
     "dataset",

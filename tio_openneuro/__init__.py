@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tio_openneuro.dataset import DataladSubjectsDataset
     from tio_openneuro.errors import (
         ContentMismatchError,
+        DamagedImageError,
         DiskBudgetError,
         DropRefusedError,
         FetchError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BudgetedQueue",
     "ContentMismatchError",
+    "DamagedImageError",
     "DataladSubjectsDataset",
     "DiskBudgetError",
     "DiskStatistics",

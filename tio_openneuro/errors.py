@@ -11,6 +11,7 @@
     ├── SelectionError           the patterns do not select what can be batched (ValueError)
     ├── SplitError               the units cannot be divided as asked (ValueError)
     ├── UnsafeDatasetError       the repository tries what it must not
+    ├── DamagedImageError        a file is cut off, or fails its own checksum
     └── LedgerError              disk and ledger disagree, or the root cannot hold a ledger
 
 Every message says what could not be done, to which named thing, the numbers, the likely cause,
@@ -75,6 +76,10 @@ class SplitError(TioOpenNeuroError, ValueError):
 
 class UnsafeDatasetError(TioOpenNeuroError):
     """The repository tries something that an untrusted dataset must not."""
+
+
+class DamagedImageError(TioOpenNeuroError):
+    """An image file holds less than its header states, or fails its own checksum."""
 
 
 class LedgerError(TioOpenNeuroError):

@@ -11,10 +11,12 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 from nibabel.nifti1 import data_type_codes
 
 from tio_openneuro.errors import RamBudgetError, UnsafeDatasetError
@@ -27,15 +29,54 @@ if TYPE_CHECKING:
 
 ImageSize = tuple[int, int, int]
 _SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
+HEADER_BYTES = 544
+PLAIN_EXTENSION_BYTES = 1 << 20
+GZIP = b"\x1f\x8b"
 _LEAST_ITEM_BYTES = 4
-_HEADER_BYTES = 544
-_GZIP = b"\x1f\x8b"
 _NIFTI1_BYTES = 348
 _NIFTI2_BYTES = 540
 _MOST_DIMENSIONS = 7
-_PLAIN_EXTENSION_BYTES = 1 << 20
 _MGH_VERSION = 1
 _MGH_FRAMES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class NiftiHeader:
+    """What a NIfTI-1 or NIfTI-2 header says of its voxels, as it stands there.
+
+    Attributes:
+        single: Whether its magic says that the voxels follow in the same file.
+        order: Order of bytes, ``"<"`` or ``">"``.
+        shape: Its dimensions, first one fastest; may be zero or negative.
+        datatype: Its code of the voxels' type.
+        bits: What it says that a voxel has.
+        header_bytes: Where the header ends.
+        offset_bytes: Where the voxels begin.
+        extended: Whether extensions follow the header.
+        slope: Factor of the stored numbers.
+        intercept: Added after that.
+        intent: Its code of what the numbers mean.
+    """
+
+    single: bool
+    order: str
+    shape: tuple[int, ...]
+    datatype: int
+    bits: int
+    header_bytes: int
+    offset_bytes: float
+    extended: bool
+    slope: float
+    intercept: float
+    intent: int
+
+    @property
+    def stored(self) -> np.dtype[Any] | None:
+        """The voxels' type in native order, or None where its code is unknown."""
+        if self.datatype not in data_type_codes:
+            return None
+        stored: np.dtype[Any] = np.dtype(cast("Any", data_type_codes.dtype[self.datatype]))
+        return stored
 
 
 def measure_header(path: Path) -> ImageSize | None:
@@ -51,24 +92,41 @@ def measure_header(path: Path) -> ImageSize | None:
     if not path.name.endswith(_SUFFIXES):
         return None
     try:
-        header = _first_bytes(path)
+        header = first_bytes(path)
         return _measure_mgh(header) if ".mg" in path.suffix else _measure_nifti(header)
     except (OSError, EOFError, zlib.error, struct.error, ValueError, OverflowError):
         return None
 
 
-def _first_bytes(path: Path) -> bytes:
-    """Return the first bytes of a file, inflated where it is compressed."""
+def first_bytes(path: Path) -> bytes:
+    """Return the first ``HEADER_BYTES`` of a file, inflated where it is compressed.
+
+    Args:
+        path: A local file.
+
+    Raises:
+        OSError: It cannot be read, or is damaged.
+        EOFError: Its compressed data end before them.
+        zlib.error: Its compressed data are damaged.
+    """
     with path.open("rb") as file:
-        compressed = file.read(len(_GZIP)) == _GZIP
+        compressed = file.read(len(GZIP)) == GZIP
         file.seek(0)
         if not compressed:
-            return file.read(_HEADER_BYTES)
+            return file.read(HEADER_BYTES)
         with gzip.open(file) as inflated:
-            return inflated.read(_HEADER_BYTES)
+            return inflated.read(HEADER_BYTES)
 
 
-def _measure_nifti(header: bytes) -> ImageSize | None:
+def parse_nifti(header: bytes) -> NiftiHeader | None:
+    """Return what a header says, or None where it is none.
+
+    Args:
+        header: The first ``HEADER_BYTES`` of a file, inflated.
+
+    Raises:
+        struct.error: They are fewer than a header has.
+    """
     sizes = [struct.unpack_from(f"{order}i", header)[0] for order in "<>"]
     second = _NIFTI2_BYTES in sizes
     at, word = (16, "8q") if second else (40, "8h")
@@ -79,16 +137,37 @@ def _measure_nifti(header: bytes) -> ImageSize | None:
             break
     else:
         return None
-    shape = [abs(size) for size in dims[:count]]
     datatype, bits = struct.unpack_from(f"{order}hh", header, 12 if second else 70)
-    stored = data_type_codes.dtype[datatype] if datatype in data_type_codes else None
-    stored_bytes = int(getattr(stored, "itemsize", 0))
-    item_bytes = max(stored_bytes, abs(bits) // 8, _LEAST_ITEM_BYTES)
-    begin = _NIFTI2_BYTES if second else _NIFTI1_BYTES
-    offset = struct.unpack_from(order + ("q" if second else "f"), header, 168 if second else 108)[0]
-    extension_bytes = int(offset) - begin if any(header[begin : begin + 1]) else 0
+    real, begin = (f"{order}qdd", 168) if second else (f"{order}fff", 108)
+    offset, slope, intercept = struct.unpack_from(real, header, begin)
+    integer, place = (f"{order}i", 504) if second else (f"{order}h", 68)
+    intent = struct.unpack_from(integer, header, place)[0]
+    end = _NIFTI2_BYTES if second else _NIFTI1_BYTES
+    return NiftiHeader(
+        single=header[4:8] == b"n+2\0" if second else header[344:348] == b"n+1\0",
+        order=order,
+        shape=tuple(dims[:count]),
+        datatype=datatype,
+        bits=bits,
+        header_bytes=end,
+        offset_bytes=offset,
+        extended=any(header[end : end + 1]),
+        slope=slope,
+        intercept=intercept,
+        intent=intent,
+    )
+
+
+def _measure_nifti(first: bytes) -> ImageSize | None:
+    header = parse_nifti(first)
+    if header is None:
+        return None
+    shape = [abs(size) for size in header.shape]
+    stored_bytes = header.stored.itemsize if header.stored is not None else 0
+    item_bytes = max(stored_bytes, abs(header.bits) // 8, _LEAST_ITEM_BYTES)
+    extension_bytes = int(header.offset_bytes) - header.header_bytes if header.extended else 0
     channels, voxels = prod(shape[3:]), prod(shape[:3])
-    if extension_bytes > _PLAIN_EXTENSION_BYTES:
+    if extension_bytes > PLAIN_EXTENSION_BYTES:
         voxels += extension_bytes // (item_bytes * max(channels, 1)) + 1
     return max(channels, 1), voxels, item_bytes
 
