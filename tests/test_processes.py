@@ -177,6 +177,18 @@ def test_killed_coprocess_leaves_no_grandchild() -> None:
     assert gone(child.pid)
 
 
+def test_what_a_dead_coprocess_left_is_killed() -> None:
+    """Where the child was killed and what it started goes on, that ends with :meth:`kill`."""
+    child = Coprocess([sys.executable, "-c", PARENT])
+    grandchild = int(child.read_line(10.0) or b"0")
+    psutil.Process(child.pid).kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not child.alive
+    assert psutil.Process(grandchild).is_running()
+    child.kill()
+    assert gone(grandchild)
+
+
 def test_coprocess_that_dies_ends_the_output_and_keeps_its_words() -> None:
     """The end of the child is the end of its lines; what it said on stderr can be read."""
     child = Coprocess([sys.executable, "-c", "import sys; print('last'); sys.exit('broken')"])

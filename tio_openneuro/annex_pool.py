@@ -68,6 +68,10 @@ class AnnexChildren:
             if self._dropper is None or not self._dropper.alive:
                 self._dropper = self._start_dropper()
             dropper = self._dropper
+            if self.closing.is_set():
+                # Closed while it was started: whoever closed may not have seen it.
+                dropper.kill()
+                return "the clone was closed"
             try:
                 dropper.write_line(key_text.encode(errors="surrogateescape"))
                 line = dropper.read_line(_DROP_TIMEOUT_S)

@@ -179,6 +179,18 @@ def _start(
         raise MissingProgramError(message, arguments=tuple(arguments)) from error
 
 
+def has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Return whether a child has ended, where possible without collecting it.
+
+    Until it is collected no other group gets its number: what it leaves behind can be killed.
+    """
+    if sys.platform == "linux" and process.returncode is None:
+        with contextlib.suppress(ChildProcessError):
+            options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, process.pid, options) is not None
+    return process.poll() is not None
+
+
 def kill_group(process: subprocess.Popen[bytes]) -> None:
     """Kill a child and its process group, and wait until the child is gone."""
     if sys.platform == "win32":
@@ -191,7 +203,8 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
             )
             process.kill()
     elif process.returncode is None:
-        # Not reaped yet: the group's number cannot have been given to another process.
+        # Not collected yet: the group's number cannot have been given to another one. git may have
+        # been killed, while the git-annex that it started goes on.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -297,7 +310,7 @@ class Coprocess:
     @property
     def alive(self) -> bool:
         """Whether the child runs and its output is open."""
-        return not self._ended and self._process.poll() is None
+        return not self._ended and not has_ended(self._process)
 
     @property
     def stderr(self) -> str:
