@@ -10,9 +10,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import budget
+import eviction
+import growth
 import indexing
 import ledger_cost
+import peers
 import throughput
+import training
 from rich.console import Console
 
 BENCHMARKS = {
@@ -20,6 +24,10 @@ BENCHMARKS = {
     "ledger": ledger_cost,
     "budget": budget,
     "indexing": indexing,
+    "eviction": eviction,
+    "training": training,
+    "peers": peers,
+    "growth": growth,
 }
 
 

@@ -33,7 +33,7 @@ COMPARED = (1_000, 10_000)
 WANTED_RATIO = 2.0
 WANTED_BYTES = 1_000
 _PER_SUBJECT = 5
-_UUID = "0f0f0f0f-1111-4222-8333-444444444444"
+UUID = "0f0f0f0f-1111-4222-8333-444444444444"
 _TIMEOUT_S = 1800.0
 _PYBIDS = """
 import sys, time, warnings
@@ -97,20 +97,20 @@ def make_repository(folder: Path, files: int) -> Path:
     folder.mkdir()
     run(["git", "init", "-q", "--bare", "-b", "main", "."], cwd=folder)
     remote = (
-        f"{_UUID} bucket=openneuro.org encryption=none exporttree=yes host=s3.amazonaws.com "
+        f"{UUID} bucket=openneuro.org encryption=none exporttree=yes host=s3.amazonaws.com "
         "name=s3-PUBLIC publicurl=https://s3.amazonaws.com/openneuro.org type=S3 versioning=yes "
         "timestamp=1700000000s\n"
     )
     head = "commit refs/heads/{}\ncommitter t <t@t> 1700000000 +0000\ndata 0\n"
-    annex = [head.format("git-annex"), _inline("remote.log", remote)]
-    annex.append(_inline("uuid.log", f"{_UUID} s3-PUBLIC timestamp=1700000000s\n"))
-    main = [head.format("main"), *map(_inline, *zip(*_tree(files), strict=True))]
+    annex = [head.format("git-annex"), inline("remote.log", remote)]
+    annex.append(inline("uuid.log", f"{UUID} s3-PUBLIC timestamp=1700000000s\n"))
+    main = [head.format("main"), *map(inline, *zip(*tree(files), strict=True))]
     stream = "".join([*main, "\n", *annex]).encode()
     run(["git", "fast-import", "--quiet"], cwd=folder, stdin=stream, timeout_s=_TIMEOUT_S)
     return folder
 
 
-def _tree(files: int) -> list[tuple[str, str]]:
+def tree(files: int) -> list[tuple[str, str]]:
     """Return paths and contents; a content that leads into an annex is a link."""
     found = [("dataset_description.json", '{"Name": "Tree", "BIDSVersion": "1.10.0"}\n')]
     for number in range((files - 1) // _PER_SUBJECT):
@@ -130,7 +130,7 @@ def _tree(files: int) -> list[tuple[str, str]]:
     return found
 
 
-def _inline(path: str, content: str) -> str:
+def inline(path: str, content: str) -> str:
     mode = "120000" if "annex/objects/" in content else "100644"
     return f"M {mode} inline {path}\ndata {len(content.encode())}\n{content}\n"
 
