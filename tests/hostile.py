@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tio_openneuro.annex import index_tree
+from tio_openneuro.environment import child_environment
 from tio_openneuro.keys import AnnexKey
 from tio_openneuro.loopback import LoopbackOpenNeuro
-from tio_openneuro.processes import child_environment, run
+from tio_openneuro.processes import run
 
 
 class Tampered:

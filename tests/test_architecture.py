@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tio_openneuro"
 # Bottom to top: a module imports only from lines above its own, or from its own line.
 LAYERS = [
-    "errors sizes keys statistics positions progress",
+    "errors sizes keys statistics positions progress environment",
     "eviction",
     "processes",
     "content",

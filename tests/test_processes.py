@@ -8,13 +8,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tio_openneuro.environment import child_environment, scripts_folder
 from tio_openneuro.processes import (
     CommandError,
     Coprocess,
     MissingProgramError,
-    child_environment,
     run,
-    scripts_folder,
 )
 
 # Forks again and again, as a loader with workers does, while other threads start programs; says

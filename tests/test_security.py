@@ -27,6 +27,7 @@ from hostile import (
 )
 
 import tio_openneuro as tno
+from tio_openneuro.environment import child_environment
 from tio_openneuro.errors import (
     FetchError,
     RamBudgetError,
@@ -36,7 +37,7 @@ from tio_openneuro.errors import (
 from tio_openneuro.headers import measure_header
 from tio_openneuro.keys import AnnexKey
 from tio_openneuro.loopback import LoopbackOpenNeuro, Volume
-from tio_openneuro.processes import child_environment, run
+from tio_openneuro.processes import run
 
 T1 = {"t1": tno.Scalar("sub-*/anat/*_T1w.nii.gz")}
 IMAGE = "sub-{:02}/anat/sub-{:02}_T1w.nii.gz"

@@ -1,10 +1,11 @@
 """Child processes: start, feed, watch and kill them. The only user of :mod:`subprocess`.
 
 Every child leads a process group of its own, so that it ends together with whatever it started,
-and runs in :func:`child_environment`. Every wait has a deadline. Never prints, and never hands a
-child a descriptor that was not asked for. The one piece of module-level state keeps forks apart
-from starts: a process that another thread forks meanwhile, as loaders with workers do, would
-inherit the ends of pipes whose closing is waited for, and keep them open as long as it lives.
+and runs in :func:`~tio_openneuro.environment.child_environment`. Every wait has a deadline. Never
+prints, and never hands a child a descriptor that was not asked for. The one piece of module-level
+state keeps forks apart from starts: a process that another thread forks meanwhile, as loaders with
+workers do, would inherit the ends of pipes whose closing is waited for, and keep them open as long
+as it lives.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import queue
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
 from collections import deque
 from typing import IO, TYPE_CHECKING, Any
 
+from tio_openneuro.environment import child_environment
 from tio_openneuro.errors import TioOpenNeuroError
 
 if TYPE_CHECKING:
@@ -32,34 +33,6 @@ _WINDOWS = sys.platform == "win32"
 _READ_BYTES = 1 << 16
 _STDERR_LINES = 40
 _KILL_WAIT_S = 10.0
-_STRIPPED = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_PROFILE",
-    "GIT_DIR",
-    "GIT_WORK_TREE",
-    "GIT_INDEX_FILE",
-    "GIT_OBJECT_DIRECTORY",
-    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
-    "GIT_COMMON_DIR",
-    "GIT_NAMESPACE",
-)
-_IDENTITY = {
-    "GIT_AUTHOR_NAME": "tio-openneuro",
-    "GIT_AUTHOR_EMAIL": "tio-openneuro@localhost",
-    "GIT_COMMITTER_NAME": "tio-openneuro",
-    "GIT_COMMITTER_EMAIL": "tio-openneuro@localhost",
-}
-_GIT_CONFIG = (
-    ("core.hooksPath", os.devnull),
-    ("core.fsmonitor", "false"),
-    ("protocol.ext.allow", "never"),
-    ("submodule.recurse", "false"),
-    ("fetch.recurseSubmodules", "false"),
-)
-
-
 _STARTING = threading.Lock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -96,51 +69,6 @@ class CommandError(TioOpenNeuroError):
 
 class MissingProgramError(CommandError):
     """A program that this library needs is not installed."""
-
-
-def scripts_folder() -> str:
-    """Return the folder of this environment's programs, git-annex among them."""
-    return sysconfig.get_path("scripts")
-
-
-def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment for git, git-annex and DataLad.
-
-    This interpreter's scripts folder comes first on the path, so that git finds git-annex
-    without an activated environment. AWS credentials are stripped: with them git-annex signs its
-    requests and leaves the public URL. So is what git sets for a hook that this may run in. An
-    identity is there where the environment gives none. No hook, file-system monitor, ``ext::``
-    transport or submodule recursion is left to git.
-
-    Args:
-        extra: Variables that go over all of these.
-
-    Returns:
-        A new mapping.
-    """
-    environment = dict(os.environ)
-    for name in _STRIPPED:
-        environment.pop(name, None)
-    path = environment.get("PATH", os.defpath)
-    if path.split(os.pathsep)[0] != scripts_folder():
-        environment["PATH"] = os.pathsep.join((scripts_folder(), path))
-    for name, value in _IDENTITY.items():
-        environment.setdefault(name, value)
-    environment["GIT_TERMINAL_PROMPT"] = "0"
-    environment["LC_ALL"] = "C.UTF-8"
-    environment.update(extra or {})
-    _add_git_config(environment)
-    return environment
-
-
-def _add_git_config(environment: dict[str, str]) -> None:
-    """Append our settings of git to those that the environment carries."""
-    given = environment.get("GIT_CONFIG_COUNT", "0")
-    first = int(given) if given.isdigit() else 0
-    for number, (name, value) in enumerate(_GIT_CONFIG, start=first):
-        environment[f"GIT_CONFIG_KEY_{number}"] = name
-        environment[f"GIT_CONFIG_VALUE_{number}"] = value
-    environment["GIT_CONFIG_COUNT"] = str(first + len(_GIT_CONFIG))
 
 
 def _start(

@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tio_openneuro.annex_index import index_tree
+from tio_openneuro.environment import child_environment
 from tio_openneuro.openneuro import install
-from tio_openneuro.processes import child_environment, run
+from tio_openneuro.processes import run
 
 RUNS = 5
 SIZES = (1_000, 10_000, 50_000)
