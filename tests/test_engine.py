@@ -1,6 +1,7 @@
 """One process with an engine: what it fetches, keeps, gives up, refuses and reports."""
 
 import logging
+import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from fakes import FailingRepo, FakeRepo, content_of, make_key, make_unit
 
+from tio_openneuro import runtime
 from tio_openneuro.content import ContentFile, ContentUnit
 from tio_openneuro.engine import Engine
 from tio_openneuro.errors import (
@@ -278,6 +280,22 @@ def test_a_smaller_budget_evicts_before_it_opens(opening: Opening, repo: FakeRep
         read(large, make_unit(repo, "sub-9", 2000))
     small.close()
     read(large, make_unit(repo, "sub-9", 2000))
+
+
+def test_a_smaller_budget_is_refused_while_leases_exceed_it(
+    opening: Opening, repo: FakeRepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names the bytes and who leases them, is in force no longer, and nothing was dropped."""
+    monkeypatch.setattr(runtime, "_SHRINK_TIMEOUT_S", 0.2)
+    large = opening(3000)
+    with large.lease(make_unit(repo, "sub-1", 2000)):
+        words = rf"1500 bytes: 500 bytes too many.*2000 bytes.*leased \(processes: {os.getpid()}\)"
+        with pytest.raises(DiskBudgetError, match=words):
+            opening(1500)
+        assert repo.held_bytes() == 2000
+        assert large.statistics().budget_bytes == 3000
+    read(large, make_unit(repo, "sub-2", 3000))
+    assert opening(1500).statistics().used_bytes == repo.held_bytes() == 0
 
 
 def test_a_pickled_engine_is_another_owner_with_the_same_budget(
