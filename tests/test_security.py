@@ -55,6 +55,7 @@ def programs(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """Put witnesses in place of every program that a remote or a key could ask for."""
     folder = tmp_path / "programs"
     names = ("git-annex-remote-odd", "git-annex-backend-XODD", "rsync", "ssh", "bup", "gpg", "odd")
+    names += ("git-annex-compute-odd", "borg")
     for name in names:
         witness(folder, name, mark)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -141,6 +142,8 @@ class TestRemotes:
             f"type=webdav url=http://127.0.0.1:{port}/dav encryption=none name=dav",
             f"type=httpalso url=http://127.0.0.1:{port}/also encryption=none name=also",
             f"type=git-lfs url=http://127.0.0.1:{port}/lfs encryption=none name=lfs",
+            "type=compute program=git-annex-compute-odd encryption=none name=derived",
+            "type=borg borgrepo=odd.example:/data encryption=none name=archive",
             (
                 "type=S3 bucket=openneuro.org encryption=shared cipher=b2Rk cipherkeys=odd "
                 "name=gpg host=s3.amazonaws.com"
@@ -193,7 +196,7 @@ class TestRemotes:
         tmp_path: Path,
         root: Path,
     ) -> None:
-        """Thirteen kinds of remote, web URLs and odd settings: none is of effect."""
+        """Fifteen kinds of remote, web URLs and odd settings: none is of effect."""
         use_everything("ds900601")
         clone = root / "clones" / "ds900601"
         assert not mark.exists()

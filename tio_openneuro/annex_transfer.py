@@ -19,13 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from tio_openneuro.annex_branch import git_folder
 from tio_openneuro.annex_messages import Failure, classify
+from tio_openneuro.environment import child_environment, scripts_folder
 from tio_openneuro.errors import FetchError
-from tio_openneuro.processes import (
-    CommandError,
-    Coprocess,
-    child_environment,
-    scripts_folder,
-)
+from tio_openneuro.processes import CommandError, Coprocess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

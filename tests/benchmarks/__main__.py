@@ -17,12 +17,14 @@ import ledger_cost
 import peers
 import throughput
 import training
+import waiting
 from rich.console import Console
 
 BENCHMARKS = {
     "throughput": throughput,
     "ledger": ledger_cost,
     "budget": budget,
+    "waiting": waiting,
     "indexing": indexing,
     "eviction": eviction,
     "training": training,
