@@ -24,7 +24,7 @@ LAYERS = [
     "dataset",
     "concatenation",
     "randomness shuffle identity subject_order schedule passes queue_state",
-    "production workers buffer filling queue_checks queue_view queue",
+    "costs production workers buffer filling queue_checks queue_view queue",
     "plan",
     "loopback",
     "__init__",

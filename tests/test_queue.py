@@ -185,6 +185,23 @@ def test_a_patch_transform_runs_on_each_patch(make_queue):
     assert {patch["extent"] for patch in make_queue(patch_transform=mark)} == {8}
 
 
+def test_a_patch_transform_draws_what_its_subject_decides(make_queue):
+    """Its draws are the same for any number of workers, differ between patches, and cost nobody."""
+    noise = tio.Compose([tio.RandomNoise(std=(1, 2)), tio.RandomFlip((0, 1, 2))])
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    found = [
+        [p.t1.data for p in make_queue(patch_transform=noise, num_workers=workers, seed=6)]
+        for workers in (0, 1, 3)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    assert len({patch.std().item() for patch in found[0]}) == len(found[0])
+    plain = [patch.t1.data for patch in make_queue(seed=6)]
+    assert not any(map(torch.equal, plain, found[0]))
+
+
 # --- passes and indices ---
 
 
@@ -492,6 +509,25 @@ def test_a_budget_too_small_for_a_subject_is_refused_at_construction(make_queue)
         make_queue(tio.SubjectsDataset(subjects), ram_budget=80_000_000)
     assert raised.value.unit == "sub-01"
     make_queue(tio.SubjectsDataset(subjects), ram_budget=150_000_000)
+
+
+def test_what_a_patch_transform_holds_is_charged(make_queue):
+    """A budget that holds a subject and its patches is refused where it cannot transform one."""
+    side = 96
+    subject = make_subject(0)
+    subject.t1.set_data(torch.zeros(1, side, side, side))
+    subject.label.set_data(torch.zeros(1, side, side, side, dtype=torch.uint8))
+    dataset, sampler = tio.SubjectsDataset([subject]), tio.UniformSampler(side)
+    options = {"sampler": sampler, "max_length": 1, "samples_per_volume": 1}
+    need = make_queue(dataset, **options)._source.need(0)
+    budget_bytes = BASE_BYTES + need.work_bytes + 2 * need.patch_bytes
+    make_queue(dataset, ram_budget=budget_bytes, **options)
+    assert len(list(make_queue(dataset, ram_budget=budget_bytes, **options))) == 1
+    heavy = tio.RandomSpike()
+    with pytest.raises(RamBudgetError, match="sub-00"):
+        make_queue(dataset, ram_budget=budget_bytes, patch_transform=heavy, **options)
+    need = make_queue(dataset, patch_transform=heavy, **options)._source.need(0)
+    assert need.work_bytes >= 80 * side**3
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -19,12 +19,12 @@ import torch
 import torchio as tio
 from torchio.constants import NUM_SAMPLES
 
+from tio_openneuro.costs import add_costs, measure_cost, sampler_map_bytes
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.headers import ImageSize, measure_header, sum_sizes
 from tio_openneuro.memory import (
     FLOAT_BYTES,
     SubjectSize,
-    TransformCost,
     bound_subject,
     listening,
 )
@@ -36,52 +36,6 @@ if TYPE_CHECKING:
 
 INTRA_OP_THREADS = 1
 _FALLBACK_VOXELS = 256**3
-_UNKNOWN_VOXEL_BYTES = 128
-_NESTING = 2
-
-# Bytes of temporaries per voxel of one image, measured as peak RSS at 128**3 and 160**3 with
-# TorchIO 1.2.1 and rounded up (2026-11-20). Classes that are not here are taken for the worst.
-_VOXEL_BYTES = {
-    "Compose": 0,
-    "OneOf": 0,
-    "Crop": 16,
-    "RandomFlip": 16,
-    "ToCanonical": 16,
-    "ToOrientation": 16,
-    "Clamp": 32,
-    "RandomAffine": 32,
-    "RandomAnisotropy": 32,
-    "RandomBlur": 32,
-    "RandomGamma": 32,
-    "RandomNoise": 32,
-    "RandomSwap": 32,
-    "CropOrPad": 40,
-    "EnsureShapeMultiple": 40,
-    "Pad": 40,
-    "RandomElasticDeformation": 40,
-    "Resample": 40,
-    "RescaleIntensity": 40,
-    "Resize": 40,
-    "ToReferenceSpace": 40,
-    "ZNormalization": 72,
-    "RandomBiasField": 80,
-    "RandomGhosting": 80,
-    "RandomSpike": 80,
-}
-# What these hold depends on the size of their results, which the first subject tells.
-_GROWING = frozenset(
-    {
-        "CropOrPad",
-        "EnsureShapeMultiple",
-        "OneHot",
-        "Pad",
-        "Resample",
-        "Resize",
-        "ToReferenceSpace",
-    },
-)
-_MAP_BYTES = {"UniformSampler": 0, "WeightedSampler": 48, "LabelSampler": 56}
-_UNKNOWN_MAP_BYTES = 56
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +108,8 @@ class SubjectSource:
             measure_cost(getattr(dataset, "preprocess", None)),
             measure_cost(getattr(dataset, "_transform", None)),
         )
+        self._patch_cost = measure_cost(patch_transform)
+        self.cost = replace(self.cost, known=self.cost.known and self._patch_cost.known)
         self._seed = seed
         self._drop = drop
         self._again = again
@@ -222,7 +178,15 @@ class SubjectSource:
 
     def _bound(self, size: SubjectSize) -> int:
         grown = size.scaled(self._growth)
-        return bound_subject(grown, self.cost, sampler_map_bytes(self.sampler))
+        subject_bytes = bound_subject(grown, self.cost, sampler_map_bytes(self.sampler))
+        # The subject is gone by the time its patches are transformed, one after another.
+        return max(subject_bytes, bound_subject(self._patch_size(size), self._patch_cost, 0))
+
+    def _patch_size(self, size: SubjectSize) -> SubjectSize:
+        """Return the size of one patch of a subject, or of the largest that came out so far."""
+        voxels = self.patch_bytes(1) // FLOAT_BYTES
+        total = max(voxels * size.channels, self._largest_patch_bytes // FLOAT_BYTES)
+        return SubjectSize(total, total, total * FLOAT_BYTES, size.channels)
 
     def patch_bytes(self, channels: int) -> int:
         """Return the bytes of one patch, with float voxels."""
@@ -294,8 +258,8 @@ class SubjectSource:
             message = f"The patch sampler gave {len(patches)} of {count} patches."
             raise RuntimeError(message)
         if self.patch_transform is not None:
-            transform = self.patch_transform
-            patches = [transform(patch) for patch in patches]
+            for place, patch in enumerate(patches):
+                patches[place] = self.patch_transform(patch)
         return patches
 
     def _calibrate(self, index: int, subject: tio.Subject) -> None:
@@ -342,44 +306,6 @@ def subject_bytes(subject: tio.Subject) -> int:
     """Return the bytes of a loaded subject's voxels."""
     images = subject.get_images(intensity_only=False)
     return sum(image.data.numel() * image.data.element_size() for image in images)
-
-
-def measure_cost(transform: object) -> TransformCost:
-    """Return an upper bound of what a transform holds while it works.
-
-    Args:
-        transform: A TorchIO transform, any callable, or None.
-    """
-    if transform is None:
-        return TransformCost()
-    name = type(transform).__name__
-    inner = getattr(transform, "transforms", None)
-    children = list(inner) if isinstance(inner, list | tuple) else []
-    children += list(getattr(transform, "transforms_dict", {}))
-    costs = [measure_cost(child) for child in children]
-    known = isinstance(transform, tio.Transform) and name not in _GROWING
-    known = known and type(transform).__module__.startswith("torchio.")
-    return TransformCost(
-        copies=1 + max((cost.copies for cost in costs), default=_NESTING - 1),
-        voxel_bytes=max(
-            [_VOXEL_BYTES.get(name, _UNKNOWN_VOXEL_BYTES), *(c.voxel_bytes for c in costs)],
-        ),
-        known=known and all(cost.known for cost in costs),
-    )
-
-
-def add_costs(first: TransformCost, second: TransformCost) -> TransformCost:
-    """Return the bound of two transforms that follow one another."""
-    return TransformCost(
-        copies=max(first.copies, second.copies),
-        voxel_bytes=max(first.voxel_bytes, second.voxel_bytes),
-        known=first.known and second.known,
-    )
-
-
-def sampler_map_bytes(sampler: object) -> int:
-    """Return the bytes of a patch sampler's maps per voxel of an image."""
-    return _MAP_BYTES.get(type(sampler).__name__, _UNKNOWN_MAP_BYTES)
 
 
 def fix_intra_op_threads() -> int:

@@ -93,7 +93,8 @@ class BudgetedQueue(QueueView):
             seed: Decides every draw; None takes one from the system.
             on_error: ``"raise"`` or ``"skip"`` a subject that cannot be made into patches. With
                 ranks, its share is taken by the rank's next subjects.
-            patch_transform: Applied to each patch in the background.
+            patch_transform: Applied to each patch, ``(C, I, J, K)`` an image, after sampling:
+                in the background, under its subject's seed, and charged to the RAM budget.
             on_release: ``"keep"`` or ``"drop"`` a subject's content once its patches are made.
 
         Raises:
