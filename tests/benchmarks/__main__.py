@@ -1,4 +1,7 @@
-"""Run benchmarks: ``python tests/benchmarks [NAME...] [--runs N] [--json FILE]``."""
+"""Run benchmarks: ``python tests/benchmarks [NAME...] [--runs N] [--json FILE]``.
+
+Each writes ``benchmark-results/NAME.json`` and ``NAME.png`` too.
+"""
 
 import argparse
 import json
@@ -18,6 +21,7 @@ import peers
 import throughput
 import training
 import waiting
+from picture import RESULTS, draw_tables
 from rich.console import Console
 
 BENCHMARKS = {
@@ -34,7 +38,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    """Run what is named, or all; print tables and write JSON if asked."""
+    """Run what is named, or all; print tables, write JSON and pictures."""
     parser = argparse.ArgumentParser(prog="python tests/benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
     parser.add_argument("--runs", type=int, help="runs of each case; default: its own")
@@ -49,11 +53,18 @@ def main() -> None:
     for name in arguments.names or BENCHMARKS:
         module = BENCHMARKS[name]
         runs = arguments.runs or module.RUNS
+        (RESULTS / f"{name}.png").unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-") as folder:
             # An empty home, so that no configuration of this computer's git matters.
             os.environ["HOME"] = str(Path(folder, "home"))
             Path(folder, "home").mkdir()
             found[name] = module.measure(runs, Path(folder), console)
+        RESULTS.mkdir(exist_ok=True)
+        figures = json.dumps(found[name], indent=1) + "\n"
+        (RESULTS / f"{name}.json").write_text(figures, encoding="utf-8")
+        if not (RESULTS / f"{name}.png").exists():
+            draw_tables(name, found[name])
+        console.print(f"Written: {RESULTS / name}.json and .png")
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

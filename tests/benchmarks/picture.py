@@ -1,6 +1,6 @@
 """Pictures of comparisons, beside the JSON, in ``benchmark-results/``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,6 +40,22 @@ def draw_bars(name: str, panels: Mapping[str, Mapping[str, float]], *, x: str) -
         drawn = axes.barh(list(bars)[::-1], list(bars.values())[::-1])
         axes.bar_label(drawn, fmt="%.3g", padding=2)
     return _write(figure, name)
+
+
+def draw_tables(name: str, figures: object) -> Path | None:
+    """Draw every table of numbers that is found in a benchmark's figures; None without any."""
+    panels = dict(_tables(figures, name))
+    return draw_bars(name, panels, x="") if panels else None
+
+
+def _tables(figures: object, title: str) -> Iterator[tuple[str, dict[str, float]]]:
+    if not isinstance(figures, Mapping):
+        return
+    numbers = {str(n): v for n, v in figures.items() if isinstance(v, int | float)}
+    if len(numbers) > 1 and len(numbers) == len(figures):
+        yield title, numbers
+    for key, value in figures.items():
+        yield from _tables(value, str(key))
 
 
 def _write(figure: Figure, name: str) -> Path:
