@@ -7,36 +7,39 @@ import torchio as tio
 from tio_openneuro.memory import TransformCost
 
 _UNKNOWN_VOXEL_BYTES = 128
-_NESTING = 2
+_UNKNOWN_COPIES = 2
+_CONTAINER_COPIES = 2
 
-# Bytes of temporaries per voxel of one image, measured as peak RSS at 128**3 and 160**3 with
-# TorchIO 1.2.1 and rounded up (2026-11-20). Classes that are not here are taken for the worst.
+# Bytes of temporaries per voxel of one image beside the transform's own copy of its subject, as
+# the kernel's peak of RSS at 128**3 and 192**3 with TorchIO 1.2.1, the larger and a tenth more
+# (2026-11-21). Classes that are not here are taken for the worst.
 _VOXEL_BYTES = {
     "Compose": 0,
     "OneOf": 0,
-    "Crop": 16,
-    "RandomFlip": 16,
-    "ToCanonical": 16,
-    "ToOrientation": 16,
-    "Clamp": 32,
-    "RandomAffine": 32,
-    "RandomAnisotropy": 32,
-    "RandomBlur": 32,
-    "RandomGamma": 32,
-    "RandomNoise": 32,
-    "RandomSwap": 32,
-    "CropOrPad": 40,
-    "EnsureShapeMultiple": 40,
-    "Pad": 40,
-    "RandomElasticDeformation": 40,
-    "Resample": 40,
-    "RescaleIntensity": 40,
-    "Resize": 40,
-    "ToReferenceSpace": 40,
-    "ZNormalization": 72,
-    "RandomBiasField": 80,
-    "RandomGhosting": 80,
-    "RandomSpike": 80,
+    "Clamp": 8,
+    "Crop": 8,
+    "CropOrPad": 8,
+    "EnsureShapeMultiple": 8,
+    "Pad": 8,
+    "ToCanonical": 8,
+    "ToOrientation": 8,
+    "RandomFlip": 12,
+    "RandomSwap": 12,
+    "RandomBlur": 16,
+    "RandomGamma": 16,
+    "RescaleIntensity": 16,
+    "Resample": 16,
+    "ToReferenceSpace": 16,
+    "RandomAnisotropy": 20,
+    "RandomAffine": 26,
+    "RandomElasticDeformation": 26,
+    "RandomNoise": 26,
+    "Resize": 26,
+    "ZNormalization": 48,
+    "RandomGhosting": 60,
+    "RandomSpike": 60,
+    "RandomBiasField": 74,
+    "RandomMotion": 114,
 }
 # What these hold depends on the size of their results, which the first subject tells.
 _GROWING = frozenset(
@@ -50,8 +53,9 @@ _GROWING = frozenset(
         "ToReferenceSpace",
     },
 )
-_MAP_BYTES = {"UniformSampler": 0, "WeightedSampler": 48, "LabelSampler": 56}
-_UNKNOWN_MAP_BYTES = 56
+# As above, at 192**3 with the images beside: 60 to 66, and 74 bytes per voxel (2026-11-21).
+_MAP_BYTES = {"UniformSampler": 0, "WeightedSampler": 72, "LabelSampler": 82}
+_UNKNOWN_MAP_BYTES = 82
 
 
 def measure_cost(transform: object) -> TransformCost:
@@ -69,8 +73,10 @@ def measure_cost(transform: object) -> TransformCost:
     costs = [measure_cost(child) for child in children]
     known = isinstance(transform, tio.Transform) and name not in _GROWING
     known = known and type(transform).__module__.startswith("torchio.")
+    # A container holds its own copy and the last result, beside what a transform in it copies.
+    inner_copies = [_CONTAINER_COPIES + cost.copies for cost in costs]
     return TransformCost(
-        copies=1 + max((cost.copies for cost in costs), default=_NESTING - 1),
+        copies=max(inner_copies, default=1 if known else _UNKNOWN_COPIES),
         voxel_bytes=max(
             [_VOXEL_BYTES.get(name, _UNKNOWN_VOXEL_BYTES), *(c.voxel_bytes for c in costs)],
         ),

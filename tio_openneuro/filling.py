@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tio_openneuro.allocator import return_free_memory
 from tio_openneuro.buffer import Buffer
-from tio_openneuro.errors import DiskBudgetError, RamBudgetError
 from tio_openneuro.memory import refuse_subject
-from tio_openneuro.production import Production, fix_intra_op_threads, return_free_memory
+from tio_openneuro.production import Production, fix_intra_op_threads
 from tio_openneuro.randomness import CancelledWorkError
 from tio_openneuro.schedule import Place, Schedule
 from tio_openneuro.workers import Workers
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 _DIAGNOSIS_S = 60.0
 _REST_SHARE = 8
-NEVER_SKIPPED = (RamBudgetError, DiskBudgetError, NotImplementedError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,13 +129,12 @@ def bound_subject(size: SubjectSize, transform: TransformCost, sampler_voxel_byt
         transform: Cost of preprocess and transform together.
         sampler_voxel_bytes: Bytes of the patch sampler's maps per voxel of the largest image.
     """
-    floats = size.total_voxels * FLOAT_BYTES
+    resident = max(size.total_voxels * FLOAT_BYTES, size.stored_bytes)
     decoding = (1 + DECODING_COPIES) * size.stored_bytes
     transforming = 0
     if transform.copies or transform.voxel_bytes:
-        transforming = (1 + transform.copies) * floats
-        transforming += transform.voxel_bytes * size.largest_voxels + size.stored_bytes
-    resident = max(floats, size.stored_bytes)
+        transforming = (1 + transform.copies) * resident
+        transforming += transform.voxel_bytes * size.largest_voxels
     sampling = resident + sampler_voxel_bytes * size.largest_voxels
     return THREAD_BYTES + max(decoding, transforming, sampling)
 

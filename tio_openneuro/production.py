@@ -6,8 +6,6 @@ images, the cost of its transforms. It holds nothing of the dataset between two 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import traceback
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -316,11 +314,3 @@ def fix_intra_op_threads() -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(INTRA_OP_THREADS)
     return before
-
-
-def return_free_memory() -> None:
-    """Give memory that was freed back to the system, where glibc would keep it."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -16,7 +16,8 @@ import torchio as tio
 from torch.utils.data import get_worker_info
 
 from tio_openneuro import queue_checks
-from tio_openneuro.filling import NEVER_SKIPPED, Filler
+from tio_openneuro.allocator import bound_free_memory
+from tio_openneuro.filling import Filler
 from tio_openneuro.identity import identify_parts
 from tio_openneuro.machine import available_bytes
 from tio_openneuro.memory import FLOAT_BYTES, Admission, read_budget
@@ -133,6 +134,7 @@ class BudgetedQueue(QueueView):
         self._parts: dict[str, str] = {}
         self._delivered = 0
         install_seed_guard()
+        bound_free_memory()
         self._build(PassStart())
         self._has_ranks = queue_checks.count_ranks(subject_sampler) > 1
         if self._has_ranks:
@@ -362,7 +364,7 @@ class BudgetedQueue(QueueView):
             position = current.plan.locate(index)[0]
             subject = current.plan.order[position]
             name = self._source.name(subject)
-            if self.on_error == "raise" or isinstance(made, NEVER_SKIPPED):
+            if self.on_error == "raise" or isinstance(made, queue_checks.NEVER_SKIPPED):
                 current.failed = True
                 raise queue_checks.name_error(name, made) from made
             self.skipped.append(SkippedSubject.because(name, made, index=subject, epoch=epoch))

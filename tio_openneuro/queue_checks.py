@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data.distributed import DistributedSampler
 
-from tio_openneuro.errors import TioOpenNeuroError
+from tio_openneuro.errors import DiskBudgetError, RamBudgetError, TioOpenNeuroError
 from tio_openneuro.memory import BASE_BYTES, refuse_subject
 from tio_openneuro.randomness import find_other_generator
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tio_openneuro.production import SubjectSource
     from tio_openneuro.subject_order import Planner
 
+NEVER_SKIPPED = (RamBudgetError, DiskBudgetError, NotImplementedError, MemoryError)
 OTHER_PROCESS = (
     "A queue gives its patches in the process that made it: the number of workers of the loader "
     "that pops them must be 0. Give that loader num_workers=0, and the queue as many num_workers "

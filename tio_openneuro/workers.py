@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -59,7 +60,12 @@ class Workers:
         """Wait until the threads have ended, for a time."""
         # A thread that is still inside a C++ library when the interpreter ends aborts the
         # process: at exit, which is after the main thread's end, more patience is due.
-        patience_s = _JOIN_S if threading.main_thread().is_alive() else _EXIT_S
+        main_is_alive = threading.main_thread().is_alive()
+        self._join_for(_JOIN_S if main_is_alive else _EXIT_S)
+        if main_is_alive and self.alive:
+            atexit.register(self._join_for, _EXIT_S)
+
+    def _join_for(self, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
         for thread in self._threads:
             if thread is not threading.current_thread():

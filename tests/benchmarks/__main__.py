@@ -17,7 +17,9 @@ import eviction
 import growth
 import indexing
 import ledger_cost
+import memory
 import peers
+import queueing
 import throughput
 import training
 import waiting
@@ -34,6 +36,8 @@ BENCHMARKS = {
     "training": training,
     "peers": peers,
     "growth": growth,
+    "queueing": queueing,
+    "memory": memory,
 }
 
 
