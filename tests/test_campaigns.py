@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,20 +112,27 @@ def train(root: Path, budget_bytes: int, epochs: int, accession: str = ACCESSION
         return sum(1 for _ in range(epochs) for _ in queue)
 
 
-def load(root: Path, budget_bytes: int, epochs: int) -> int:
-    """Load every subject in two worker processes; return how many came before one died."""
-    count = 0
+def load(root: Path, budget_bytes: int, epochs: int) -> bool:
+    """Load every subject in two worker processes; return whether they lived until the end."""
+    try:
+        load_all(root, budget_bytes, epochs)
+    except RuntimeError as error:
+        # torch raises from its handler of SIGCHLD, once for each worker that ends after the first
+        # and wherever this process is, in the midst of closing too.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if "DataLoader worker" not in str(error):
+            raise
+        return False
+    return True
+
+
+def load_all(root: Path, budget_bytes: int, epochs: int) -> None:
     with tno.DataladSubjectsDataset(
         ACCESSION, IMAGES, root=root, disk_budget=budget_bytes, jobs=2
     ) as dataset:
-        try:
-            for _ in range(epochs):
-                for _ in DataLoader(dataset, batch_size=None, num_workers=2, timeout=60):
-                    count += 1
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-    return count
+        for _ in range(epochs):
+            for _ in DataLoader(dataset, batch_size=None, num_workers=2, timeout=60):
+                pass
 
 
 def annexes() -> list[psutil.Process]:

@@ -161,7 +161,9 @@ def test_passing_faults_are_recovered_from(
     faulty.set_faults(fault)
 
     def work(engine: Engine) -> None:
+        begun_s = time.monotonic()
         assert read_all(engine, units) == {}
+        note(f"passing {fault.kind.name}: all arrived after {time.monotonic() - begun_s:.1f} s")
 
     watched(root, 2 * units[0].size_bytes, work)
     assert sum(faulty.faults_struck()) > 0

@@ -98,6 +98,8 @@ while True:
                 pickle.dump(found, file)
             status = 0
         except BaseException:
+            # torch's handler raises again for each worker that ends.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             with open(result + '.error', 'w') as file:
                 traceback.print_exc(file=file)
         finally:
