@@ -18,7 +18,7 @@ LAYERS = [
     "bids participants patterns joining grouping selection splits split_files",
     "flights store prefetch runtime bulk audit engine",
     "catalog summary",
-    "machine memory allocator headers reader image",
+    "machine memory allocator headers reader image sampler_maps",
     "subjects",
     "batching dividing",
     "dataset",

@@ -1,4 +1,4 @@
-"""What transforms and patch samplers hold while they work, as upper bounds. Owns the tables."""
+"""What transforms hold while they work, as upper bounds. Owns the tables."""
 
 from __future__ import annotations
 
@@ -53,9 +53,6 @@ _GROWING = frozenset(
         "ToReferenceSpace",
     },
 )
-# As above, at 192**3 with the images beside: 60 to 66, and 74 bytes per voxel (2026-11-21).
-_MAP_BYTES = {"UniformSampler": 0, "WeightedSampler": 72, "LabelSampler": 82}
-_UNKNOWN_MAP_BYTES = 82
 
 
 def measure_cost(transform: object) -> TransformCost:
@@ -91,8 +88,3 @@ def add_costs(first: TransformCost, second: TransformCost) -> TransformCost:
         voxel_bytes=max(first.voxel_bytes, second.voxel_bytes),
         known=first.known and second.known,
     )
-
-
-def sampler_map_bytes(sampler: object) -> int:
-    """Return the bytes of a patch sampler's maps per voxel of an image."""
-    return _MAP_BYTES.get(type(sampler).__name__, _UNKNOWN_MAP_BYTES)

@@ -17,7 +17,7 @@ import torch
 import torchio as tio
 from torchio.constants import NUM_SAMPLES
 
-from tio_openneuro.costs import add_costs, measure_cost, sampler_map_bytes
+from tio_openneuro.costs import add_costs, measure_cost
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.headers import ImageSize, measure_header, sum_sizes
 from tio_openneuro.memory import (
@@ -27,6 +27,7 @@ from tio_openneuro.memory import (
     listening,
 )
 from tio_openneuro.randomness import drawing_from
+from tio_openneuro.sampler_maps import draw_patches, map_bytes
 from tio_openneuro.shuffle import derive_seed
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class SubjectSource:
 
     def _bound(self, size: SubjectSize) -> int:
         grown = size.scaled(self._growth)
-        subject_bytes = bound_subject(grown, self.cost, sampler_map_bytes(self.sampler))
+        subject_bytes = bound_subject(grown, self.cost, map_bytes(self.sampler))
         # The subject is gone by the time its patches are transformed, one after another.
         return max(subject_bytes, bound_subject(self._patch_size(size), self._patch_cost, 0))
 
@@ -246,7 +247,7 @@ class SubjectSource:
         subject = self.dataset[index]
         self._calibrate(index, subject)
         try:
-            patches = list(islice(self.sampler(subject), count))
+            patches = list(islice(draw_patches(self.sampler, subject), count))
         finally:
             del subject
             release = getattr(self.dataset, "release_index", None)
