@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from typing import Self
 
 # Held per voxel while a map is computed: peak RSS at 192**3 with patches of 8 and 64, rounded up:
-# 10 and 21 bytes, of TorchIO's own 34 and 47 (2026-11-21). Of other samplers nothing is known.
+# 10 and 21 bytes, of TorchIO's own 34 and 47 (2026-11-21). Others may be subclasses of TorchIO's,
+# whose peak was 74 bytes with the images beside it.
 _MAP_BYTES = {tio.UniformSampler: 0, tio.WeightedSampler: 16, tio.LabelSampler: 32}
-_UNKNOWN_MAP_BYTES = 56
+_UNKNOWN_MAP_BYTES = 82
 _STRIDE = 1024
 # Runs are cut, so that a drawn voxel is found in 64 strides at most.
 _LONGEST = 1 << 16
