@@ -14,23 +14,24 @@ from tio_openneuro.eviction import ContentId
 from tio_openneuro.keys import AnnexKey
 from tio_openneuro.ledger import Ledger
 from tio_openneuro.ledger_schema import ContentState, Row, Want
+from tio_openneuro.prepared_repo import PreparedRepo
 from tio_openneuro.store import Store
 
 
-def audit(ledger: Ledger, store: Store, clones: Path, *, repair: bool) -> list[str]:
+def audit(ledger: Ledger, store: Store, folders: tuple[Path, ...], *, repair: bool) -> list[str]:
     """Return what is wrong between ledger and disk; with ``repair`` mend it first.
 
     Args:
         ledger: The root's ledger; dead owners are reaped.
         store: The clones.
-        clones: Folder of the clones that are ours, where nobody else fetches.
+        folders: What is ours, where nobody else fetches: of the clones, of prepared volumes.
         repair: Whether to mend what can be mended.
     """
     ledger.reap()
     if repair:
         for row in _suspects(ledger, store):
             _mend(ledger, store, row)
-        for content, size_bytes in _unknown_partials(ledger, store, clones):
+        for content, size_bytes in _unknown_partials(ledger, store, folders):
             _charge(ledger, store, content, size_bytes)
         ledger.stray_locks(remove=True)
     found = [
@@ -38,9 +39,9 @@ def audit(ledger: Ledger, store: Store, clones: Path, *, repair: bool) -> list[s
     ]
     found += [_describe(row, store) for row in _suspects(ledger, store)]
     found += [
-        f"{content.clone}: {size_bytes} bytes of an unfinished download of {content.key} "
+        f"{content.clone}: {size_bytes} bytes of {content.key}, unfinished or prepared, "
         f"are not charged"
-        for content, size_bytes in _unknown_partials(ledger, store, clones)
+        for content, size_bytes in _unknown_partials(ledger, store, folders)
     ]
     return found + [f"{name} is the lock of no owner" for name in ledger.stray_locks(remove=False)]
 
@@ -114,10 +115,20 @@ def _mend(ledger: Ledger, store: Store, row: Row) -> None:
     store.drop([given.content for given in marked], "to mend the ledger")
 
 
-def _unknown_partials(ledger: Ledger, store: Store, clones: Path) -> list[tuple[ContentId, int]]:
-    """Return downloads in our own clones that the ledger does not charge."""
-    ours = {c for c in ledger.clones() if Path(c).is_relative_to(clones) and Path(c).is_dir()}
+def _unknown_partials(
+    ledger: Ledger, store: Store, folders: tuple[Path, ...]
+) -> list[tuple[ContentId, int]]:
+    """Return downloads in our own clones, and prepared volumes, that the ledger does not charge."""
+    ours = {
+        clone
+        for clone in ledger.clones()
+        if any(Path(clone).is_relative_to(folder) for folder in folders) and Path(clone).is_dir()
+    }
     found = _partials(store, ours)
+    for clone in ours:
+        repo = store.repo_of(clone)
+        if isinstance(repo, PreparedRepo):
+            found |= {ContentId(clone, each.key_name): each.size_bytes for each in repo.stored()}
     known = ledger.rows(found)
     return [(content, size) for content, size in found.items() if content not in known]
 
@@ -125,11 +136,13 @@ def _unknown_partials(ledger: Ledger, store: Store, clones: Path) -> list[tuple[
 def _charge(ledger: Ledger, store: Store, content: ContentId, size_bytes: int) -> None:
     """Charge a download that nobody charges, or clear it away where it does not fit."""
     key = _key(content)
+    repo = store.repo_of(content.clone)
+    if isinstance(repo, PreparedRepo):
+        repo.drop(key)
+        return
     want = Want(content, max(key.size_bytes or 0, size_bytes), located=False)
-    if not ledger.adopt(want):
-        repo = store.repo_of(content.clone)
-        if repo is not None:
-            repo.discard_partial(key)
+    if not ledger.adopt(want) and repo is not None:
+        repo.discard_partial(key)
 
 
 def _key(content: ContentId) -> AnnexKey:

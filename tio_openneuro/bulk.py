@@ -113,7 +113,7 @@ def _begin(
 
 def evict(runtime: Runtime, units: Iterable[ContentUnit]) -> int:
     """Drop what the ledger has of units and nobody leases: see :meth:`Engine.evict`."""
-    contents = {content for unit in units for content in runtime.store.files_of(unit)}
+    contents = {content for unit in units for content in runtime.store.all_of(unit)}
     return drop(runtime, contents, "as asked")
 
 

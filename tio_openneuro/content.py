@@ -112,10 +112,12 @@ class ContentUnit:
     Attributes:
         name: As in messages, ``"sub-07"``.
         files: The unit's files; two may share a key, which then counts once.
+        prepared: What is made of them; while it is present, they are not needed. Never fetched.
     """
 
     name: str
     files: tuple[ContentFile, ...]
+    prepared: ContentFile | None = None
 
     @property
     def size_bytes(self) -> int:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import copy
 import os
+import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -20,36 +23,35 @@ from tio_openneuro.batching import batches
 from tio_openneuro.catalog import open_catalog, read_file
 from tio_openneuro.dividing import Dividing
 from tio_openneuro.engine import Engine
-from tio_openneuro.errors import SelectionError
 from tio_openneuro.headers import announce_files
 from tio_openneuro.image import FetchedImage
 from tio_openneuro.machine import available_bytes
 from tio_openneuro.memory import read_budget
+from tio_openneuro.pinning import refuse_random
 from tio_openneuro.positions import as_position, positions_of
+from tio_openneuro.prepared import Preparation
 from tio_openneuro.progress import showing
 from tio_openneuro.selection import select
 from tio_openneuro.sizes import format_size
 from tio_openneuro.statistics import DiskStatistics
-from tio_openneuro.subjects import SubjectRow, build_rows
+from tio_openneuro.subjects import SubjectRow, build_rows, refuse_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Self
 
     from tio_openneuro.keys import AnnexKey
+    from tio_openneuro.memory import SubjectSize
     from tio_openneuro.selection import (
         Label,
         OnIncomplete,
         OnMissing,
         OnMultiple,
         Scalar,
-        Skipped,
         Unit,
     )
 
     Transform = Callable[[tio.Subject], tio.Subject]
-
-_SHOWN = 5
 
 
 class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
@@ -89,6 +91,7 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
         jobs: int = 8,
         remotes: Sequence[str] | None = None,
         load_getitem: bool = True,
+        preprocess_id: str | None = None,
     ) -> None:
         """Clone and index the source, and select each unit's images.
 
@@ -111,13 +114,18 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
             jobs: Fetches in flight.
             remotes: Names of further annex remotes to trust; None for OpenNeuro's public ones.
             load_getitem: Load the images in ``dataset[i]``; else when they are asked for.
+            preprocess_id: Your name for what ``preprocess`` does, changed whenever its code is;
+                without it no result of a function or of a class of yours is kept.
 
         Raises:
             NotAnAnnexError: The source is neither an annex dataset nor a BIDS folder.
             RemoteUnavailableError: The source cannot be reached.
             SelectionError: The patterns select nothing, or what cannot be batched.
             DiskBudgetError: The disk budget cannot hold the largest unit.
+            SelectionError: ``preprocess`` is random.
         """
+        if preprocess is not None:
+            refuse_random(preprocess)
         self._root = Path(root or _default_root()).expanduser().absolute()
         with showing(f"Opening {source}", steps=3) as on_step:
             catalog = open_catalog(
@@ -147,7 +155,8 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
             self._rows, self.skipped = build_rows(
                 catalog, selection, self._engine, on_missing=on_missing
             )
-            _refuse_nothing(self._rows, self.dataset_id, self.skipped)
+            refuse_nothing(self._rows, self.dataset_id, self.skipped)
+            self._prepare(preprocess_id)
             super().__init__(
                 [row.subject for row in self._rows], transform, load_getitem=load_getitem
             )
@@ -192,14 +201,48 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
         if hasattr(index, "__len__"):
             return self._view(positions_of(index, len(self)))
         row = self._rows[as_position(index)]
+        subject = None
+        if self._preparation is not None:
+            subject = self._preparation.load(row.subject, row.content)
+        if subject is None:
+            subject = self._make(row)
+        return subject if self._transform is None else self._transform(subject)
+
+    def _make(self, row: SubjectRow) -> tio.Subject:
+        """Return a subject from its files, preprocessed."""
         subject = copy.deepcopy(row.subject)
-        if self.load_getitem or self.preprocess is not None:
+        began_s = time.monotonic()
+        if self.load_getitem or self._preparation is not None:
             self._load(subject, row)
-        if self.preprocess is not None:
-            subject = self.preprocess(subject)
-        if self._transform is not None:
-            subject = self._transform(subject)
-        return subject
+        if self._preparation is None:
+            return subject
+        load_s = time.monotonic() - began_s
+        return self._preparation.prepare(row.subject, subject, row.content, load_s=load_s)
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[tio.Subject | None]:
+        """Hold a prepared volume open for patches; None where it, or a transform, says no.
+
+        Args:
+            index: Number of the subject, whose images are read box by box, as they are asked for.
+        """
+        preparation = self._own_preparation()
+        if preparation is None or self._transform is not None:
+            yield None
+            return
+        row = self._rows[as_position(index)]
+        with preparation.opened(row.subject, row.content) as subject:
+            yield subject
+
+    def prepared_size(self, index: int) -> SubjectSize | None:
+        """Return the size of a subject whose prepared volume is there; else None."""
+        preparation = self._own_preparation()
+        return None if preparation is None else preparation.size(self._rows[index].content)
+
+    def _own_preparation(self) -> Preparation | None:
+        """Return what may stand for ``dataset[i]``, which a subclass may have changed."""
+        ours = type(self).__getitem__ is DataladSubjectsDataset.__getitem__
+        return self._preparation if ours else None
 
     def __iter__(self) -> Iterator[tio.Subject]:
         """Yield every subject in order, fetching ahead."""
@@ -219,6 +262,16 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
         with self._engine.lease(row.content) as leased:
             announce_files(leased.values())
             _load_leased(images, leased)
+
+    def _prepare(self, preprocess_id: str | None) -> None:
+        """Give each unit the name of its prepared volume."""
+        self._preparation: Preparation | None = None
+        if self.preprocess is None:
+            return
+        self._preparation = Preparation(self.preprocess, self._engine, preprocess_id)
+        for number, row in enumerate(self._rows):
+            content = self._preparation.unit(row.subject, row.content)
+            self._rows[number] = replace(row, content=content)
 
     def _view(self, positions: Sequence[int]) -> Self:
         view = copy.copy(self)
@@ -340,16 +393,3 @@ def _load_leased(images: Sequence[tio.Image], leased: Mapping[AnnexKey, Path]) -
 
 def _default_root() -> str:
     return os.environ.get("TIO_OPENNEURO_ROOT") or platformdirs.user_cache_dir("tio_openneuro")
-
-
-def _refuse_nothing(
-    rows: Sequence[SubjectRow], dataset_id: str, skipped: Sequence[Skipped]
-) -> None:
-    if rows:
-        return
-    reasons = "; ".join(f"{skip.unit}: {skip.reason}" for skip in skipped[:_SHOWN])
-    more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
-    raise SelectionError(
-        f"Cannot use {dataset_id}: none of its {len(skipped)} units has every required image "
-        f"({reasons}{more}). Check the patterns, or give required=False where an image may lack."
-    )

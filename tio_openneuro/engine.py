@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from tio_openneuro import bulk
+from tio_openneuro import bulk, keeping
 from tio_openneuro.annex import AnnexRepo
 from tio_openneuro.audit import audit
 from tio_openneuro.content import ContentRepo, ContentUnit
 from tio_openneuro.errors import DiskBudgetError, LedgerError
 from tio_openneuro.keys import AnnexKey
+from tio_openneuro.prefetch import is_prepared
+from tio_openneuro.prepared_repo import FOLDER, PreparedRepo
 from tio_openneuro.root import FLOOR_BYTES
 from tio_openneuro.runtime import Runtime, Settings
 from tio_openneuro.sizes import format_size, parse_size
@@ -31,7 +33,9 @@ __all__ = ["DiskStatistics", "Engine", "open_annex"]
 
 
 def open_annex(path: Path, remotes: tuple[str, ...]) -> ContentRepo:
-    """Open a clone that the ledger knows, to evict from it."""
+    """Open a clone that the ledger knows, or the folder of prepared volumes, to evict from it."""
+    if path.name == FOLDER and not (path / ".git").exists():
+        return PreparedRepo(path.parent)
     return AnnexRepo(path, remotes=remotes) if remotes else AnnexRepo(path)
 
 
@@ -185,6 +189,44 @@ class Engine:
             names = {file.key: runtime.store.content_of(file) for file in unit.files}
             yield {key: found[content] for key, content in names.items()}
 
+    @contextmanager
+    def lease_prepared(self, unit: ContentUnit) -> Iterator[Path | None]:
+        """Hold a unit's prepared volume while the block runs, where it is present; never wait.
+
+        Yields:
+            Its file, or None.
+        """
+        if unit.prepared is None:
+            yield None
+            return
+        with keeping.lease(self._here(), unit, unit.prepared) as path:
+            yield path
+
+    def keep_prepared(self, unit: ContentUnit, data: bytes, prepare_s: float) -> bool:
+        """Keep a unit's prepared volume if there is room that is worth less; never wait.
+
+        If the process is killed meanwhile, what was written is charged, and given up when room
+        is needed.
+
+        Args:
+            unit: The unit; its files are not leased by this thread.
+            data: The file's bytes.
+            prepare_s: Seconds that it took to load and preprocess the files.
+
+        Returns:
+            Whether it was kept.
+        """
+        if unit.prepared is None:
+            return False
+        return keeping.keep(self._here(), unit, unit.prepared, data, prepare_s)
+
+    def drop_prepared(self, unit: ContentUnit, reason: str) -> int:
+        """Drop a unit's prepared volume where nobody leases it; return the bytes."""
+        if unit.prepared is None:
+            return 0
+        runtime = self._here()
+        return bulk.drop(runtime, [runtime.store.content_of(unit.prepared)], reason)
+
     def prefetch(self, units: Sequence[ContentUnit], *, again: Sequence[ContentUnit] = ()) -> None:
         """Make this the known order from now on, and fetch ahead along it; return at once.
 
@@ -214,7 +256,8 @@ class Engine:
         contents = runtime.store.files_of(unit)
         runtime.prefetcher.release(unit, contents)
         if drop:
-            alone = [c for c in contents if not runtime.ledger.needed_by_others(c, unit.name)]
+            alone = runtime.store.all_of(unit)
+            alone = [c for c in alone if not runtime.ledger.needed_by_others(c, unit.name)]
             bulk.drop(runtime, alone, f"since {unit.name} is done")
         runtime.signal.notify()
 
@@ -233,6 +276,7 @@ class Engine:
         Raises:
             FetchError: Content did not arrive; the first error, after the others ended.
         """
+        units = [unit for unit in units if not is_prepared(unit)]
         return bulk.fetch(self._here(), units, self._settings.jobs, on_progress)
 
     def evict(self, units: Sequence[ContentUnit]) -> int:
@@ -289,8 +333,9 @@ class Engine:
     def check(self, *, repair: bool = False) -> list[str]:
         """Return the inconsistencies between ledger and disk, after mending them if asked."""
         runtime = self._here()
-        clones = Path(os.path.realpath(self._settings.root / "clones"))
-        return audit(runtime.ledger, runtime.store, clones, repair=repair)
+        root = Path(os.path.realpath(self._settings.root))
+        folders = (root / "clones", root / FOLDER)
+        return audit(runtime.ledger, runtime.store, folders, repair=repair)
 
     def close(self) -> None:
         """End threads, fetches, children and leases of this process, within 2 s; idempotent."""

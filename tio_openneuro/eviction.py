@@ -106,3 +106,26 @@ def choose_victims(
             chosen.remove(item)
             spare_bytes -= item.size_bytes
     return chosen
+
+
+def is_worth_room(raw_bytes: int, prepared_bytes: int, *, fetch_s: float, prepare_s: float) -> bool:
+    """Return whether a prepared volume is worth more room than the files that it is made of.
+
+    Raw and prepared copies compete for the same bytes by the time that each byte saves: a raw
+    copy saves its fetch, a prepared one the fetch and the preparing. Where the prepared copy is
+    worth more it takes its unit's next use over, so that the raw files, of which nobody then
+    knows a use, are the first to go; else it is kept in room that is free, and is the first.
+
+    Args:
+        raw_bytes: Bytes of the unit's files.
+        prepared_bytes: Bytes of the prepared volume.
+        fetch_s: Seconds that the files take to be fetched.
+        prepare_s: Seconds that they take to be loaded and preprocessed.
+
+    Example:
+        >>> is_worth_room(7, 12, fetch_s=0.1, prepare_s=0.3), is_worth_room(
+        ...     7, 12, fetch_s=5.0, prepare_s=0.3
+        ... )
+        (True, False)
+    """
+    return (fetch_s + prepare_s) * raw_bytes > fetch_s * prepared_bytes or fetch_s <= 0

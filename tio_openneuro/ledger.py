@@ -12,10 +12,12 @@ import json
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tio_openneuro.errors import LedgerError
 from tio_openneuro.eviction import ContentId
 from tio_openneuro.ledger_db import LedgerDatabase
+from tio_openneuro.ledger_keeping import KeepingDecision
 from tio_openneuro.ledger_requests import Decision
 from tio_openneuro.ledger_schema import (
     BUDGET,
@@ -105,26 +107,10 @@ class Ledger:
             )
         return self._made_durable(outcome)
 
-    def request_prefetch(
-        self,
-        wants: Sequence[Want],
-        steps: int,
-        *,
-        ahead_bytes: int = 0,
-        largest_bytes: int = 0,
-        keep: frozenset[ContentId] = frozenset(),
-        spare_bytes: int | None = None,
-    ) -> Outcome:
+    def request_prefetch(self, wants: Sequence[Want], steps: int, **how: Any) -> Outcome:  # noqa: ANN401
         """Reserve without a lease: see :meth:`Decision.request_prefetch`."""
         with self._db.writing() as db:
-            outcome = Decision(db, self.owner_id).request_prefetch(
-                wants,
-                steps,
-                ahead_bytes=ahead_bytes,
-                largest_bytes=largest_bytes,
-                keep=keep,
-                spare_bytes=spare_bytes,
-            )
+            outcome = Decision(db, self.owner_id).request_prefetch(wants, steps, **how)
         return self._made_durable(outcome)
 
     def _made_durable(self, outcome: Outcome) -> Outcome:
@@ -138,6 +124,20 @@ class Ledger:
             self.end_lease(outcome.lease_id)
             raise
         return outcome
+
+    def try_lease(self, unit: str, content: ContentId, position: int | None) -> int:
+        """Lease content if it is present: see :meth:`KeepingDecision.try_lease`."""
+        with self._db.writing() as db:
+            return KeepingDecision(db, self.owner_id).try_lease(unit, content, position)
+
+    def request_keep(
+        self, want: Want, instead: frozenset[ContentId], *, steps: int | None, spare: int | None
+    ) -> Outcome:
+        """Reserve for a prepared volume: see :meth:`KeepingDecision.request_keep`."""
+        with self._db.writing() as db:
+            decision = KeepingDecision(db, self.owner_id)
+            outcome = decision.request_keep(want, instead, steps=steps, spare_bytes=spare)
+        return self._made_durable(outcome)
 
     def make_room(
         self, needed_bytes: int = 0, spared: Iterable[ContentId] = ()
@@ -320,21 +320,17 @@ class Ledger:
         }
 
     def set_order(
-        self, entries: Iterable[tuple[int, str, ContentId]], *, replace: bool, reached: int
+        self,
+        entries: Iterable[tuple[int, str, ContentId]],
+        *,
+        replace: bool,
+        reached: int,
+        gone: Iterable[int] = (),
     ) -> None:
-        """Publish which content this owner uses next.
-
-        Args:
-            entries: Position, unit and content of each use.
-            replace: Whether they replace what was published before, or follow it.
-            reached: Position that this owner has come to.
-        """
-        rows = [(self.owner_id, place, use.clone, use.key, unit) for place, unit, use in entries]
+        """Publish which content this owner uses next: see :meth:`Decision.set_order`."""
         with self._db.writing() as db:
-            if replace:
-                db.execute("DELETE FROM upcoming WHERE owner = ?", (self.owner_id,))
-            db.execute("UPDATE owner SET position = ? WHERE id = ?", (reached, self.owner_id))
-            db.executemany("INSERT OR IGNORE INTO upcoming VALUES (?,?,?,?,?)", rows)
+            decision = Decision(db, self.owner_id)
+            decision.set_order(entries, replace=replace, reached=reached, gone=gone)
 
     def reach(self, position: int) -> None:
         """Note how far this owner has come in its order."""

@@ -303,6 +303,30 @@ class Decision:
         self._db.executemany("INSERT INTO leased VALUES (?,?,?)", rows)
         return lease_id
 
+    def set_order(
+        self,
+        entries: Iterable[tuple[int, str, ContentId]],
+        *,
+        replace: bool,
+        reached: int,
+        gone: Iterable[int],
+    ) -> None:
+        """Publish which content this owner uses next.
+
+        Args:
+            entries: Position, unit and content of each use.
+            replace: Whether they replace what was published before, or follow it.
+            reached: Position that this owner has come to.
+            gone: Positions whose uses are replaced, in any case.
+        """
+        rows = [(self._owner_id, place, use.clone, use.key, unit) for place, unit, use in entries]
+        if replace:
+            self._db.execute("DELETE FROM upcoming WHERE owner = ?", (self._owner_id,))
+        old = [(self._owner_id, position) for position in gone]
+        self._db.executemany("DELETE FROM upcoming WHERE owner = ? AND position = ?", old)
+        self._db.execute("UPDATE owner SET position = ? WHERE id = ?", (reached, self._owner_id))
+        self._db.executemany("INSERT OR IGNORE INTO upcoming VALUES (?,?,?,?,?)", rows)
+
     def reach(self, position: int) -> None:
         """Note how far this owner has come in its order; what lies before is no future use."""
         values = (position, self._owner_id)

@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tio_openneuro.content import ContentFile, ContentUnit
@@ -18,11 +19,13 @@ from tio_openneuro.errors import TioOpenNeuroError
 from tio_openneuro.eviction import ContentId
 from tio_openneuro.flights import Flight, Flights, Signal, growing_pause_s
 from tio_openneuro.ledger import Ledger
+from tio_openneuro.ledger_schema import Want
 from tio_openneuro.store import Store
 
 _LOGGER = logging.getLogger(__name__)
 _VERIFY_S = 1.0
 _IDLE_S = 60.0
+_POLL_S = 0.05
 _AGAIN = 1 << 40
 """Position, beyond any known one, of the first use that is expected at a time not known yet."""
 
@@ -68,6 +71,8 @@ class Prefetcher:
         self._reached = 0
         self._last = 0
         self._taken: Counter[str] = Counter()
+        self._spared: set[str] = set()
+        self._holders = 0
         self._avoid: frozenset[ContentId] = frozenset()
         self._blocked: tuple[int, int] | None = None
         self._blocked_s = 0.0
@@ -108,19 +113,60 @@ class Prefetcher:
             self._taken.clear()
             self._blocked = None
             self._largest_bytes = max((unit.size_bytes for unit in units), default=0)
-            uses = [(e.position, e.unit.name, content) for e in added for content in e.files]
+            uses = [(e.position, e.unit.name, c) for e in added for c in self._used(e.unit)]
             expected = list(again)
             if not follows or expected != self._again:
                 follows, self._again = False, expected
-                uses = [(e.position, e.unit.name, c) for e in self._entries for c in e.files]
+                uses = [
+                    (e.position, e.unit.name, c) for e in self._entries for c in self._used(e.unit)
+                ]
                 uses += [
                     (_AGAIN + rank, unit.name, content)
                     for rank, unit in enumerate(expected)
-                    for content in self._store.files_of(unit)
+                    for content in self._used(unit)
                 ]
             if uses or not follows:
                 self._ledger.set_order(uses, replace=not follows, reached=self._reached)
         return frozenset(content for contents in files for content in contents)
+
+    def _used(self, unit: ContentUnit) -> Iterable[ContentId]:
+        """Return the content that a use of the unit is a use of; the rest is the first to go."""
+        if unit.prepared is not None and is_prepared(unit) and unit.name not in self._spared:
+            return [self._store.content_of(unit.prepared)]
+        return self._store.files_of(unit)
+
+    def steps_to(self, name: str) -> int | None:
+        """Return how many steps ahead a unit is used next, where that is known."""
+        with self._mutex:
+            steps = (e.position - self._reached for e in self._entries if e.unit.name == name)
+            return next(steps, None)
+
+    def prepared(self, unit: ContentUnit, *, worth: bool) -> None:
+        """Note that a unit's prepared volume was kept, or is gone.
+
+        Args:
+            unit: The unit.
+            worth: Whether the volume is worth more room than the files.
+        """
+        with self._mutex:
+            (self._spared.discard if worth else self._spared.add)(unit.name)
+            self._publish_again([e for e in self._entries if e.unit.name == unit.name])
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Begin no prefetch while the block runs: it makes room for something of its own."""
+        with self._mutex:
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._holders -= 1
+
+    def _publish_again(self, entries: Sequence[_Entry]) -> None:
+        uses = [(e.position, e.unit.name, c) for e in entries for c in self._used(e.unit)]
+        gone = [entry.position for entry in entries]
+        self._ledger.set_order(uses, replace=False, reached=self._reached, gone=gone)
 
     def take(self, unit: ContentUnit, contents: Iterable[ContentId]) -> int | None:
         """Strike out the next use of a unit, now begun; return its position, if it has one."""
@@ -151,9 +197,18 @@ class Prefetcher:
         gone = set(contents)
         with self._mutex:
             for entry in self._entries:
-                if entry.ready and not gone.isdisjoint(entry.files):
-                    entry.ready = False
-                    self._fetched.discard(entry)
+                if entry.ready and not gone.isdisjoint(self._store.all_of(entry.unit)):
+                    self._look_again(entry)
+
+    def _look_again(self, entry: _Entry) -> None:
+        """Let an entry be prefetched once more; its files are needed where nothing else is there.
+
+        Held: the lock.
+        """
+        entry.ready = False
+        self._fetched.discard(entry)
+        if entry.unit.prepared is not None:
+            self._publish_again([entry])
 
     # Fetching ahead
 
@@ -164,21 +219,20 @@ class Prefetcher:
             Seconds after which another look is worth its while; zero if one was begun.
         """
         with self._mutex:
-            entry = next((entry for entry in self._entries if not entry.ready), None)
             waiting = bool(self._entries)
+            held = self._holders > 0
+            entry = next((entry for entry in self._entries if not entry.ready and not held), None)
             steps = entry.position - self._reached if entry else 0
             ahead_bytes = sum(each.fetched_bytes for each in self._fetched)
         if entry is None:
             self._verify()
-            return _VERIFY_S if waiting else _IDLE_S
+            return _POLL_S if held else _VERIFY_S if waiting else _IDLE_S
         now = (self._signal.value, self._ledger.changes())
         if now == self._blocked:
             self._verify()
             return growing_pause_s(time.monotonic() - self._blocked_s)
-        try:
-            wants = self._store.wants(entry.files)
-        except TioOpenNeuroError as error:
-            _LOGGER.debug("Not prefetched: %s", error)
+        wants = self._wants(entry)
+        if wants is None:
             entry.ready = True
             return 0
         outcome = self._ledger.request_prefetch(
@@ -204,14 +258,24 @@ class Prefetcher:
                 if entry.dropped:
                     # The order was replaced after we looked, too late for it to cancel this.
                     flight.cancel.set()
-            return 0
-        if outcome.victims:
+        elif outcome.victims:
             self.lost(outcome.victims)
             reason = f"for {entry.unit.name}, used sooner"
             self._avoid |= self._store.drop(outcome.victims, reason)
+        if outcome.granted or outcome.victims:
             return 0
         self._blocked, self._blocked_s = now, time.monotonic()
         return growing_pause_s(0)
+
+    def _wants(self, entry: _Entry) -> list[Want] | None:
+        """Return what an entry needs, or None where nothing is to be fetched for it."""
+        if is_prepared(entry.unit):
+            return None
+        try:
+            return self._store.wants(entry.files)
+        except TioOpenNeuroError as error:
+            _LOGGER.debug("Not prefetched: %s", error)
+            return None
 
     def _verify(self) -> None:
         """Look again, now and then, whether others evicted what was prefetched."""
@@ -224,6 +288,13 @@ class Prefetcher:
             ready = [entry for entry in self._entries if entry.ready]
         there = self._ledger.rows(content for entry in ready for content in entry.files)
         for entry in ready:
+            if is_prepared(entry.unit):
+                continue
             for content, file in entry.files.items():
                 if content not in there and file.repo.locate(file.key) is None:
                     entry.ready = False
+
+
+def is_prepared(unit: ContentUnit) -> bool:
+    """Return whether a unit's files are not needed, since its prepared volume is there."""
+    return unit.prepared is not None and unit.prepared.repo.locate(unit.prepared.key) is not None

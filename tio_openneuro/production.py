@@ -7,6 +7,7 @@ images, the cost of its transforms. It holds nothing of the dataset between two 
 from __future__ import annotations
 
 import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
@@ -18,20 +19,23 @@ import torchio as tio
 from torchio.constants import NUM_SAMPLES
 
 from tio_openneuro.costs import add_costs, measure_cost
+from tio_openneuro.cropping import reads_boxes, reads_shape_only, with_box_crop
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.headers import ImageSize, measure_header, sum_sizes
 from tio_openneuro.memory import (
     FLOAT_BYTES,
+    THREAD_BYTES,
     SubjectSize,
     bound_subject,
     listening,
 )
+from tio_openneuro.prepared_file import DamagedVolumeError
 from tio_openneuro.randomness import drawing_from
 from tio_openneuro.sampler_maps import draw_patches, map_bytes
 from tio_openneuro.shuffle import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 INTRA_OP_THREADS = 1
 _FALLBACK_VOXELS = 256**3
@@ -103,9 +107,12 @@ class SubjectSource:
         self.sampler = sampler
         self.samples_per_volume = samples_per_volume
         self.patch_transform = patch_transform
+        self._sample = with_box_crop(sampler)
+        transform = getattr(dataset, "_transform", None)
+        self._cost_prepared = measure_cost(transform)
+        self._boxes_alone = transform is None and reads_shape_only(sampler)
         self.cost = add_costs(
-            measure_cost(getattr(dataset, "preprocess", None)),
-            measure_cost(getattr(dataset, "_transform", None)),
+            measure_cost(getattr(dataset, "preprocess", None)), self._cost_prepared
         )
         self._patch_cost = measure_cost(patch_transform)
         self.cost = replace(self.cost, known=self.cost.known and self._patch_cost.known)
@@ -166,6 +173,10 @@ class SubjectSource:
         256**3 for each image, is taken. Patches of all subjects are taken for equal once some
         were made.
         """
+        prepared = self._prepared_size(index)
+        if prepared is not None:
+            patch_bytes = self._largest_patch_bytes or self.patch_bytes(prepared.channels)
+            return Need(self._bound_prepared(prepared), patch_bytes, known=True)
         size = self.size(index)
         known = size is not None
         if size is None:
@@ -178,14 +189,28 @@ class SubjectSource:
     def _bound(self, size: SubjectSize) -> int:
         grown = size.scaled(self._growth)
         subject_bytes = bound_subject(grown, self.cost, map_bytes(self.sampler))
+        return max(subject_bytes, self._bound_patch(size))
+
+    def _bound_patch(self, size: SubjectSize) -> int:
         # The subject is gone by the time its patches are transformed, one after another.
-        return max(subject_bytes, bound_subject(self._patch_size(size), self._patch_cost, 0))
+        return bound_subject(self._patch_size(size), self._patch_cost, 0)
 
     def _patch_size(self, size: SubjectSize) -> SubjectSize:
         """Return the size of one patch of a subject, or of the largest that came out so far."""
         voxels = self.patch_bytes(1) // FLOAT_BYTES
         total = max(voxels * size.channels, self._largest_patch_bytes // FLOAT_BYTES)
         return SubjectSize(total, total, total * FLOAT_BYTES, size.channels)
+
+    def _prepared_size(self, index: int) -> SubjectSize | None:
+        """Return the size of a subject whose prepared volume is there, where the dataset knows."""
+        tell = getattr(self.dataset, "prepared_size", None)
+        return tell(index) if callable(tell) else None
+
+    def _bound_prepared(self, size: SubjectSize) -> int:
+        subject_bytes = THREAD_BYTES
+        if not self._boxes_alone:
+            subject_bytes = bound_subject(size, self._cost_prepared, map_bytes(self.sampler))
+        return max(subject_bytes, self._bound_patch(size))
 
     def patch_bytes(self, channels: int) -> int:
         """Return the bytes of one patch, with float voxels."""
@@ -234,7 +259,8 @@ class SubjectSource:
             seed = derive_seed(self._seed, "subject", index, *seed_parts)
             with drawing_from(seed, cancelled), listening(admit):
                 patches = self._make_patches(index, count)
-        except _LargerSubjectError as error:
+        except (_LargerSubjectError, DamagedVolumeError) as error:
+            forget_locals(error)
             return Production((), error=error, larger=True)
         except Exception as error:  # noqa: BLE001 - raised in the training loop, whole
             forget_locals(error)
@@ -244,12 +270,11 @@ class SubjectSource:
         return Production(patches, patch_bytes)
 
     def _make_patches(self, index: int, count: int) -> list[tio.Subject]:
-        subject = self.dataset[index]
-        self._calibrate(index, subject)
         try:
-            patches = list(islice(draw_patches(self.sampler, subject), count))
+            with self._opened(index) as subject:
+                patches = list(islice(draw_patches(self._sample, subject), count))
+                del subject
         finally:
-            del subject
             release = getattr(self.dataset, "release_index", None)
             if callable(release):
                 release(index, drop=self._drop)
@@ -260,6 +285,19 @@ class SubjectSource:
             for place, patch in enumerate(patches):
                 patches[place] = self.patch_transform(patch)
         return patches
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[tio.Subject]:
+        """Yield a subject, of which a prepared one reads no more than is asked for."""
+        opened = getattr(self.dataset, "opened", None)
+        if callable(opened) and reads_boxes(self.sampler):
+            with opened(index) as subject:
+                if subject is not None:
+                    yield subject
+                    return
+        subject = self.dataset[index]
+        self._calibrate(index, subject)
+        yield subject
 
     def _calibrate(self, index: int, subject: tio.Subject) -> None:
         """Learn from a transformed subject how sizes grow, and its size where it was unknown."""

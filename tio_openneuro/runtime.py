@@ -176,9 +176,13 @@ class Runtime:
             yield self._arrive(unit, files, lease, flights, time.monotonic() + patience_s)
         finally:
             self._cancel([flight for flight in flights.values() if not flight.done.is_set()])
-            if not self._closed:
-                self.ledger.end_lease(lease.lease_id)
-                self.signal.notify()
+            self.end_lease(lease.lease_id)
+
+    def end_lease(self, lease_id: int) -> None:
+        """End a lease, unless all of this process's have ended."""
+        if not self._closed:
+            self.ledger.end_lease(lease_id)
+            self.signal.notify()
 
     @staticmethod
     def _cancel(flights: list[Flight]) -> None:

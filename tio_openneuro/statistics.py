@@ -71,16 +71,23 @@ class Counters:
         self._mutex = threading.Lock()
         self.fetched_bytes = 0
         self.fetched_files = 0
+        self.fetch_s = 0.0
         self.evicted_bytes = 0
         self.evicted_files = 0
         self.hit_files = 0
         self.failures = 0
 
-    def fetched(self, size_bytes: int) -> None:
-        """Count one file that arrived."""
+    def fetched(self, size_bytes: int, seconds: float) -> None:
+        """Count one file that arrived, and how long that took."""
         with self._mutex:
             self.fetched_files += 1
             self.fetched_bytes += size_bytes
+            self.fetch_s += seconds
+
+    def seconds_per_byte(self) -> float:
+        """Return how long a fetch of this process took for each byte; 0 before the first."""
+        with self._mutex:
+            return self.fetch_s / self.fetched_bytes if self.fetched_bytes else 0.0
 
     def evicted(self, size_bytes: int) -> None:
         """Count one file that was dropped."""

@@ -85,6 +85,11 @@ class Store:
         """Return a unit's files by their content, each key of a clone once."""
         return {self.content_of(file): file for file in unit.files}
 
+    def all_of(self, unit: ContentUnit) -> list[ContentId]:
+        """Return the content of a unit, with that of its prepared volume."""
+        prepared = [] if unit.prepared is None else [self.content_of(unit.prepared)]
+        return [*self.files_of(unit), *prepared]
+
     def wants(self, files: dict[ContentId, ContentFile]) -> list[Want]:
         """Return what these files need, looking at the disk.
 
@@ -159,8 +164,9 @@ class Store:
                 self._ledger.disowned(flight.content)
                 return
             if path is None:
+                began_s = time.monotonic()
                 path = self._get(flight)
-                self._counters.fetched(key.size_bytes or 0)
+                self._counters.fetched(key.size_bytes or 0, time.monotonic() - began_s)
             self._verify(flight, path)
         except TioOpenNeuroError:
             if not flight.cancel.is_set():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from tio_openneuro.selection import Row, Selection, TreeFile
 
 _LOG = logging.getLogger(__name__)
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -217,3 +219,19 @@ def _parse_json(path: str, text: bytes) -> dict[str, Any]:
         _LOG.warning("Sidecar %s is not valid JSON; it is left out.", path)
         return {}
     return fields if isinstance(fields, dict) else {}
+
+
+def refuse_nothing(rows: Sequence[SubjectRow], dataset_id: str, skipped: Sequence[Skipped]) -> None:
+    """Raise where no unit is left, with the reasons.
+
+    Raises:
+        SelectionError: There is no row.
+    """
+    if rows:
+        return
+    reasons = "; ".join(f"{skip.unit}: {skip.reason}" for skip in skipped[:_SHOWN])
+    more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
+    raise SelectionError(
+        f"Cannot use {dataset_id}: none of its {len(skipped)} units has every required image "
+        f"({reasons}{more}). Check the patterns, or give required=False where an image may lack."
+    )
