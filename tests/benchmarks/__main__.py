@@ -20,6 +20,7 @@ import ledger_cost
 import memory
 import peers
 import queueing
+import prepared
 import throughput
 import training
 import waiting
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "eviction": eviction,
     "training": training,
     "peers": peers,
+    "prepared": prepared,
     "growth": growth,
     "queueing": queueing,
     "memory": memory,

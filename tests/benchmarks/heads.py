@@ -58,11 +58,20 @@ def write_heads(
 
 
 def open_heads(
-    accession: str, root: Path, budget: int | str, transform: tio.Transform | None = None
+    accession: str,
+    root: Path,
+    budget: int | str,
+    transform: tio.Transform | None = None,
+    preprocess: tio.Transform | None = None,
 ) -> tno.DataladSubjectsDataset:
     """Open what was published from such a folder."""
     return tno.DataladSubjectsDataset(
-        accession, IMAGES, root=root, disk_budget=budget, transform=transform
+        accession,
+        IMAGES,
+        root=root,
+        disk_budget=budget,
+        preprocess=preprocess,
+        transform=transform,
     )
 
 
