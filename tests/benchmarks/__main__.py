@@ -19,8 +19,8 @@ import indexing
 import ledger_cost
 import memory
 import peers
-import queueing
 import prepared
+import queueing
 import throughput
 import training
 import waiting
