@@ -188,6 +188,18 @@ def test_what_a_dead_coprocess_left_is_killed() -> None:
     assert gone(grandchild)
 
 
+def test_pipes_are_closed_however_late_their_end_comes() -> None:
+    """What left the group may hold them beyond :meth:`kill`; no descriptor stays open after it."""
+    leaving = PARENT.replace('(600)"]', '(600)"], start_new_session=True')
+    child = Coprocess([sys.executable, "-c", leaving])
+    grandchild = psutil.Process(int(child.read_line(10.0) or b"0"))
+    child.kill()
+    grandchild.kill()
+    for thread in child._threads:
+        thread.join(10.0)
+    assert [child._process.stdout.closed, child._process.stderr.closed] == [True, True]
+
+
 def test_coprocess_that_dies_ends_the_output_and_keeps_its_words() -> None:
     """The end of the child is the end of its lines; what it said on stderr can be read."""
     child = Coprocess([sys.executable, "-c", "import sys; print('last'); sys.exit('broken')"])

@@ -301,7 +301,7 @@ class Coprocess:
         for thread in self._threads:
             # A grandchild that left the group may hold the pipe open: the thread is a daemon.
             thread.join(1.0)
-        self.abandon(close_output=not any(thread.is_alive() for thread in self._threads))
+        self.abandon(close_output=False)
 
     def abandon(self, *, close_output: bool = True) -> None:
         """Close this process's ends of the pipes and leave the child alone.
@@ -320,8 +320,9 @@ class Coprocess:
     def _read_stdout(self) -> None:
         assert self._process.stdout is not None  # noqa: S101 - opened as a pipe in _start
         rest = b""
-        with contextlib.suppress(OSError, ValueError):
-            while block := self._process.stdout.read(_READ_BYTES):
+        # Closed by its reader, however late that is: nobody else knows when it is read no more.
+        with contextlib.suppress(OSError, ValueError), self._process.stdout as pipe:
+            while block := pipe.read(_READ_BYTES):
                 *lines, rest = (rest + block).split(b"\n")
                 for line in lines:
                     self._lines.put(line.removesuffix(b"\r"))
@@ -331,6 +332,6 @@ class Coprocess:
 
     def _read_stderr(self) -> None:
         assert self._process.stderr is not None  # noqa: S101 - opened as a pipe in _start
-        with contextlib.suppress(OSError, ValueError):
-            while block := self._process.stderr.read(_READ_BYTES):
+        with contextlib.suppress(OSError, ValueError), self._process.stderr as pipe:
+            while block := pipe.read(_READ_BYTES):
                 self._stderr.append(block[-2000:])
