@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchio.data.io import read_image
 
-from tio_openneuro.errors import DamagedImageError
+from tio_openneuro.errors import DamagedImageError, UnsafeDatasetError
 from tio_openneuro.image import FetchedScalarImage, ImageFiles, Metadata
 from tio_openneuro.reader import read_nifti
 from tio_openneuro.selection import Scalar, TreeFile
@@ -415,6 +415,20 @@ def test_whatever_the_header_says_it_is_torchios_answer_or_none(
     path.write_bytes(b"".join(members) if cuts else content)
     if read_nifti(path, "image") is not None:
         assert_equal_to_torchio(path)
+
+
+def test_place_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    """SimpleITK never returns from this header; it is not asked."""
+    path = tmp_path / "image.nii"
+    fields = {"srow_x": [0, 0, 1, 5], "srow_y": [0, np.nan, 0, 0], "sform_code": 4, "qform_code": 1}
+    path.write_bytes(nifti_bytes(numbers("u1", (6, 2)), fields=fields))
+    with pytest.raises(UnsafeDatasetError, match=r"image\.nii of sub-01"):
+        fetched(path).load()
+    with pytest.raises(UnsafeDatasetError, match=r"image\.nii of sub-01"):
+        assert fetched(path).shape
+    assert read_nifti(path, "image") is None
+    path.write_bytes(nifti_bytes(numbers("u1", (6, 2)), fields={**fields, "sform_code": 0}))
+    assert fetched(path).shape == (1, 6, 2, 1)
 
 
 def test_file_beside_its_uncompressed_namesake_is_read_itself(tmp_path: Path) -> None:

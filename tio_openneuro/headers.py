@@ -12,7 +12,7 @@ import gzip
 import struct
 import zlib
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -119,7 +119,7 @@ def first_bytes(path: Path) -> bytes:
 
 
 def parse_nifti(header: bytes) -> NiftiHeader | None:
-    """Return what a header says, or None where it is none.
+    """Return what a header says, or None where it is none, or its place in space no number.
 
     Args:
         header: The first ``HEADER_BYTES`` of a file, inflated.
@@ -136,6 +136,10 @@ def parse_nifti(header: bytes) -> NiftiHeader | None:
         if 1 <= count <= _MOST_DIMENSIONS:
             break
     else:
+        return None
+    # SimpleITK 2.5.7 may compute for ever on a place in space that is no number.
+    sform, *rows = struct.unpack_from(f"{order}h24x12f", header, 254)
+    if not second and sform > 0 and not all(map(isfinite, rows)):
         return None
     datatype, bits = struct.unpack_from(f"{order}hh", header, 12 if second else 70)
     real, begin = (f"{order}qdd", 168) if second else (f"{order}fff", 108)

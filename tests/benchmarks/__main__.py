@@ -21,6 +21,8 @@ import memory
 import peers
 import prepared
 import queueing
+import maps
+import reading
 import throughput
 import training
 import waiting
@@ -40,6 +42,8 @@ BENCHMARKS = {
     "growth": growth,
     "queueing": queueing,
     "memory": memory,
+    "reading": reading,
+    "maps": maps,
 }
 
 
