@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchio as tio
 from torch.utils.data import RandomSampler, WeightedRandomSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tio_openneuro.queue import BudgetedQueue
 
@@ -78,7 +79,8 @@ def make_queue():
 
 def digest(patch):
     """Return a digest of everything that a patch consists of."""
-    parts = hashlib.sha256(patch["name"].encode())
+    name = patch["name"] if "name" in patch else patch["subject_id"]
+    parts = hashlib.sha256(name.encode())
     parts.update(str(patch[tio.LOCATION].tolist()).encode())
     for image in patch.get_images(intensity_only=False):
         parts.update(image.data.numpy().tobytes())
@@ -188,6 +190,57 @@ def test_batches_of_a_loader_resume_exactly(make_queue):
     loader = tio.SubjectsLoader(other, batch_size=7)
     found += [batch["name"] for _ in range(2) for batch in loader]
     assert found == names
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata 0.11
+@pytest.mark.parametrize("batches", [2, 5, 6])
+def test_a_stateful_loader_resumes_exactly(make_queue, batches):
+    """Torchdata keeps the queue's state in its own, and goes on at the next batch."""
+
+    def make():
+        return StatefulDataLoader(make_queue(), batch_size=7, num_workers=0, collate_fn=list)
+
+    loader = make()
+    expected = [digest(p) for _ in range(3) for batch in loader for p in batch]
+    assert len(expected) == 3 * _SUBJECTS * _SAMPLES
+    loader = make()
+    found = [digest(p) for batch in loader for p in batch]
+    iterator = iter(loader)
+    found += [digest(p) for _ in range(batches - 1) for p in next(iterator)]
+    state = loader.state_dict()
+    other = make()
+    other.load_state_dict(state)
+    while len(found) < len(expected):
+        found += [digest(p) for batch in other for p in batch]
+    assert found == expected
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata 0.11
+def test_a_stateful_loader_with_workers_is_told_so(make_queue):
+    """Patches are popped in the process of the queue; no subject vanishes silently."""
+    loader = StatefulDataLoader(
+        make_queue(num_workers=0), batch_size=7, num_workers=1, collate_fn=list
+    )
+    with pytest.raises(RuntimeError, match="number of workers"):
+        list(loader)
+
+
+def test_ten_thousand_subjects_have_a_small_state(make_queue):
+    """Also with weighted sampling, and in mid-epoch; the state stays below 1 MB."""
+    subject = _subject(0)
+    dataset = tio.SubjectsDataset([subject] * 10_000)
+    weights = torch.ones(10_000)
+    for sampler in (None, WeightedRandomSampler(weights, 10_000), list(range(10_000))):
+        options = {"subject_sampler": sampler, "shuffle_subjects": sampler is None}
+        queue = make_queue(dataset=dataset, max_length=64, **options)
+        found = take(queue, 20)
+        state = queue.state_dict()
+        assert len(json.dumps(state)) < 1_000_000
+        queue.close()
+        other = make_queue(dataset=dataset, max_length=64, start_background=False, **options)
+        other.load_state_dict(state)
+        assert len(other) == 50_000 - len(found)
+        assert digest(other[0])
 
 
 @pytest.mark.parametrize("kind", ["weighted", "own generator", "unknown"])
