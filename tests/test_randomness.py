@@ -194,6 +194,50 @@ def test_generators_other_than_torchs_are_seen_in_a_transforms_code():
         assert find_other_generator(transform) == ""
 
 
+_SHARED = np.random.default_rng(0)
+
+
+def _closure():
+    generator = np.random.default_rng(0)
+    return lambda tensor: tensor + generator.normal()
+
+
+def _imports(tensor):
+    from numpy.random import rand
+
+    return tensor + rand()  # noqa: NPY002
+
+
+def _jitter(tensor):
+    return tensor + _SHARED.normal()
+
+
+class _Calls(tio.Transform):
+    def apply_transform(self, subject):
+        subject.t1.set_data(_jitter(subject.t1.data))
+        return subject
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        _closure(),
+        _imports,
+        _jitter,
+        lambda tensor: _jitter(tensor) + 1,
+        lambda tensor, generator=_SHARED: tensor + generator.normal(),
+        lambda tensor: tensor + np.random.default_rng().normal(),
+        lambda tensor: [_jitter(part) for part in tensor],
+        _Calls(),
+    ],
+)
+def test_numpys_generators_are_seen_wherever_a_function_reaches_them(draw):
+    """In a closure, an import, a global, a default, a comprehension, and in functions called."""
+    assert find_other_generator(draw) == "numpy.random"
+    if not isinstance(draw, tio.Transform):
+        assert find_other_generator(tio.Compose([tio.Lambda(draw)])) == "numpy.random"
+
+
 def test_transforms_are_told_apart_by_what_they_do():
     """Digests differ where repr does not, and agree for transforms made alike."""
     pairs = [

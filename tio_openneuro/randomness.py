@@ -8,10 +8,12 @@ of other threads, and the global generator's state, are left alone. The numbers 
 
 from __future__ import annotations
 
+import dis
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from types import CodeType, FunctionType, MethodType
@@ -71,6 +73,7 @@ _UNGUIDED = frozenset(
     },
 )
 _DEEPEST = 12
+_LIBRARIES = frozenset({"torch", "torchio", "numpy", "scipy"})
 _GUARD = "_tio_openneuro_thread_aware"
 _GUARD_LOCK = threading.Lock()
 _active: ContextVar[torch.Generator | None] = ContextVar("tio_openneuro_generator", default=None)
@@ -194,8 +197,9 @@ def install_seed_guard() -> None:
 def find_other_generator(target: object) -> str:
     """Name the generator other than torch's that a callable is seen to draw from, or "".
 
-    Sees MONAI's ``Randomizable`` and what the code of a Python function names: ``random``,
-    ``numpy.random``. It does not follow calls into other functions.
+    Sees MONAI's ``Randomizable``; NumPy's and Python's generators among attributes; and what a
+    Python function names, closes over, has as default or imports, and the functions that it
+    calls, other than those of torch, TorchIO, NumPy and SciPy. It cannot see into C++.
 
     Args:
         target: A transform, a function, or an object that holds some.
@@ -207,15 +211,27 @@ def _search(target: object, *, seen: set[int], depth: int) -> str:
     if id(target) in seen or depth > _DEEPEST:
         return ""
     seen.add(id(target))
-    if isinstance(target, FunctionType):
-        return _search_code(target.__code__, target.__globals__)
-    if isinstance(target, random.Random):
-        return "random"
-    numpy_owned = isinstance(target, np.random.RandomState | np.random.Generator)
-    if numpy_owned or callable(getattr(target, "set_random_state", None)):
-        return "numpy.random"
+    source = _name_generator(target)
+    if source:
+        return source
     found = (_search(child, seen=seen, depth=depth + 1) for child in _children(target))
     return next(filter(None, found), "")
+
+
+def _name_generator(target: object) -> str:
+    """Name the generator that a module, an object or a function of a generator is."""
+    owner = getattr(target, "__self__", target)
+    if target is random or isinstance(owner, random.Random):
+        return "random"
+    module = getattr(target, "__module__", None) or ""
+    if (
+        target is np.random
+        or isinstance(owner, np.random.RandomState | np.random.Generator)
+        or (callable(target) and str(module).startswith("numpy.random"))
+        or callable(getattr(target, "set_random_state", None))
+    ):
+        return "numpy.random"
+    return ""
 
 
 def _children(target: object) -> list[object]:
@@ -223,6 +239,9 @@ def _children(target: object) -> list[object]:
         return list(target)
     if isinstance(target, dict):
         return [*target, *target.values()]
+    if isinstance(target, FunctionType):
+        library = (target.__module__ or "").partition(".")[0]
+        return [] if library in _LIBRARIES else _parts_of_function(target)
     if isinstance(target, type) or not callable(target):
         return []
     children = list(getattr(target, "__dict__", {}).values())
@@ -237,12 +256,29 @@ def _children(target: object) -> list[object]:
     return children
 
 
-def _search_code(code: CodeType, names: dict[str, Any]) -> str:
-    for name in code.co_names:
-        value = names.get(name)
-        if value is random or isinstance(getattr(value, "__self__", None), random.Random):
-            return "random"
-        if value is np.random or (value is np and "random" in code.co_names):
-            return "numpy.random"
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return next(filter(None, (_search_code(constant, names) for constant in inner)), "")
+def _parts_of_function(function: FunctionType) -> list[object]:
+    """Return what a function reaches by name: globals, closure, defaults, imports."""
+    parts: list[object] = [
+        *(function.__defaults__ or ()),
+        *(function.__kwdefaults__ or {}).values(),
+    ]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a cell that is empty still
+            parts.append(cell.cell_contents)
+    for code in _codes(function.__code__):
+        used = {(i.opname, i.argval) for i in dis.get_instructions(code)}
+        loaded = {name for operation, name in used if operation in {"LOAD_GLOBAL", "LOAD_NAME"}}
+        imported = [name for operation, name in used if operation == "IMPORT_NAME"]
+        values = [function.__globals__[n] for n in loaded if n in function.__globals__]
+        values += [sys.modules.get(name) for name in imported]
+        if np in values and "random" in code.co_names:
+            values.append(np.random)
+        parts += values
+    return parts
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
