@@ -17,11 +17,11 @@ import eviction
 import growth
 import indexing
 import ledger_cost
+import maps
 import memory
 import peers
 import prepared
 import queueing
-import maps
 import reading
 import throughput
 import training
