@@ -83,6 +83,20 @@ def test_patches_are_those_that_torchio_draws(name: str, shape: tuple[int, int, 
     assert_same_patches(SAMPLERS[name], subject_of(blobs(shape)), 200)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_running_sum_is_torchios_to_the_last_bit(name: str) -> None:
+    """Each rounding counts, also one that seldom moves a patch."""
+    sampler, subject = SAMPLERS[name], subject_of(blobs((24, 20, 16)))
+    own = sampler.process_probability_map(sampler.get_probability_map(subject), subject)
+    sums = sampler.get_cumulative_distribution_function(own)
+    kept = compute_map(sampler, subject)
+    assert kept is not None
+    starts = kept.starts if len(kept.starts) else np.arange(len(sums))
+    before = np.concatenate([[0], kept.ends[:-1]])
+    assert np.array_equal(kept.ends[-1:], sums[-1:])
+    assert np.array_equal(np.where(starts > 0, sums[starts.astype(int) - 1], 0), before)
+
+
 def test_voxels_are_those_that_torchio_cuts() -> None:
     """Also what a patch holds beside its place."""
     subject = subject_of(blobs((24, 20, 16)))
