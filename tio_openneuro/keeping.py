@@ -31,13 +31,19 @@ def lease(runtime: Runtime, unit: ContentUnit, file: ContentFile) -> Iterator[Pa
         yield None
         return
     content = runtime.store.content_of(file)
-    position = runtime.prefetcher.take(unit, runtime.store.files_of(unit))
-    lease_id = runtime.ledger.try_lease(unit.name, content, position)
+    lease_id = runtime.ledger.try_lease(unit.name, content)
+    if not lease_id:
+        yield None
+        return
     try:
-        yield file.repo.locate(file.key) if lease_id else None
+        # Only now: a use that is not begun stays in the order, for the lease of the files.
+        position = runtime.prefetcher.take(unit, runtime.store.files_of(unit))
+        if position is not None:
+            runtime.ledger.reach(position)
+        runtime.counters.hit(1)
+        yield file.repo.locate(file.key)
     finally:
-        if lease_id:
-            runtime.end_lease(lease_id)
+        runtime.end_lease(lease_id)
 
 
 def keep(
@@ -63,7 +69,6 @@ def keep(
                 given = runtime.ledger.give_up([content])
                 runtime.store.drop([each.content for each in given], "left by a process that died")
                 continue
-            repo.drop(file.key)
             outcome = runtime.ledger.request_keep(
                 Want(content, len(data), located=False),
                 instead,
@@ -71,9 +76,10 @@ def keep(
                 spare=runtime.store.spare_bytes([file]),
             )
             if outcome.granted:
-                _write(runtime, repo, file, data)
-                runtime.prefetcher.prepared(unit, worth=worth)
-                return True
+                kept = _write(runtime, repo, file, data)
+                if kept:
+                    runtime.prefetcher.prepared(unit, worth=worth)
+                return kept
             if not outcome.victims:
                 break
             runtime.prefetcher.lost(outcome.victims)
@@ -86,11 +92,18 @@ def keep(
     return False
 
 
-def _write(runtime: Runtime, repo: PreparedRepo, file: ContentFile, data: bytes) -> None:
+def _write(runtime: Runtime, repo: PreparedRepo, file: ContentFile, data: bytes) -> bool:
     """Write what was reserved just now; on failure clear it away, then return its room."""
     content = runtime.store.content_of(file)
     try:
+        # A file that no ledger knew, before it takes room beside the new one.
+        repo.drop(file.key)
         repo.write(file.key, data)
+    except OSError as error:
+        _LOGGER.warning("Could not keep %s: %s", content.key, error)
+        repo.drop(file.key)
+        runtime.ledger.failed(content, empty=True)
+        return False
     except BaseException:
         repo.drop(file.key)
         runtime.ledger.failed(content, empty=True)
@@ -98,3 +111,4 @@ def _write(runtime: Runtime, repo: PreparedRepo, file: ContentFile, data: bytes)
     runtime.ledger.arrived(content)
     runtime.signal.notify()
     _LOGGER.info("Kept %s (%s).", content.key, format_size(len(data)))
+    return True

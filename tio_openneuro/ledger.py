@@ -125,10 +125,10 @@ class Ledger:
             raise
         return outcome
 
-    def try_lease(self, unit: str, content: ContentId, position: int | None) -> int:
+    def try_lease(self, unit: str, content: ContentId) -> int:
         """Lease content if it is present: see :meth:`KeepingDecision.try_lease`."""
         with self._db.writing() as db:
-            return KeepingDecision(db, self.owner_id).try_lease(unit, content, position)
+            return KeepingDecision(db, self.owner_id).try_lease(unit, content)
 
     def request_keep(
         self, want: Want, instead: frozenset[ContentId], *, steps: int | None, spare: int | None

@@ -35,6 +35,8 @@ class KeepingDecision(Decision):
         """
         if self._db.execute("SELECT 1 FROM ticket LIMIT 1").fetchone():
             return Outcome(why="queue")
+        if self.rows([want.content]):
+            return Outcome(why="somebody else keeps it")
         short_bytes = want.size_bytes - self._room(spare_bytes)
         if short_bytes > 0:
             short_bytes -= int(self._db.execute(PENDING).fetchone()[0])
@@ -52,11 +54,9 @@ class KeepingDecision(Decision):
         self._reserve([want], prefetch=False)
         return Outcome(granted=True, fetch=frozenset({want.content}))
 
-    def try_lease(self, unit: str, content: ContentId, position: int | None) -> int:
+    def try_lease(self, unit: str, content: ContentId) -> int:
         """Lease content that is present, and return the lease; zero where it is not."""
         row = self.rows([content]).get(content)
         if row is None or row.state is not ContentState.PRESENT:
             return 0
-        if position is not None:
-            self.reach(position)
         return self._lease(unit, [Want(content, row.size_bytes, located=True)])
