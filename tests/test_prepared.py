@@ -21,6 +21,7 @@ from test_dataset import IMAGES, held_bytes
 from workers import Nursery
 
 import tio_openneuro as tno
+from tio_openneuro import sampler_maps
 from tio_openneuro.cropping import with_box_crop
 from tio_openneuro.demo.watch import DiskWatch
 from tio_openneuro.engine import Engine
@@ -148,11 +149,17 @@ def test_patches_read_by_boxes_are_those_cut_from_the_whole(sampler: str, make: 
         assert torch.equal(patch[tio.LOCATION], twin[tio.LOCATION])
 
 
-def digest(dataset: tno.DataladSubjectsDataset, epochs: int, **options: object) -> list[str]:
+def digest(
+    dataset: tno.DataladSubjectsDataset,
+    epochs: int,
+    *,
+    sampler: tio.data.PatchSampler | None = None,
+    **options: object,
+) -> list[str]:
     """Return a digest of each epoch's patches, in their order."""
     found = []
     with tno.BudgetedQueue(
-        dataset, 8, 3, tio.UniformSampler(8), seed=5, ram_budget="4 GB", **options
+        dataset, 8, 3, sampler or tio.UniformSampler(8), seed=5, ram_budget="4 GB", **options
     ) as queue:
         for _ in range(epochs):
             hashed = hashlib.sha256()
@@ -182,6 +189,30 @@ def test_patches_are_the_same_cold_warm_and_without_a_store(
     without = make(preprocess=pipeline, transform=transform, root=root.with_name("other"))
     without._preparation._engine = None
     assert digest(without, 2, num_workers=1) == found
+
+
+def test_label_maps_of_prepared_volumes_are_computed_once(
+    make: Make, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later epochs read no label map whole, and give the patches that they give without a store."""
+    pipeline = tio.Compose([tio.ToCanonical(), tio.ZNormalization()])
+    without = make(preprocess=pipeline, root=root.with_name("other"))
+    without._preparation._engine = None
+    expected = digest(without, 3, sampler=tio.LabelSampler(6, "lesion"), num_workers=1)
+    computed: list[str] = []
+    original = sampler_maps.compute_map
+
+    def counting(sampler: tio.LabelSampler, subject: tio.Subject) -> object:
+        computed.append(subject.subject_id)
+        return original(sampler, subject)
+
+    monkeypatch.setattr(sampler_maps, "compute_map", counting)
+    dataset = make(preprocess=pipeline)
+    assert dataset.fetch() > 0
+    for index in range(len(dataset)):
+        dataset[index]
+    assert digest(dataset, 3, sampler=tio.LabelSampler(6, "lesion"), num_workers=1) == expected
+    assert sorted(computed) == [f"sub-{n:02}" for n in range(1, 7)]
 
 
 def test_damaged_volume_is_made_again(make: Make, root: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torchio.constants import LOCATION
 
 from tio_openneuro.sampler_maps import (
+    KeptMaps,
     SamplerMap,
     compute_map,
     draw_patches,
@@ -254,3 +255,16 @@ def test_computing_a_map_holds_less_than_torchio_does() -> None:
         assert own >= 24
         assert 8 <= ours <= 14
         assert map_bytes(sampler) > ours
+
+
+def test_maps_are_kept_while_there_is_room() -> None:
+    """What is kept is not computed again, and what does not fit is computed each time."""
+    sampler = tio.LabelSampler(16)
+    subjects = [subject_of(blobs((48, 48, 48), seed=seed)) for seed in range(2)]
+    sizes = [compute_map(sampler, subject).size_bytes for subject in subjects]
+    kept = KeptMaps(sizes[0])
+    first = kept.of(0, sampler, subjects[0])
+    assert kept.of(0, sampler, subjects[0]) is first
+    assert kept.of(1, sampler, subjects[1]) is not kept.of(1, sampler, subjects[1])
+    assert (0 in kept, 1 in kept) == (True, False)
+    assert kept.of(2, tio.UniformSampler(16), subjects[0]) is None

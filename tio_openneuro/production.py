@@ -23,6 +23,7 @@ from tio_openneuro.cropping import reads_boxes, reads_shape_only, with_box_crop
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.headers import ImageSize, measure_header, sum_sizes
 from tio_openneuro.memory import (
+    BASE_BYTES,
     FLOAT_BYTES,
     THREAD_BYTES,
     SubjectSize,
@@ -31,7 +32,13 @@ from tio_openneuro.memory import (
 )
 from tio_openneuro.prepared_file import DamagedVolumeError
 from tio_openneuro.randomness import drawing_from
-from tio_openneuro.sampler_maps import draw_patches, map_bytes
+from tio_openneuro.sampler_maps import (
+    KeptMaps,
+    SamplerMap,
+    draw_patches,
+    map_bytes,
+    map_identity,
+)
 from tio_openneuro.shuffle import derive_seed
 
 if TYPE_CHECKING:
@@ -39,6 +46,8 @@ if TYPE_CHECKING:
 
 INTRA_OP_THREADS = 1
 _FALLBACK_VOXELS = 256**3
+# Of the RAM budget for the maps of prepared volumes: at 4 GB those of 100 tumours at 192**3.
+_MAPS_SHARE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,7 @@ class SubjectSource:
         seed: int,
         drop: bool,
         again: Sequence[int] = (),
+        ram_budget_bytes: int = 0,
     ) -> None:
         """Keep the parts; load nothing.
 
@@ -102,6 +112,7 @@ class SubjectSource:
             seed: The queue's seed.
             drop: Whether a subject's content is dropped once its patches are made.
             again: Subjects of epochs whose order is not known yet, the likeliest first.
+            ram_budget_bytes: The queue's, of which a part is set aside for sampler maps.
         """
         self.dataset = dataset
         self.sampler = sampler
@@ -119,9 +130,17 @@ class SubjectSource:
         self._seed = seed
         self._drop = drop
         self._again = again
+        keeps_maps = map_identity(sampler) is not None and transform is None
+        keeps_maps = keeps_maps and getattr(dataset, "preprocess", None) is not None
+        self._maps = KeptMaps(ram_budget_bytes // _MAPS_SHARE if keeps_maps else 0)
         self._sizes: dict[int, SubjectSize] = {}
         self._largest_patch_bytes = 0
         self._growth = 1.0
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes that are set aside for as long as the queue lives."""
+        return BASE_BYTES + self._maps.most_bytes
 
     def __len__(self) -> int:
         """Return the number of subjects."""
@@ -176,7 +195,7 @@ class SubjectSource:
         prepared = self._prepared_size(index)
         if prepared is not None:
             patch_bytes = self._largest_patch_bytes or self.patch_bytes(prepared.channels)
-            return Need(self._bound_prepared(prepared), patch_bytes, known=True)
+            return Need(self._bound_prepared(index, prepared), patch_bytes, known=True)
         size = self.size(index)
         known = size is not None
         if size is None:
@@ -206,9 +225,9 @@ class SubjectSource:
         tell = getattr(self.dataset, "prepared_size", None)
         return tell(index) if callable(tell) else None
 
-    def _bound_prepared(self, size: SubjectSize) -> int:
+    def _bound_prepared(self, index: int, size: SubjectSize) -> int:
         subject_bytes = THREAD_BYTES
-        if not self._boxes_alone:
+        if not self._boxes_alone and index not in self._maps:
             subject_bytes = bound_subject(size, self._cost_prepared, map_bytes(self.sampler))
         return max(subject_bytes, self._bound_patch(size))
 
@@ -271,8 +290,8 @@ class SubjectSource:
 
     def _make_patches(self, index: int, count: int) -> list[tio.Subject]:
         try:
-            with self._opened(index) as subject:
-                patches = list(islice(draw_patches(self._sample, subject), count))
+            with self._opened(index) as (subject, kept):
+                patches = list(islice(draw_patches(self._sample, subject, kept), count))
                 del subject
         finally:
             release = getattr(self.dataset, "release_index", None)
@@ -287,17 +306,17 @@ class SubjectSource:
         return patches
 
     @contextmanager
-    def _opened(self, index: int) -> Iterator[tio.Subject]:
-        """Yield a subject, of which a prepared one reads no more than is asked for."""
+    def _opened(self, index: int) -> Iterator[tuple[tio.Subject, SamplerMap | None]]:
+        """Yield a subject, of which a prepared one reads no more than is asked for, and its map."""
         opened = getattr(self.dataset, "opened", None)
         if callable(opened) and reads_boxes(self.sampler):
             with opened(index) as subject:
                 if subject is not None:
-                    yield subject
+                    yield subject, self._maps.of(index, self._sample, subject)
                     return
         subject = self.dataset[index]
         self._calibrate(index, subject)
-        yield subject
+        yield subject, None
 
     def _calibrate(self, index: int, subject: tio.Subject) -> None:
         """Learn from a transformed subject how sizes grow, and its size where it was unknown."""

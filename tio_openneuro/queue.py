@@ -163,9 +163,10 @@ class BudgetedQueue(QueueView):
             seed=self.seed,
             drop=self.on_release == "drop",
             again=self._order.likeliest(),
+            ram_budget_bytes=self.ram_budget_bytes,
         )
         self._planner = Planner(self._order, self._source.count, len(self.subjects_dataset))
-        self._admission = Admission(self.ram_budget_bytes)
+        self._admission = Admission(self.ram_budget_bytes, base_bytes=self._source.base_bytes)
         self._filler = Filler(
             self._source,
             self._admission,

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.errors import DiskBudgetError, RamBudgetError, TioOpenNeuroError
-from tio_openneuro.memory import BASE_BYTES, refuse_subject
+from tio_openneuro.memory import refuse_subject
 from tio_openneuro.randomness import find_other_generator
 
 if TYPE_CHECKING:
@@ -129,14 +129,15 @@ def refuse_large_subjects(
     need, index = largest
     own_bytes = need.work_bytes + need.patch_bytes * source.count(index)
     held_bytes = need.patch_bytes * min(window, planner.largest_total)
-    if own_bytes + held_bytes + BASE_BYTES > budget_bytes:
+    if own_bytes + held_bytes + source.base_bytes > budget_bytes:
         advice = (
             f"Its own work and patches need {own_bytes} bytes, {window} patches of "
-            f"{need.patch_bytes} bytes each wait for delivery, libraries need {BASE_BYTES} bytes. "
-            f"Raise ram_budget, or lower max_length, the patch size or samples_per_volume."
+            f"{need.patch_bytes} bytes each wait for delivery, libraries and maps need "
+            f"{source.base_bytes} bytes. Raise ram_budget, or lower max_length, the patch size or "
+            f"samples_per_volume."
         )
         name = source.name(index)
-        need_bytes = own_bytes + held_bytes + BASE_BYTES
+        need_bytes = own_bytes + held_bytes + source.base_bytes
         raise refuse_subject(name, need_bytes, budget_bytes, advice)
 
 

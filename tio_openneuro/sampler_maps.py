@@ -12,6 +12,7 @@ Source: ``torchio.data.sampler.weighted`` and ``label``, 1.2.1.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -165,6 +166,43 @@ def map_identity(sampler: object) -> str | None:
     parts = [type(sampler).__name__, *vars(sampler)["patch_size"].tolist()]
     parts += [vars(sampler)["probability_map_name"], vars(sampler).get("label_probabilities_dict")]
     return repr(parts)
+
+
+class KeptMaps:
+    """The maps of volumes that are read again and again, as many as fit. Threads may share it."""
+
+    def __init__(self, most_bytes: int) -> None:
+        """Keep none yet.
+
+        Args:
+            most_bytes: Bytes that all maps together may take; the caller has set them aside.
+        """
+        self.most_bytes = most_bytes
+        self._left_bytes = most_bytes
+        self._maps: dict[int, SamplerMap] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, index: int) -> bool:
+        """Return whether the map of a volume is kept."""
+        return index in self._maps
+
+    def of(self, index: int, sampler: Any, subject: tio.Subject) -> SamplerMap | None:  # noqa: ANN401 - any patch sampler
+        """Return the map of a volume, computed where it is not kept; None where there is none.
+
+        Args:
+            index: Names the volume, which is the same each time.
+            sampler: The same patch sampler each time.
+            subject: The volume.
+        """
+        if index in self._maps or map_identity(sampler) is None:
+            return self._maps.get(index)
+        found = compute_map(sampler, subject)
+        if found is not None:
+            with self._lock:
+                if index not in self._maps and found.size_bytes <= self._left_bytes:
+                    self._left_bytes -= found.size_bytes
+                    self._maps[index] = found
+        return found
 
 
 def compute_map(sampler: tio.WeightedSampler, subject: tio.Subject) -> SamplerMap | None:
