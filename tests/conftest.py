@@ -8,6 +8,7 @@ of its own, without an identity, as on a new machine; at its end no child proces
 every ledger agrees with its disk.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,8 @@ def _nothing_left(tmp_path: Path) -> Iterator[None]:
             engine = Engine(ledger.parent, disk_budget="1 TB")
             assert engine.check() == []
             engine.close()
+    # A loader whose worker failed hangs in a cycle with the error, and its workers with it.
+    gc.collect()
     children = psutil.Process().children(recursive=True)
     left = [child for child in children if child.pid not in before and not _is_tracker(child)]
     _, alive = psutil.wait_procs(left, timeout=10)

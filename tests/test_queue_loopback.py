@@ -9,7 +9,7 @@ from test_queue_resume import digest
 
 import tio_openneuro as tno
 
-ACCESSION = "ds900042"
+ACCESSION = "ds900092"
 SUBJECTS = 5
 PATCHES = 3
 EPOCHS = 3

@@ -24,7 +24,7 @@ from tio_openneuro.errors import FetchError
 from tio_openneuro.loopback import Fault, FaultKind
 
 __all__ = ["make_queue"]
-ACCESSION = "ds900041"
+ACCESSION = "ds900091"
 SUBJECTS = 8
 
 
