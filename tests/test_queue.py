@@ -595,6 +595,7 @@ def test_a_header_that_tells_more_than_the_budget_stops_the_load(make_queue, num
         num_workers=num_workers,
         ram_budget="100 MB",
         on_error="skip",
+        seed=5,
         subject_sampler=order,
         shuffle_subjects=False,
     )
