@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tio_openneuro.allocator import return_free_memory
+from tio_openneuro.allocator import bound_free_memory, give_back, make_room, reuse_free_memory
 from tio_openneuro.buffer import Buffer
 from tio_openneuro.memory import refuse_subject
 from tio_openneuro.production import Production, fix_intra_op_threads
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger(__name__)
 _DIAGNOSIS_S = 60.0
-_REST_SHARE = 8
+_IDLE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,7 @@ class Filler:
             ahead = self._schedule.ahead()
         self._source.prefetch(ahead)
         if not self._closed:
+            reuse_free_memory(self._admission.budget_bytes)
             self._workers.start()
         with self._lock:
             self._room.notify_all()
@@ -196,7 +197,7 @@ class Filler:
             # The interpreter ends: nobody else waits for what the threads are loading.
             self._source.close_dataset()
         self._workers.join()
-        return_free_memory()
+        bound_free_memory()
 
     # --- the threads' side ---
 
@@ -279,21 +280,13 @@ class Filler:
         guessed = not self._sized or (not need.known and self.subjects == 0)
         if self._running and guessed:
             return False
-        if not self._admission.fits(job.charge_bytes):
-            self._return_memory()
-        return self._admission.fits(job.charge_bytes)
-
-    def _return_memory(self, least_bytes: int = 1) -> None:
-        # Not after each subject: a trim, and faulting the pages in again, took a fifth of the
-        # producers' time at 96**3 (2026-11-20).
-        if self._admission.retained_bytes >= least_bytes:
-            return_free_memory()
-            self._admission.returned()
+        return make_room(self._admission, job.charge_bytes)
 
     def _rest(self) -> None:
-        """Wait for room, a good moment to return memory."""
-        self._return_memory(self._admission.budget_bytes // _REST_SHARE)
-        self._room.wait()
+        """Wait for room, and return memory where that takes long."""
+        holds = self._admission.retained_bytes > 0
+        if not self._room.wait(_IDLE_S if holds else None):
+            give_back(self._admission)
 
     def _stuck(self, job: _Job, need: Need) -> bool:
         """Tell whether waiting cannot help: nothing runs, and the consumer waits for this."""

@@ -238,6 +238,14 @@ class Admission:
             message = f"Released {excess} bytes more than were charged."
             raise ValueError(message)
 
+    def measured(self, free_bytes: int) -> None:
+        """Note what the allocator holds free at most: what was freed may be in use again.
+
+        Args:
+            free_bytes: Its own count, of the whole process.
+        """
+        self.retained_bytes = min(self.retained_bytes, free_bytes)
+
     def returned(self) -> None:
         """Note that all freed memory is back with the system."""
         self.retained_bytes = 0

@@ -16,7 +16,6 @@ import torchio as tio
 from torch.utils.data import get_worker_info
 
 from tio_openneuro import queue_checks
-from tio_openneuro.allocator import bound_free_memory
 from tio_openneuro.filling import Filler
 from tio_openneuro.identity import identify_parts
 from tio_openneuro.machine import available_bytes
@@ -134,7 +133,6 @@ class BudgetedQueue(QueueView):
         self._parts: dict[str, str] = {}
         self._delivered = 0
         install_seed_guard()
-        bound_free_memory()
         self._build(PassStart())
         self._has_ranks = queue_checks.count_ranks(subject_sampler) > 1
         if self._has_ranks:
