@@ -33,8 +33,8 @@ BATCH = 4
 SAMPLES = 8
 WINDOW = 80
 WORKERS = 2
-EPOCHS = {0.0: 2, 0.05: 2, 0.1: 3, 0.3: 1}
-"""Epochs of 160 patches for each step in seconds; where the consumer is slow one is enough."""
+EPOCHS = {0.0: 2, 0.05: 2, 0.1: 2, 0.3: 2}
+"""Epochs of 160 patches for each step in seconds."""
 WANTED_EFFICIENCY = 0.95
 WANTED_RATIO = 1.5
 _SAMPLE_S = 0.05
