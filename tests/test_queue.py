@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections import Counter
 
@@ -530,21 +531,20 @@ def test_what_a_patch_transform_holds_is_charged(make_queue):
     assert need.work_bytes >= 80 * side**3
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_large_subject_in_a_file_is_refused_at_its_header_and_never_skipped(
-    make_queue, tmp_path, num_workers
-):
-    """The file is not decoded: it has no voxels behind its header at all."""
+def test_a_large_subject_in_a_local_file_is_refused_at_construction(make_queue, tmp_path):
+    """Its header tells; the file is not decoded: it has no voxels behind its header at all."""
     image = tio.ScalarImage(tensor=torch.zeros(1, 400, 400, 4))
     image.save(tmp_path / "t1.nii")
     path = tmp_path / "t1.nii"
     header = bytearray(path.read_bytes()[:352])
     header[46:48] = (4000).to_bytes(2, "little")
     path.write_bytes(header)
-    dataset = tio.SubjectsDataset([tio.Subject(t1=tio.ScalarImage(path), name="sub-big")])
-    queue = make_queue(dataset, ram_budget="1 GB", num_workers=num_workers, on_error="skip")
-    with pytest.raises(RamBudgetError, match="sub-big"):
-        list(queue)
+    big = tio.Subject(t1=tio.ScalarImage(path), name="sub-big")
+    small = tio.Subject(t1=tio.ScalarImage(tensor=torch.zeros(1, 8, 8, 8)), name="sub-small")
+    dataset = tio.SubjectsDataset([small, big])
+    with pytest.raises(RamBudgetError, match=r"sub-big .* \(1000000000 bytes\)"):
+        make_queue(dataset, ram_budget="1 GB", on_error="skip")
+    assert not big.t1._loaded
 
 
 class RemoteDataset(tio.SubjectsDataset):
@@ -625,6 +625,18 @@ def test_the_smallest_budget_makes_progress_and_is_kept(make_queue, num_workers)
     assert statistics.wait_s >= 0
     assert set(statistics.as_dict()) >= {"patches", "subjects", "buffer_patches", "window"}
     assert (statistics.patches, statistics.epoch, statistics.epoch_patches) == (72, 2, 24)
+
+
+def test_a_queue_that_idles_gives_freed_memory_back(make_queue):
+    """What its subjects left free counts no longer once nothing was made for a while."""
+    queue = make_queue(num_workers=2)
+    filler = queue._filler
+    deadline_s = time.monotonic() + 30
+    while filler.subjects < 2 or filler._admission.retained_bytes:
+        assert time.monotonic() < deadline_s
+        threading.Event().wait(0.02)
+    assert filler.buffered()
+    assert filler._admission.charged_bytes > BASE_BYTES
 
 
 def test_charges_end_with_the_patches(make_queue):

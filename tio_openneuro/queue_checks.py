@@ -114,13 +114,13 @@ def refuse_large_subjects(
     window: int,
     budget_bytes: int,
 ) -> None:
-    """Refuse a budget that cannot hold a window and the largest subject that is in RAM already.
+    """Refuse a budget that cannot hold a window and the largest subject whose size is known.
 
     Raises:
         RamBudgetError: It cannot; the message names the subject and the bytes.
     """
     largest = max(
-        ((source.need(index), index) for index in source.loaded()),
+        ((source.need(index), index) for index in source.sized()),
         key=lambda pair: pair[0].work_bytes + pair[0].patch_bytes,
         default=None,
     )

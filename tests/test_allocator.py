@@ -1,0 +1,75 @@
+"""What the C library keeps of freed memory, in a process of its own: its options are global."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's options, /proc")
+
+_PROGRAM = """
+import json, resource
+from pathlib import Path
+import torch
+from tio_openneuro import allocator
+from tio_openneuro.memory import Admission
+
+MIB = 2**20
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+def faults_of_volumes():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    volumes = [torch.ones(40 * MIB, dtype=torch.uint8) for _ in range(4)]
+    del volumes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.ones(1).add_(1)
+base = resident()
+told = {}
+def tell(step):
+    told[step] = (resident() - base) // MIB
+
+told["faults at first"] = faults_of_volumes()
+tell("by default")
+allocator.reuse_free_memory(1000 * MIB)
+faults_of_volumes()
+tell("kept")
+told["faults again"] = faults_of_volumes()
+admission = Admission(300 * MIB, base_bytes=0)
+admission.charge(200 * MIB)
+admission.release(200 * MIB)
+told["fits beside what is free"] = allocator.make_room(admission, 130 * MIB)
+tell("beside")
+told["fits once it is back"] = allocator.make_room(admission, 290 * MIB)
+tell("back")
+told["never fits"] = allocator.make_room(admission, 301 * MIB)
+faults_of_volumes()
+tell("kept again")
+allocator.bound_free_memory()
+tell("bound")
+told["faults when bound"] = faults_of_volumes()
+tell("bound, freed")
+print(json.dumps(told))
+"""
+
+
+def test_freed_memory_is_used_again_until_there_is_no_room_or_an_end():
+    """Volumes are mapped once while a queue fills; what is free goes where it stands in the way."""
+    run = subprocess.run([sys.executable, "-c", _PROGRAM], stdout=subprocess.PIPE, check=True)
+    told = json.loads(run.stdout)
+    volumes_mib = 150
+    assert told["by default"] < volumes_mib / 3
+    assert told["kept"] >= volumes_mib
+    assert told["faults at first"] > 30_000
+    assert told["faults again"] < 3_000
+    assert told["fits beside what is free"]
+    assert told["beside"] >= volumes_mib
+    assert told["fits once it is back"]
+    assert told["back"] < volumes_mib / 3
+    assert not told["never fits"]
+    assert told["kept again"] >= volumes_mib
+    assert max(told["bound"], told["bound, freed"]) < volumes_mib / 3
+    assert told["faults when bound"] > 30_000
