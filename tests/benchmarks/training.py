@@ -38,6 +38,7 @@ STEP_S = 0.1
 WORKERS = 2
 BUDGET_SHARE = 10
 PLAIN_UNITS = 16
+PLAIN_SIDES = (SIDE, 192)
 CONNECTION_BYTES_PER_S = 20e6
 LATENCY_S = 0.1
 WANTED = {"Queue": 1.3, "bound": 0.95, "plain": 5.0, "first": 1.2}
@@ -47,27 +48,29 @@ _PATCH_SIDE = 64
 _SAMPLES = 8
 _BATCH = 4
 _WINDOW_PATCHES = 64
-_ACCESSION = "ds920001"
+_ACCESSIONS = {SIDE: "ds920001", 192: "ds920002"}
 
 
 def measure(runs: int, folder: Path, console: Console) -> dict[str, object]:
     """Run it, print its tables and return its figures."""
     _prepare_datalad()
     with LoopbackOpenNeuro(folder / "openneuro") as server:
-        heads = write_heads(folder / "heads", [(SIDE,) * 3] * UNITS)
-        server.publish_folder(_ACCESSION, heads)
-        console.print(f"{UNITS} heads of {SIDE}³ published")
-        bench = _Bench(server, folder, heads)
-        found = {
-            "local": _against_local(bench, runs, console),
-            "plain": _against_plain(bench, runs, console),
-            "first": _first_batch(bench, runs, console),
-        }
+        bench = _Bench(server, folder / "small", SIDE)
+        found = {"local": _against_local(bench, runs, console)}
+        for side in PLAIN_SIDES:
+            other = bench if side == SIDE else _Bench(server, folder / "large", side)
+            found[f"plain, {side}³"] = _against_plain(other, runs, console)
+        found["first"] = _first_batch(bench, runs, console)
     draw_bars(
         "training",
         {
             "patches/s, everything local but for ours": found["local"]["patches_per_s"],
-            "seconds of an epoch at 20 MB/s, 100 ms": found["plain"]["seconds"],
+            **{
+                f"seconds of an epoch of {side}³ at 20 MB/s, 100 ms": found[f"plain, {side}³"][
+                    "seconds"
+                ]
+                for side in PLAIN_SIDES
+            },
             "seconds to the first batch": found["first"]["seconds"],
         },
         x="median",
@@ -86,12 +89,15 @@ def _prepare_datalad() -> None:
 class _Bench:
     """One published dataset, its local copy, and ways to train on it."""
 
-    def __init__(self, server: LoopbackOpenNeuro, folder: Path, heads: Path) -> None:
+    def __init__(self, server: LoopbackOpenNeuro, folder: Path, side: int) -> None:
         self.server = server
         self.folder = folder
-        self.heads = heads
+        self.side = side
+        self.accession = _ACCESSIONS[side]
+        self.heads = write_heads(folder / "heads", [(side,) * 3] * UNITS)
+        server.publish_folder(self.accession, self.heads)
         self._roots = 0
-        with open_heads(_ACCESSION, folder / "sizes", "1 TB") as dataset:
+        with open_heads(self.accession, folder / "sizes", "1 TB") as dataset:
             self.dataset_bytes = dataset.nbytes
         self.budget_bytes = self.dataset_bytes // BUDGET_SHARE
         self.patch_bytes = self.dataset_bytes / UNITS / _SAMPLES
@@ -110,7 +116,7 @@ class _Bench:
         """Train the second epoch over the link; return patches/s."""
         root = self.new_root()
         with (
-            open_heads(_ACCESSION, root, self.budget_bytes, self.transform()) as dataset,
+            open_heads(self.accession, root, self.budget_bytes, self.transform()) as dataset,
             _queue(dataset, _WINDOW_PATCHES) as queue,
         ):
             return _second_epoch(_loader(queue), step_s)
@@ -119,7 +125,7 @@ class _Bench:
         """Produce the second epoch for a consumer without a step, all content being there."""
         root = self.folder / "kept"
         with (
-            open_heads(_ACCESSION, root, "100 GB", self.transform()) as dataset,
+            open_heads(self.accession, root, "100 GB", self.transform()) as dataset,
             _queue(dataset, _WINDOW_PATCHES) as queue,
         ):
             return _second_epoch(_loader(queue), 0.0)
@@ -225,14 +231,14 @@ def _against_local(bench: _Bench, runs: int, console: Console) -> dict[str, dict
 def _against_plain(bench: _Bench, runs: int, console: Console) -> dict[str, dict[str, float]]:
     _slow_link(bench)
     root = bench.folder / "root-plain"
-    with open_heads(_ACCESSION, root, "1 GB"):
+    with open_heads(bench.accession, root, "1 GB"):
         pass
     clone = bench.folder / "plain"
-    datalad.clone(bench.server.url(_ACCESSION), str(clone), result_renderer="disabled")
+    datalad.clone(bench.server.url(bench.accession), str(clone), result_renderer="disabled")
 
     def ours() -> float:
         began_s = time.perf_counter()
-        with open_heads(_ACCESSION, root, bench.budget_bytes, bench.transform()) as whole:
+        with open_heads(bench.accession, root, bench.budget_bytes, bench.transform()) as whole:
             dataset = whole[:PLAIN_UNITS]
             with _queue(dataset, _WINDOW_PATCHES) as queue:
                 assert _train(_loader(queue), STEP_S) == PLAIN_UNITS * _SAMPLES
@@ -251,8 +257,8 @@ def _against_plain(bench: _Bench, runs: int, console: Console) -> dict[str, dict
     seconds = {name: median(values) for name, values in found.items()}
     ours_s, plain_s = seconds.values()
     table = Table(
-        title=f"One epoch of {PLAIN_UNITS} subjects, 20 MB/s per connection, 100 ms; "
-        f"medians of {runs}"
+        title=f"One epoch of {PLAIN_UNITS} subjects of {bench.side}³, 20 MB/s per connection, "
+        f"100 ms, step {STEP_S} s; medians of {runs}"
     )
     for name in ("", "s", "min", "max", "its time / ours"):
         table.add_column(name, justify="right" if name else "left")
@@ -293,7 +299,7 @@ def _first_batch(bench: _Bench, runs: int, console: Console) -> dict[str, dict[s
     def ours(transform: tio.Transform | None) -> float:
         began_s = time.perf_counter()
         root = bench.new_root()
-        with open_heads(_ACCESSION, root, bench.budget_bytes, transform) as dataset:
+        with open_heads(bench.accession, root, bench.budget_bytes, transform) as dataset:
             opened_s = time.perf_counter() - began_s
             with _queue(dataset, _WINDOW_PATCHES) as queue:
                 batch = next(iter(_loader(queue)))
@@ -305,7 +311,7 @@ def _first_batch(bench: _Bench, runs: int, console: Console) -> dict[str, dict[s
     def parts_alone() -> float:
         root = bench.new_root()
         began_s = time.perf_counter()
-        catalog = open_catalog(_ACCESSION, root)
+        catalog = open_catalog(bench.accession, root)
         cloned_s = time.perf_counter() - began_s
         selection = select(catalog.files, IMAGES, unit="subject", on_missing="skip",
                            on_multiple="raise", on_incomplete="raise")  # fmt: skip
