@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tio_openneuro.allocator import FreedMemory, bound_free_memory
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's options, /proc")
 
 _PROGRAM = """
@@ -48,10 +50,14 @@ tell("back")
 told["never fits"] = allocator.make_room(admission, 301 * MIB)
 faults_of_volumes()
 tell("kept again")
+allocator.give_back_at_once()
+tell("at once")
+told["faults at once"] = faults_of_volumes()
+tell("at once, freed")
+allocator.reuse_free_memory(1000 * MIB)
+faults_of_volumes()
 allocator.bound_free_memory()
-tell("bound")
-told["faults when bound"] = faults_of_volumes()
-tell("bound, freed")
+tell("at the end")
 print(json.dumps(told))
 """
 
@@ -71,5 +77,19 @@ def test_freed_memory_is_used_again_until_there_is_no_room_or_an_end():
     assert told["back"] < volumes_mib / 3
     assert not told["never fits"]
     assert told["kept again"] >= volumes_mib
-    assert max(told["bound"], told["bound, freed"]) < volumes_mib / 3
-    assert told["faults when bound"] > 30_000
+    assert max(told["at once"], told["at once, freed"]) < volumes_mib / 3
+    assert told["faults at once"] > 30_000
+    assert told["at the end"] < volumes_mib / 3
+
+
+def test_freed_memory_is_used_again_where_the_budget_has_room_for_its_pieces():
+    """Two threads and a window of patches must fit with half as much again, and a guess is one."""
+    freed = FreedMemory(1000, threads=2, base_bytes=100, window=4)
+    try:
+        assert freed.bound(200, 50, known=True) == 300  # 100 + 4 * 50 + 2 * 300 + 100 = 1000
+        assert freed.bound(201, 50, known=False) == 201
+        assert freed.bound(100, 50, known=True) == 150
+        assert freed.bound(201, 50, known=True) == 201
+        assert freed.bound(100, 50, known=True) == 100
+    finally:
+        bound_free_memory()

@@ -10,6 +10,8 @@ import ctypes
 import sys
 from typing import TYPE_CHECKING
 
+from tio_openneuro.memory import bound_reusing, can_reuse
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -20,6 +22,7 @@ _M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 _MOST_MAPPED = 65_536
+_LEAST_MAPPED_BYTES = 2**20
 _MAPPED_BYTES = 32 * 2**20
 _KEPT_BYTES = 8 * 2**20
 _LARGEST_INT = 2**31 - 1
@@ -35,6 +38,58 @@ class _Mallinfo2(ctypes.Structure):
             *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
         )
     ]
+
+
+class FreedMemory:
+    """What becomes of the memory that a queue's subjects free: used again, where there is room.
+
+    Not safe to share by threads: its owner locks.
+    """
+
+    def __init__(self, budget_bytes: int, *, threads: int, base_bytes: int, window: int) -> None:
+        """Decide nothing yet.
+
+        Args:
+            budget_bytes: The RAM budget.
+            threads: Subjects in work at a time.
+            base_bytes: What is never released.
+            window: Patches that wait for delivery at most.
+        """
+        self._budget_bytes = budget_bytes
+        self._threads = threads
+        self._base_bytes = base_bytes
+        self._window = window
+        self._largest_bytes = 0
+        self._reused = False
+
+    def bound(self, work_bytes: int, patch_bytes: int, *, known: bool) -> int:
+        """Return the bound of a subject's work, after deciding what becomes of what it frees.
+
+        Args:
+            work_bytes: Bound of what it holds at once.
+            patch_bytes: Bytes of a patch.
+            known: Whether these are no guesses.
+        """
+        largest_bytes = max(self._largest_bytes, work_bytes)
+        if known:
+            self._largest_bytes = largest_bytes
+        reused = can_reuse(
+            largest_bytes,
+            threads=self._threads,
+            other_bytes=self._base_bytes + self._window * patch_bytes,
+            budget_bytes=self._budget_bytes,
+        )
+        if reused != self._reused:
+            self._reused = reused
+            self.begin()
+        return bound_reusing(work_bytes) if reused else work_bytes
+
+    def begin(self) -> None:
+        """Set what was decided, in this process."""
+        if self._reused:
+            reuse_free_memory(self._budget_bytes)
+        else:
+            give_back_at_once()
 
 
 def reuse_free_memory(most_bytes: int) -> None:
@@ -54,11 +109,21 @@ def reuse_free_memory(most_bytes: int) -> None:
     _set_option(_M_TRIM_THRESHOLD, min(most_bytes, _LARGEST_INT))
 
 
+def give_back_at_once() -> None:
+    """Have glibc give each volume back once it is freed, in this process."""
+    _map_from(_LEAST_MAPPED_BYTES, kept_bytes=_LEAST_MAPPED_BYTES)
+
+
 def bound_free_memory() -> None:
-    """Have glibc give large freed memory back by itself, and give back what is free now."""
+    """Have glibc keep little of what is freed, as other programs like it."""
+    _map_from(_MAPPED_BYTES, kept_bytes=_KEPT_BYTES)
+
+
+def _map_from(size_bytes: int, *, kept_bytes: int) -> None:
+    _set_option(_M_ARENA_MAX, 1)
     _set_option(_M_MMAP_MAX, _MOST_MAPPED)
-    _set_option(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
-    _set_option(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    _set_option(_M_MMAP_THRESHOLD, size_bytes)
+    _set_option(_M_TRIM_THRESHOLD, kept_bytes)
     return_free_memory()
 
 

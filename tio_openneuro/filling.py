@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tio_openneuro.allocator import bound_free_memory, give_back, make_room, reuse_free_memory
+from tio_openneuro.allocator import FreedMemory, bound_free_memory, give_back, make_room
 from tio_openneuro.buffer import Buffer
 from tio_openneuro.memory import refuse_subject
 from tio_openneuro.production import Production, fix_intra_op_threads
@@ -87,6 +87,12 @@ class Filler:
         self._tickets = count_from()
         self._awaited: Place | None = None
         self._sized = source.cost.known
+        self._freed = FreedMemory(
+            admission.budget_bytes,
+            threads=max(num_workers, 1),
+            base_bytes=source.base_bytes,
+            window=window,
+        )
         self.subjects = 0
         self.wait_s = 0.0
 
@@ -118,7 +124,7 @@ class Filler:
             ahead = self._schedule.ahead()
         self._source.prefetch(ahead)
         if not self._closed:
-            reuse_free_memory(self._admission.budget_bytes)
+            self._freed.begin()
             self._workers.start()
         with self._lock:
             self._room.notify_all()
@@ -247,7 +253,9 @@ class Filler:
                 occurrence = self._schedule.plan(place[0]).occurrences[place[1]]
                 wanted = self._schedule.wanted(place)
             need = self._source.need(index)
-            charge_bytes = need.work_bytes + need.patch_bytes * self._source.count(index)
+            with self._lock:
+                work_bytes = self._freed.bound(need.work_bytes, need.patch_bytes, known=need.known)
+            charge_bytes = work_bytes + need.patch_bytes * self._source.count(index)
             job = _Job(generation, place, index, occurrence, wanted, charge_bytes, need.work_bytes)
             with self._lock:
                 while not self._closed and self._current(job) and self._schedule.next() == place:
