@@ -61,6 +61,8 @@ class FreedMemory:
         self._window = window
         self._largest_bytes = 0
         self._reused = False
+        # Whether it was ever: pieces that were free then are filled before new ones are mapped.
+        self._fragmented = False
 
     def bound(self, work_bytes: int, patch_bytes: int, *, known: bool) -> int:
         """Return the bound of a subject's work, after deciding what becomes of what it frees.
@@ -73,16 +75,20 @@ class FreedMemory:
         largest_bytes = max(self._largest_bytes, work_bytes)
         if known:
             self._largest_bytes = largest_bytes
+        other_bytes = self._base_bytes + self._window * patch_bytes
         reused = can_reuse(
             largest_bytes,
             threads=self._threads,
-            other_bytes=self._base_bytes + self._window * patch_bytes,
+            other_bytes=other_bytes,
             budget_bytes=self._budget_bytes,
         )
         if reused != self._reused:
             self._reused = reused
             self.begin()
-        return bound_reusing(work_bytes) if reused else work_bytes
+        self._fragmented |= reused
+        if not self._fragmented:
+            return work_bytes
+        return max(work_bytes, min(bound_reusing(work_bytes), self._budget_bytes - other_bytes))
 
     def begin(self) -> None:
         """Set what was decided, in this process."""
