@@ -81,10 +81,10 @@ def test_freed_memory_is_used_again_until_there_is_no_room_or_an_end():
 
 def test_freed_memory_is_used_again_where_the_budget_has_room_for_its_pieces():
     """Two threads and a window of patches must fit with half as much again, and a guess is one."""
-    freed = FreedMemory(1000, threads=2, base_bytes=100, window=4)
+    freed = FreedMemory(900, 2, 4)
     assert freed.bound(201, 50, known=False) == 201
     try:
-        assert freed.bound(200, 50, known=True) == 300  # 100 + 4 * 50 + 2 * 300 + 100 = 1000
+        assert freed.bound(200, 50, known=True) == 300  # 4 * 50 + 2 * 300 + 100 = 900
         assert freed.bound(100, 50, known=True) == 150
         # From now on it is not, but pieces of what was lie in between.
         assert freed.bound(201, 50, known=True) == 301

@@ -520,7 +520,8 @@ def test_what_a_patch_transform_holds_is_charged(make_queue):
     subject.label.set_data(torch.zeros(1, side, side, side, dtype=torch.uint8))
     dataset, sampler = tio.SubjectsDataset([subject]), tio.UniformSampler(side)
     options = {"sampler": sampler, "max_length": 1, "samples_per_volume": 1}
-    need = make_queue(dataset, **options)._source.need(0)
+    # Before a patch is made, whose size would take the place of its bound.
+    need = make_queue(dataset, start_background=False, **options)._source.need(0)
     budget_bytes = BASE_BYTES + need.work_bytes + 2 * need.patch_bytes
     make_queue(dataset, ram_budget=budget_bytes, **options)
     assert len(list(make_queue(dataset, ram_budget=budget_bytes, **options))) == 1
@@ -565,6 +566,24 @@ class RemoteDataset(tio.SubjectsDataset):
         return tio.Subject(
             t1=tio.ScalarImage(tensor=torch.zeros(1, size, size, size)), name=f"sub-{index:02d}"
         )
+
+
+def test_the_first_subject_runs_alone_only_until_its_header_tells(make_queue):
+    """Of subjects of unknown size, two are in work at once as soon as one size is known."""
+
+    class MeetingDataset(RemoteDataset):
+        met = threading.Barrier(2, timeout=60)
+
+        def __getitem__(self, index):
+            subject = super().__getitem__(index)
+            self.met.wait()
+            return subject
+
+    queue = make_queue(MeetingDataset([12, 12, 12, 12]), num_workers=2, ram_budget="2 GB")
+    try:
+        assert len([queue[step] for step in range(16)]) == 16
+    finally:
+        MeetingDataset.met.abort()  # those of the next epoch may be waiting
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])

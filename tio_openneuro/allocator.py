@@ -46,18 +46,16 @@ class FreedMemory:
     Not safe to share by threads: its owner locks.
     """
 
-    def __init__(self, budget_bytes: int, *, threads: int, base_bytes: int, window: int) -> None:
+    def __init__(self, capacity_bytes: int, threads: int, window: int) -> None:
         """Decide nothing yet.
 
         Args:
-            budget_bytes: The RAM budget.
+            capacity_bytes: What the RAM budget leaves for subjects and patches.
             threads: Subjects in work at a time.
-            base_bytes: What is never released.
             window: Patches that wait for delivery at most.
         """
-        self._budget_bytes = budget_bytes
+        self._capacity_bytes = capacity_bytes
         self._threads = threads
-        self._base_bytes = base_bytes
         self._window = window
         self._largest_bytes = 0
         self._reused = False
@@ -75,25 +73,20 @@ class FreedMemory:
         largest_bytes = max(self._largest_bytes, work_bytes)
         if known:
             self._largest_bytes = largest_bytes
-        other_bytes = self._base_bytes + self._window * patch_bytes
-        reused = can_reuse(
-            largest_bytes,
-            threads=self._threads,
-            other_bytes=other_bytes,
-            budget_bytes=self._budget_bytes,
-        )
+        left_bytes = self._capacity_bytes - self._window * patch_bytes
+        reused = can_reuse(largest_bytes, threads=self._threads, budget_bytes=left_bytes)
         if reused != self._reused:
             self._reused = reused
             self.begin()
         self._fragmented |= reused
         if not self._fragmented:
             return work_bytes
-        return max(work_bytes, min(bound_reusing(work_bytes), self._budget_bytes - other_bytes))
+        return max(work_bytes, min(bound_reusing(work_bytes), left_bytes))
 
     def begin(self) -> None:
         """Set what was decided, in this process."""
         if self._reused:
-            reuse_free_memory(self._budget_bytes)
+            reuse_free_memory(self._capacity_bytes)
         else:
             give_back_at_once()
 

@@ -87,12 +87,7 @@ class Filler:
         self._tickets = count_from()
         self._awaited: Place | None = None
         self._sized = source.cost.known
-        self._freed = FreedMemory(
-            admission.budget_bytes,
-            threads=max(num_workers, 1),
-            base_bytes=source.base_bytes,
-            window=window,
-        )
+        self._freed = FreedMemory(admission.capacity_bytes, max(num_workers, 1), window)
         self.subjects = 0
         self.wait_s = 0.0
 
@@ -126,8 +121,7 @@ class Filler:
         if not self._closed:
             self._freed.begin()
             self._workers.start()
-        with self._lock:
-            self._room.notify_all()
+        self._wake()
 
     def extend(self, plan: EpochPlan) -> None:
         """Make also what was added to the end of the current epoch.
@@ -139,8 +133,7 @@ class Filler:
             self._schedule.extend(plan)
             ahead = self._schedule.ahead()
         self._source.prefetch(ahead)
-        with self._lock:
-            self._room.notify_all()
+        self._wake()
 
     def take(self, epoch: int, index: int, step: int) -> tio.Subject | BaseException:
         """Return a patch once it is made, or what stopped its subject.
@@ -218,13 +211,13 @@ class Filler:
 
     def _carry_out(self, ticket: int, job: _Job) -> None:
         production: Production | None = None
-        seed_parts = job.place[0], job.occurrence
         try:
             production = self._source.produce(
                 job.index,
-                seed_parts,
+                (job.place[0], job.occurrence),
                 job.work_bytes,
                 lambda: not self._current(job),
+                self._wake,
             )
         except CancelledWorkError:
             pass
@@ -258,7 +251,7 @@ class Filler:
             charge_bytes = work_bytes + need.patch_bytes * self._source.count(index)
             job = _Job(generation, place, index, occurrence, wanted, charge_bytes, need.work_bytes)
             with self._lock:
-                while not self._closed and self._current(job) and self._schedule.next() == place:
+                while self._still(job, need):
                     if self._admissible(job, need):
                         return self._enter(job)
                     if not self._stuck(job, need):
@@ -268,6 +261,14 @@ class Filler:
                             self._refuse(job)
                             break
                         return self._enter(self._squeeze(job))
+
+    def _still(self, job: _Job, need: Need) -> bool:
+        due = not self._closed and self._current(job) and self._schedule.next() == job.place
+        return due and not (need.guessed and self._source.knows_sizes)
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._room.notify_all()
 
     def _served(self) -> bool:
         return self._num_workers == 0 and self._awaited in self._made
@@ -283,10 +284,9 @@ class Filler:
         return ticket, job
 
     def _admissible(self, job: _Job, need: Need) -> bool:
-        # A subject whose transform is unknown runs alone, and so does the first whose size is:
-        # their bounds are guesses.
-        guessed = not self._sized or (not need.known and self.subjects == 0)
-        if self._running and guessed:
+        # A subject whose transform is unknown runs alone, and so does the first whose size is,
+        # until its header tells: their bounds are guesses.
+        if self._running and (need.guessed or not self._sized):
             return False
         return make_room(self._admission, job.charge_bytes)
 

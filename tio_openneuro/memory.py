@@ -153,7 +153,7 @@ def bound_reusing(work_bytes: int) -> int:
     return int(work_bytes * _FRAGMENTED)
 
 
-def can_reuse(work_bytes: int, *, threads: int, other_bytes: int, budget_bytes: int) -> bool:
+def can_reuse(work_bytes: int, *, threads: int, budget_bytes: int) -> bool:
     """Return whether a budget has room for what freed memory takes when it is used again.
 
     Where it has not, each piece has to be given back once it is freed.
@@ -161,11 +161,9 @@ def can_reuse(work_bytes: int, *, threads: int, other_bytes: int, budget_bytes: 
     Args:
         work_bytes: Bound of what the largest subject holds at once.
         threads: Subjects that are in work at a time, at least one.
-        other_bytes: What else is charged at most: patches, libraries.
-        budget_bytes: The RAM budget.
+        budget_bytes: What the RAM budget leaves beside patches and libraries.
     """
-    work = threads * bound_reusing(work_bytes) + int(work_bytes * _SLACK)
-    return other_bytes + work <= budget_bytes
+    return threads * bound_reusing(work_bytes) + int(work_bytes * _SLACK) <= budget_bytes
 
 
 def refuse_subject(name: str, need_bytes: int, budget_bytes: int, advice: str) -> RamBudgetError:

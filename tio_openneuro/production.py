@@ -59,12 +59,14 @@ class Need:
     Attributes:
         work_bytes: Held while it is loaded, transformed and sampled, beside its patches.
         patch_bytes: Held by each of its patches.
-        known: Whether its size is known; else the bounds are guesses.
+        known: Whether its size is known.
+        guessed: Whether no other subject's size is known either, from which to take the bounds.
     """
 
     work_bytes: int
     patch_bytes: int
     known: bool
+    guessed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,11 @@ class SubjectSource:
         """Bytes that are set aside for as long as the queue lives."""
         return BASE_BYTES + self._maps.most_bytes
 
+    @property
+    def knows_sizes(self) -> bool:
+        """Whether the size of any subject is known."""
+        return bool(self._sizes)
+
     def __len__(self) -> int:
         """Return the number of subjects."""
         return len(self.dataset)
@@ -208,7 +215,7 @@ class SubjectSource:
             guess = sum_sizes([image] * max(self.images(index), 1))
             size = max(self._sizes.values(), key=lambda s: s.stored_bytes, default=guess)
         patch_bytes = self._largest_patch_bytes or self.patch_bytes(size.channels)
-        return Need(self._bound(size), patch_bytes, known)
+        return Need(self._bound(size), patch_bytes, known, guessed=not known and not self._sizes)
 
     def _bound(self, size: SubjectSize) -> int:
         grown = size.scaled(self._growth)
@@ -259,6 +266,7 @@ class SubjectSource:
         seed_parts: tuple[int, int],
         granted_bytes: int,
         cancelled: Callable[[], bool],
+        announced: Callable[[], None] = lambda: None,
     ) -> Production:
         """Load a subject and make its patches; what goes wrong is part of the result.
 
@@ -267,6 +275,7 @@ class SubjectSource:
             seed_parts: Number of the epoch, and how often it had the subject before.
             granted_bytes: What was charged for the work, beside the patches.
             cancelled: Whether the patches are no longer wanted.
+            announced: Called once the subject's size is known, where it was not.
 
         Raises:
             CancelledWorkError: They are not.
@@ -274,6 +283,7 @@ class SubjectSource:
 
         def admit(size: SubjectSize) -> None:
             self._sizes[index] = size
+            announced()
             if self._bound(size) > granted_bytes:
                 message = f"{self.name(index)} is larger than what was charged for it."
                 raise _LargerSubjectError(message)
