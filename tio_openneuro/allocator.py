@@ -58,7 +58,7 @@ class FreedMemory:
         self._threads = threads
         self._window = window
         self._largest_bytes = 0
-        self._reused = False
+        self._reused: bool | None = None
         # Whether it was ever: pieces that were free then are filled before new ones are mapped.
         self._fragmented = False
 
@@ -87,7 +87,7 @@ class FreedMemory:
         """Set what was decided, in this process."""
         if self._reused:
             reuse_free_memory(self._capacity_bytes)
-        else:
+        elif self._reused is not None:
             give_back_at_once()
 
 
@@ -109,13 +109,14 @@ def reuse_free_memory(most_bytes: int) -> None:
 
 
 def give_back_at_once() -> None:
-    """Have glibc give each volume back once it is freed, in this process."""
+    """Have glibc give each volume back once it is freed, in this process, from now on."""
     _map_from(_LEAST_MAPPED_BYTES, kept_bytes=_LEAST_MAPPED_BYTES)
 
 
 def bound_free_memory() -> None:
     """Have glibc keep little of what is freed, as other programs like it."""
     _map_from(_MAPPED_BYTES, kept_bytes=_KEPT_BYTES)
+    return_free_memory()
 
 
 def _map_from(size_bytes: int, *, kept_bytes: int) -> None:
@@ -123,7 +124,6 @@ def _map_from(size_bytes: int, *, kept_bytes: int) -> None:
     _set_option(_M_MMAP_MAX, _MOST_MAPPED)
     _set_option(_M_MMAP_THRESHOLD, size_bytes)
     _set_option(_M_TRIM_THRESHOLD, kept_bytes)
-    return_free_memory()
 
 
 def return_free_memory() -> None:

@@ -109,6 +109,9 @@ class Filler:
             following: The epoch that may be begun before this one ends, or None.
             afresh: Keep nothing: after an error, what was made ahead may be the same one again.
         """
+        if not self._closed:
+            self._freed.begin()
+            self._workers.start()
         with self._lock:
             if afresh:
                 self._schedule.forget()
@@ -118,9 +121,6 @@ class Filler:
             self._made.discard(lambda place: not continues or place[0] < plan.epoch)
             ahead = self._schedule.ahead()
         self._source.prefetch(ahead)
-        if not self._closed:
-            self._freed.begin()
-            self._workers.start()
         self._wake()
 
     def extend(self, plan: EpochPlan) -> None:

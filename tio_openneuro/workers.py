@@ -85,8 +85,11 @@ class Workers:
         for candidate in hired:
             candidate.hired = True
         chosen.set()
-        for candidate in hired:
-            candidate.begun.wait(_START_S)
+        for candidate in candidates:
+            if candidate.hired:
+                candidate.begun.wait(_START_S)
+            else:
+                candidate.join(_START_S)
         self._threads += hired
 
 
