@@ -129,6 +129,25 @@ def test_what_is_kept_is_not_given_up_for_more_than_two_units_ahead(
     assert engine.statistics().peak_bytes == repo.held_bytes() == 10_000
 
 
+def test_a_use_under_way_as_the_order_goes_on_is_struck_out_once(
+    opening: Opening, repo: FakeRepo
+) -> None:
+    """What is leased when an epoch begins, and let go after, keeps its use in that epoch."""
+    engine = opening(4000)
+    units = [make_unit(repo, f"sub-{number}", 1000) for number in range(4)]
+    engine.prefetch(units)
+    for unit in units[:3]:
+        read(engine, unit)
+        engine.release(unit, drop=False)
+    with engine.lease(units[3], timeout_s=20):
+        engine.prefetch([*units, *units])
+    engine.release(units[3], drop=False)
+    assert engine._here().prefetcher.steps_to("sub-3") == 4
+    # Another process's use, which is known by its end alone.
+    engine.release(units[0], drop=False)
+    assert engine._here().prefetcher.steps_to("sub-0") == 4
+
+
 def test_the_likeliest_stay_where_the_next_order_is_not_known(
     opening: Opening, repo: FakeRepo
 ) -> None:

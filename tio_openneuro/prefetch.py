@@ -110,7 +110,6 @@ class Prefetcher:
             ]
             self._entries = self._entries + added
             self._last += len(added)
-            self._taken.clear()
             self._blocked = None
             self._largest_bytes = max((unit.size_bytes for unit in units), default=0)
             uses = [(e.position, e.unit.name, c) for e in added for c in self._used(e.unit)]
