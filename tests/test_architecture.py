@@ -19,7 +19,7 @@ LAYERS = [
     "prepared_file prepared_repo",
     "flights store prefetch runtime bulk keeping audit engine",
     "catalog summary",
-    "machine memory allocator headers reader image randomness sampler_maps",
+    "machine memory allocator headers reader in_place image randomness sampler_maps",
     "pinning prepared_images prepared",
     "subjects",
     "batching dividing",

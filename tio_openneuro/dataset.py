@@ -25,6 +25,7 @@ from tio_openneuro.dividing import Dividing
 from tio_openneuro.engine import Engine
 from tio_openneuro.headers import announce_files
 from tio_openneuro.image import FetchedImage
+from tio_openneuro.in_place import transform_in_place
 from tio_openneuro.machine import available_bytes
 from tio_openneuro.memory import read_budget
 from tio_openneuro.pinning import refuse_random
@@ -206,7 +207,7 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
             subject = self._preparation.load(row.subject, row.content)
         if subject is None:
             subject = self._make(row)
-        return subject if self._transform is None else self._transform(subject)
+        return transform_in_place(self._transform, subject)
 
     def _make(self, row: SubjectRow) -> tio.Subject:
         """Return a subject from its files, preprocessed."""

@@ -24,6 +24,7 @@ import torch
 import torchio as tio
 
 from tio_openneuro.headers import sum_sizes
+from tio_openneuro.in_place import transform_in_place
 from tio_openneuro.pinning import UnpinnedError, pin, refuse_random
 from tio_openneuro.prepared_file import (
     FORMAT,
@@ -217,7 +218,7 @@ class Preparation:
         """
         began_s = time.monotonic()
         with drawing_from(0), _one_thread():
-            prepared = self._preprocess(subject)
+            prepared = transform_in_place(self._preprocess, subject)
         for image in prepared.get_images(intensity_only=False):
             # As it will be read back: results of what follows depend on the layout, too.
             image.set_data(image.data.contiguous())

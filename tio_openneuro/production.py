@@ -22,6 +22,7 @@ from tio_openneuro.costs import add_costs, measure_cost
 from tio_openneuro.cropping import reads_boxes, reads_shape_only, with_box_crop
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.headers import ImageSize, measure_header, sum_sizes
+from tio_openneuro.in_place import get_subject
 from tio_openneuro.memory import (
     BASE_BYTES,
     FLOAT_BYTES,
@@ -329,7 +330,7 @@ class SubjectSource:
                 if subject is not None:
                     yield subject, self._maps.of(index, self._sample, subject)
                     return
-        subject = self.dataset[index]
+        subject = get_subject(self.dataset, index)
         self._calibrate(index, subject)
         yield subject, None
 

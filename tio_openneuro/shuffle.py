@@ -130,9 +130,10 @@ class Draw:
     """The order in which the patches of one epoch are delivered.
 
     At step ``t`` a patch is taken uniformly from those not yet taken whose production index is
-    below ``min(t + W(t), total)``. In epoch 0 ``W(t)`` grows by counts from the patches of the
-    first two subjects, half a patch per step, so that training starts with the first subjects;
-    in later epochs it is the whole window from the start, since production is ahead by then.
+    below ``min(t + W(t), total)``. In epoch 0 ``W(t)`` grows by counts, so that training starts
+    with the first subjects: the first steps take from two alone, and three quarters of their
+    patches are where it begins to grow by half a patch per step. In later epochs it is the whole
+    window from the start, since production is ahead by then.
     """
 
     def __init__(self, seed: int, plan: EpochPlan, window: int, *, shuffled: bool) -> None:
@@ -172,7 +173,8 @@ class Draw:
         """Return the production index below which patches may be taken at this step."""
         window = self._window
         if self.plan.epoch == 0:
-            window = min(window, self._first + self.step // _STEPS_PER_GROWTH)
+            grown = self._first * 3 // 4 + self.step // _STEPS_PER_GROWTH
+            window = min(window, max(self._first - self.step, grown))
         return min(self.step + max(window, 1), self.plan.total)
 
     def peek(self) -> int:
