@@ -43,5 +43,5 @@ def test_each_epoch_fetches_again_little_more_than_what_cannot_be_kept(openneuro
     again_bytes = (sent_bytes[-1] - sent_bytes[0]) / (EPOCHS - 1)
     floor_bytes = total_bytes - budget_bytes
     assert 0.9 * floor_bytes <= again_bytes <= 1.02 * (floor_bytes + 2 * largest_bytes)
-    assert 0.9 * budget_bytes < observer.peak_bytes <= budget_bytes
+    assert budget_bytes - 2 * largest_bytes < observer.peak_bytes <= budget_bytes
     assert evicted_bytes >= 2 * floor_bytes
