@@ -63,7 +63,7 @@ def test_the_first_epoch_begins_with_the_first_two_subjects():
         ends.append(draw.window_end() - draw.step)
         draw.take()
     assert [end + step for step, end in enumerate(ends[:4])] == [16] * 4
-    assert ends[100] == 12 + 50
+    assert ends[100] == 10 + 75
     later = Draw(0, EpochPlan(1, plan.order, plan.counts), 300, shuffled=True)
     assert later.window_end() == 300
 

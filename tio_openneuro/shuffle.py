@@ -15,7 +15,6 @@ from itertools import accumulate
 _BUDGET_SHARE = 4
 _LARGEST_WINDOW = 1024
 _FIRST_SUBJECTS = 2
-_STEPS_PER_GROWTH = 2
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -131,9 +130,9 @@ class Draw:
 
     At step ``t`` a patch is taken uniformly from those not yet taken whose production index is
     below ``min(t + W(t), total)``. In epoch 0 ``W(t)`` grows by counts, so that training starts
-    with the first subjects: the first steps take from two alone, and three quarters of their
-    patches are where it begins to grow by half a patch per step. In later epochs it is the whole
-    window from the start, since production is ahead by then.
+    with the first subjects: the first steps take from two alone, and from two thirds of their
+    patches it grows by three quarters of a patch per step. In later epochs it is the whole window
+    from the start, since production is ahead by then.
     """
 
     def __init__(self, seed: int, plan: EpochPlan, window: int, *, shuffled: bool) -> None:
@@ -173,7 +172,7 @@ class Draw:
         """Return the production index below which patches may be taken at this step."""
         window = self._window
         if self.plan.epoch == 0:
-            grown = self._first * 3 // 4 + self.step // _STEPS_PER_GROWTH
+            grown = self._first * 2 // 3 + self.step * 3 // 4
             window = min(window, max(self._first - self.step, grown))
         return min(self.step + max(window, 1), self.plan.total)
 
