@@ -84,7 +84,7 @@ def test_a_subject_is_the_same_as_the_datasets_own(subjects):
 
 
 def test_no_copy_is_made_where_nobody_would_see_it(subjects, monkeypatch):
-    """TorchIO copies the subject 13 times here; afterwards the history would copy again."""
+    """No subject is copied here; a replay of the history would copy again."""
     copied = []
 
     def deepcopy(thing, memo=None):
@@ -105,7 +105,7 @@ def test_no_copy_is_made_where_nobody_would_see_it(subjects, monkeypatch):
 
 
 def test_what_code_of_others_was_shown_stays_as_it_was(subjects):
-    """A callable may keep the subject, and a Lambda the voxels, that the next one changes."""
+    """A callable may keep the subject that the next transform changes."""
     shown = []
 
     def show(subject):

@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torchio as tio
-from torchio.data.io import read_image
 
 from tio_openneuro.annex import read_blobs
 from tio_openneuro.content import ContentFile, ContentUnit
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.headers import refuse_bomb
-from tio_openneuro.reader import read_nifti
+from tio_openneuro.in_place import read_file
 from tio_openneuro.selection import Label, Scalar
 
 if TYPE_CHECKING:
@@ -230,19 +229,12 @@ class FetchedImage(tio.Image):
             source.refuse_bombs(paths)
             self._read(source, paths)
 
-    def _read_file(self, path: Path, name: str) -> tuple[torch.Tensor, Any]:
-        if self.reader is read_image and not self.check_nans:
-            found = read_nifti(path, name)
-            if found is not None:
-                return found
-        return self.read_and_check(path)
-
     def _read(self, source: ImageFiles, paths: list[Path]) -> None:
         """Read each file, take what is wanted of it, and join them along the channels."""
         tensors: list[torch.Tensor] = []
         affines: list[Any] = []
         for file, path in zip(source.files, paths, strict=True):
-            tensor, affine = self._read_file(path, f"{file.path} of {source.unit_name}")
+            tensor, affine = read_file(self, path, f"{file.path} of {source.unit_name}")
             if tensors and tensor.shape[1:] != tensors[0].shape[1:]:
                 raise SelectionError(
                     f"Cannot join the files of {source.unit_name} into one image: "

@@ -54,18 +54,29 @@ def get_subject(dataset: tio.SubjectsDataset, index: int) -> tio.Subject:
 
 
 def _load(image: tio.Image) -> None:
-    plain = type(image) in _IMAGE_CLASSES and image.reader is read_image and not image.check_nans
-    if not plain or image._loaded or not isinstance(image.path, Path):  # noqa: SLF001
+    if type(image) not in _IMAGE_CLASSES or image._loaded or not isinstance(image.path, Path):  # noqa: SLF001
         image.load()
         return
-    found = read_nifti(image.path, str(image.path))
-    if found is None:
-        image.load()
-        return
-    tensor, affine = found
+    tensor, affine = read_file(image, image.path, str(image.path))
     image.set_data(tensor.contiguous())
     image.affine = affine
     image._loaded = True  # noqa: SLF001 - as its own load() ends
+
+
+def read_file(image: tio.Image, path: Path, name: str) -> tuple[torch.Tensor, Any]:
+    """Return the voxels and affine that an image's own reader returns, by the fast one if it can.
+
+    Args:
+        image: The image, whose reader and check for NaN hold.
+        path: The file.
+        name: What it is called in messages.
+
+    Raises:
+        DamagedImageError: The file is cut off, or fails its own checksum.
+    """
+    plain = image.reader is read_image and not image.check_nans
+    found = read_nifti(path, name) if plain else None
+    return image.read_and_check(path) if found is None else found
 
 
 def transform_in_place(
