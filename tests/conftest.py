@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tio_openneuro.engine import Engine
+from tio_openneuro.disk.engine import Engine
 from tio_openneuro.loopback import LoopbackOpenNeuro, Volume
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

@@ -16,14 +16,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from tio_openneuro.content import ContentFile, ContentUnit, StoredContent
+from tio_openneuro.content import AnnexKey, ContentFile, ContentUnit, StoredContent
 from tio_openneuro.errors import (
     ContentMismatchError,
     DropRefusedError,
     FetchError,
     RemoteUnavailableError,
 )
-from tio_openneuro.keys import AnnexKey
 
 CHUNKS = 4
 

@@ -18,7 +18,7 @@ WINDOWS = """
 import os, sys, types
 from pathlib import Path
 import fcntl
-import tio_openneuro.engine
+import tio_openneuro.disk.engine
 from fakes import FakeRepo, content_of, make_unit
 for name in [name for name in sys.modules if name.partition(".")[0] == "tio_openneuro"]:
     del sys.modules[name]
@@ -31,7 +31,7 @@ for name in ("fork", "killpg", "waitid", "pidfd_open", "register_at_fork"):
     if hasattr(os, name):
         delattr(os, name)
 sys.platform = "win32"
-from tio_openneuro.engine import Engine
+from tio_openneuro.disk.engine import Engine
 root = Path(sys.argv[1])
 repo = FakeRepo(root / "clones" / "ds1")
 units = [make_unit(repo, f"sub-{number}", 1000) for number in range(4)]
@@ -96,6 +96,6 @@ def test_the_engine_runs_on_what_windows_has(root: Path) -> None:
         text=True,
         timeout=60,
         check=False,
-        env={"PYTHONPATH": f"{Path(__file__).parent}:{PACKAGE.parent}"},
+        env={"PYTHONPATH": ":".join([*sys.path, str(PACKAGE.parent)])},
     )
     assert done.stdout == "done\n", done.stderr

@@ -79,7 +79,7 @@ class Observer:
 _NURSERY = """
 import os, pickle, signal, sys, traceback
 sys.path[:0] = pickle.load(sys.stdin.buffer)
-import tio_openneuro.engine
+import tio_openneuro.disk
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 while True:
     try:

@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tio_openneuro.concatenation import concat
-    from tio_openneuro.dataset import DataladSubjectsDataset
+    from tio_openneuro.dataset import DataladSubjectsDataset, concat
+    from tio_openneuro.disk import DiskStatistics
     from tio_openneuro.errors import (
         ContentMismatchError,
         DamagedImageError,
@@ -27,10 +27,8 @@ if TYPE_CHECKING:
         TioOpenNeuroError,
         UnsafeDatasetError,
     )
-    from tio_openneuro.queue import BudgetedQueue
-    from tio_openneuro.queue_state import QueueStatistics
-    from tio_openneuro.selection import Label, Scalar, Skipped
-    from tio_openneuro.statistics import DiskStatistics
+    from tio_openneuro.queue import BudgetedQueue, QueueStatistics
+    from tio_openneuro.select import Label, Scalar, Skipped
 
 __all__ = [
     "BudgetedQueue",
@@ -58,14 +56,14 @@ __all__ = [
 
 # Found when they are first asked for: `tio-openneuro status` needs no torch, which takes seconds.
 _HOMES = {
-    "concat": "concatenation",
+    "concat": "dataset",
     "BudgetedQueue": "queue",
     "DataladSubjectsDataset": "dataset",
-    "DiskStatistics": "statistics",
-    "Label": "selection",
-    "QueueStatistics": "queue_state",
-    "Scalar": "selection",
-    "Skipped": "selection",
+    "DiskStatistics": "disk",
+    "Label": "select",
+    "QueueStatistics": "queue",
+    "Scalar": "select",
+    "Skipped": "select",
 }
 
 

@@ -28,7 +28,7 @@ from torch.utils.data.distributed import DistributedSampler
 import tio_openneuro as tno
 from tio_openneuro.demo.watch import DiskWatch
 from tio_openneuro.loopback import LoopbackOpenNeuro
-from tio_openneuro.subject_order import SubjectOrder
+from tio_openneuro.queue.order import SubjectOrder
 
 RUNS = 5
 UNITS = 40

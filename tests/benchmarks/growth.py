@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 import tio_openneuro as tno
+from tio_openneuro.annex.processes import run
 from tio_openneuro.loopback import LoopbackOpenNeuro
-from tio_openneuro.openneuro import install
-from tio_openneuro.processes import run
-from tio_openneuro.shuffle import EpochPlan
+from tio_openneuro.queue.draw import EpochPlan
+from tio_openneuro.sources.install import install
 
 RUNS = 5
 SUBJECTS = (10, 100, 1_000, 10_000)

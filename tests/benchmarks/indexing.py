@@ -23,10 +23,10 @@ from measure import interleaved, median
 from rich.console import Console
 from rich.table import Table
 
-from tio_openneuro.annex_index import index_tree
-from tio_openneuro.environment import child_environment
-from tio_openneuro.openneuro import install
-from tio_openneuro.processes import run
+from tio_openneuro.annex.environment import child_environment
+from tio_openneuro.annex.processes import run
+from tio_openneuro.annex.tree import index_tree
+from tio_openneuro.sources.install import install
 
 RUNS = 5
 SIZES = (1_000, 10_000, 50_000)

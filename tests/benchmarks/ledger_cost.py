@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from workers import Nursery
 
-from tio_openneuro.eviction import ContentId
-from tio_openneuro.ledger import Ledger
-from tio_openneuro.ledger_schema import Want
-from tio_openneuro.root import prepare_ledger_folder
+from tio_openneuro.ledger.eviction import ContentId
+from tio_openneuro.ledger.ledger import Ledger
+from tio_openneuro.ledger.root import prepare_ledger_folder
+from tio_openneuro.ledger.schema import Want
 
 RUNS = 5
 FETCHES = 100

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.ndimage import gaussian_filter
 
-from tio_openneuro.sampler_maps import SamplerMap, compute_map, draw_patches
+from tio_openneuro.torchio_seams.sampler_maps import SamplerMap, compute_map, draw_patches
 
 RUNS = 7
 SIDE = 192

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 import tio_openneuro as tno
-from tio_openneuro import prepared_file
 from tio_openneuro.loopback import LoopbackOpenNeuro
+from tio_openneuro.prepared import file as prepared_file
 
 RUNS = 5
 UNITS = 12

@@ -23,7 +23,7 @@ from rich.table import Table
 from workers import Nursery
 
 from tio_openneuro.loopback.volume import Volume, write_content
-from tio_openneuro.queue import BudgetedQueue
+from tio_openneuro.queue.queue import BudgetedQueue
 
 RUNS = 5
 SUBJECTS = 20

@@ -18,9 +18,15 @@ from rich.console import Console
 from rich.table import Table
 from scipy.ndimage import gaussian_filter
 
-from tio_openneuro.image import FetchedLabelMap, FetchedScalarImage, ImageFiles, Metadata
-from tio_openneuro.reader import _Inflated, _skip
-from tio_openneuro.selection import Label, Scalar, TreeFile
+from tio_openneuro.content import TreeFile
+from tio_openneuro.select.patterns import Label, Scalar
+from tio_openneuro.torchio_seams.images import (
+    FetchedLabelMap,
+    FetchedScalarImage,
+    ImageFiles,
+    Metadata,
+)
+from tio_openneuro.volumes.reader import _Inflated, _skip
 
 RUNS = 7
 SIDE = 192

@@ -19,11 +19,12 @@ from measure import interleaved, median
 from rich.console import Console
 from rich.table import Table
 
-from tio_openneuro.annex import AnnexRepo, index_tree
+from tio_openneuro.annex.repo import AnnexRepo
+from tio_openneuro.annex.tree import index_tree
 from tio_openneuro.content import ContentFile, ContentUnit
-from tio_openneuro.engine import Engine
+from tio_openneuro.disk.engine import Engine
 from tio_openneuro.loopback import LoopbackOpenNeuro
-from tio_openneuro.openneuro import install
+from tio_openneuro.sources.install import install
 
 RUNS = 5
 FILES = 24

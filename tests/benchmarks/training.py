@@ -25,11 +25,11 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 import tio_openneuro as tno
-from tio_openneuro.catalog import open_catalog
-from tio_openneuro.engine import Engine
+from tio_openneuro.dataset.rows import build_rows
+from tio_openneuro.disk.engine import Engine
 from tio_openneuro.loopback import LoopbackOpenNeuro
-from tio_openneuro.selection import select
-from tio_openneuro.subjects import build_rows
+from tio_openneuro.select.selection import select
+from tio_openneuro.sources.catalog import open_catalog
 
 RUNS = 5
 UNITS = 40

@@ -15,7 +15,7 @@ from measure import interleaved, median
 from rich.console import Console
 from rich.table import Table
 
-from tio_openneuro.engine import Engine
+from tio_openneuro.disk.engine import Engine
 
 RUNS = 5
 WATCHED_S = 4.0

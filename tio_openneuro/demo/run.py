@@ -38,7 +38,7 @@ from tio_openneuro.demo.training import (
 from tio_openneuro.demo.watch import DiskWatch
 from tio_openneuro.loopback import LoopbackOpenNeuro, Volume
 from tio_openneuro.queue import BudgetedQueue
-from tio_openneuro.selection import Label, Scalar
+from tio_openneuro.select import Label, Scalar
 from tio_openneuro.sizes import parse_size
 
 ACCESSION = "ds900001"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from tio_openneuro.annex import Coprocess
 from tio_openneuro.demo import observer
 from tio_openneuro.errors import TioOpenNeuroError
-from tio_openneuro.processes import Coprocess
 
 if TYPE_CHECKING:
     from types import TracebackType

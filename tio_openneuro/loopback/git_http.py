@@ -10,9 +10,8 @@ from __future__ import annotations
 import gzip
 from typing import TYPE_CHECKING
 
-from tio_openneuro.environment import child_environment
+from tio_openneuro.annex import child_environment, run
 from tio_openneuro.loopback.message import Request, Response
-from tio_openneuro.processes import run
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from tio_openneuro.annex import Coprocess
 from tio_openneuro.errors import TioOpenNeuroError
 from tio_openneuro.loopback.link import LinkSpeed, PathCount
 from tio_openneuro.loopback.publish import BUCKET, Publisher, annexed_by_default
-from tio_openneuro.processes import Coprocess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

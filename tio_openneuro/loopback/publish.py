@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from tio_openneuro.environment import child_environment
+from tio_openneuro.annex import child_environment, run
 from tio_openneuro.errors import TioOpenNeuroError
 from tio_openneuro.loopback.volume import Content, write_content
-from tio_openneuro.processes import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

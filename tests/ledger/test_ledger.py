@@ -1,0 +1,349 @@
+"""The ledger: rooms, queues, owners and what is refused, on real SQLite and real locks."""
+
+import sqlite3
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tio_openneuro.errors import DiskBudgetError, LedgerError
+from tio_openneuro.ledger.eviction import ContentId
+from tio_openneuro.ledger.ledger import Ledger
+from tio_openneuro.ledger.owners import OwnerLock
+from tio_openneuro.ledger.requests import OVERTAKES
+from tio_openneuro.ledger.root import (
+    FLOOR_BYTES,
+    automatic_budget,
+    network_type,
+    prepare_ledger_folder,
+)
+from tio_openneuro.ledger.schema import ContentState, Want
+
+Opening = Callable[..., Ledger]
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a ledger's folder; no content of these tests is on any disk, so nothing is checked."""
+    return prepare_ledger_folder(tmp_path_factory.mktemp("unchecked"))
+
+
+@pytest.fixture
+def opening(folder: Path) -> Iterator[Opening]:
+    """Return a function that opens owners of one ledger, which are ended at the end."""
+    ledgers: list[Ledger] = []
+
+    def open_ledger(budget_bytes: int | None = 100, free_bytes: int = 0) -> Ledger:
+        ledgers.append(Ledger(folder, budget_bytes, free_bytes))
+        return ledgers[-1]
+
+    yield open_ledger
+    for ledger in ledgers:
+        ledger.close()
+
+
+def want(name: str, size_bytes: int, *, located: bool = False) -> Want:
+    """Return a want of content of that name."""
+    return Want(ContentId("/clone", name), size_bytes, located)
+
+
+def states(ledger: Ledger) -> dict[str, str]:
+    """Return the state of all content by name."""
+    return {content.key: row.state for content, row in ledger.rows().items()}
+
+
+def arrive(ledger: Ledger, name: str, size_bytes: int) -> None:
+    """Reserve, fetch and release content."""
+    outcome = ledger.request(name, [want(name, size_bytes)])
+    assert outcome.granted
+    ledger.arrived(ContentId("/clone", name))
+    ledger.end_lease(outcome.lease_id)
+
+
+def test_a_request_reserves_all_or_nothing(opening: Opening) -> None:
+    """What does not fit whole reserves no part."""
+    ledger = opening(100)
+    assert ledger.request("first", [want("a", 60)]).granted
+    refused = ledger.request("second", [want("b", 30), want("c", 30)])
+    assert not refused.granted
+    assert states(ledger) == {"a": ContentState.RESERVED}
+    assert ledger.holdings().used_bytes == 60
+    assert ledger.queue() == ["second"]
+
+
+def test_bytes_count_until_the_drop_has_finished(opening: Opening) -> None:
+    """Content that is being dropped is charged still; its room goes to the first in the queue."""
+    ledger, other = opening(100), opening(100)
+    arrive(ledger, "a", 100)
+    waiting = ledger.request("b", [want("b", 50)])
+    assert waiting.victims == (ContentId("/clone", "a"),)
+    assert ledger.holdings().used_bytes == 100
+    assert other.request("c", [want("c", 1)]).why == "earlier requests wait for room"
+    assert ledger.dropped(waiting.victims[0]) == 100
+    assert not other.request("c", [want("c", 1)]).granted
+    assert ledger.request("b", [want("b", 50)], ticket=waiting.ticket).granted
+    assert ledger.holdings().peak_bytes == 100
+
+
+def test_hits_pass_the_queue_a_bounded_number_of_times(opening: Opening) -> None:
+    """Requests that need no room go first for a while, so that the head of the queue is served."""
+    ledger, other = opening(100), opening(100)
+    held = ledger.request("a", [want("a", 100)])
+    ledger.arrived(ContentId("/clone", "a"))
+    assert other.request("b", [want("b", 50)]).ticket
+    passed = 0
+    while (hit := ledger.request("a", [want("a", 100)])).granted:
+        ledger.end_lease(hit.lease_id)
+        passed += 1
+    assert passed == OVERTAKES
+    ledger.end_lease(held.lease_id)
+
+
+def test_prefetches_wait_for_the_queue(opening: Opening) -> None:
+    """Nothing is prefetched while a lease waits for room."""
+    ledger, other = opening(100), opening(100)
+    assert ledger.request("a", [want("a", 60)]).granted
+    waiting = ledger.request("b", [want("b", 60)])
+    assert other.request_prefetch([want("c", 10)], 1).why == "queue"
+    ledger.withdraw(waiting.ticket)
+    assert other.request_prefetch([want("c", 10)], 1).granted
+
+
+def test_prefetches_take_only_the_room_of_later_use(opening: Opening) -> None:
+    """Content of another process that is used sooner, or as soon, stays."""
+    ledger, other = opening(100), opening(100)
+    for name in ("soon", "late"):
+        arrive(ledger, name, 50)
+    entries = [(3, "soon", ContentId("/clone", "soon")), (8, "late", ContentId("/clone", "late"))]
+    ledger.set_order(entries, replace=True, reached=1)
+    for steps, victims in ((7, []), (6, ["late"]), (1, ["late"])):
+        outcome = other.request_prefetch([want("new", 40)], steps)
+        assert [victim.key for victim in outcome.victims] == victims
+        for victim in outcome.victims:
+            other.kept(victim, refused=False, whole=True)
+    assert other.request_prefetch([want("new", 60)], 2).victims == ()
+    ledger.reach(5)
+    assert other.request_prefetch([want("new", 40)], 6).victims == ()
+
+
+def test_what_is_used_out_of_order_stays_until_the_order_goes_on(opening: Opening) -> None:
+    """Scoring between two steps and the prefetch for the next do not evict each other in turn."""
+    ledger = opening(100)
+    ledger.set_order([(1, "next", ContentId("/clone", "next"))], replace=True, reached=0)
+    arrive(ledger, "scored", 100)
+    assert ledger.request_prefetch([want("next", 100)], 1).why == "room"
+    ledger.reach(0)
+    scored = ContentId("/clone", "scored")
+    assert ledger.request_prefetch([want("next", 100)], 1).victims == (scored,)
+
+
+def test_a_lease_cancels_prefetches_of_others(opening: Opening) -> None:
+    """The room of a download ahead is asked for once, and comes when its process gives it."""
+    ledger, other = opening(100), opening(100)
+    ahead = ContentId("/clone", "ahead")
+    assert other.request_prefetch([want("ahead", 100)], 1).fetch == {ahead}
+    assert not other.cancelled(ahead)
+    waiting = ledger.request("now", [want("now", 10)])
+    assert (waiting.granted, waiting.victims) == (False, ())
+    assert other.cancelled(ahead)
+    other.failed(ahead, empty=True)
+    assert ledger.request("now", [want("now", 10)], ticket=waiting.ticket).granted
+
+
+def test_a_leased_download_is_not_cancelled(opening: Opening) -> None:
+    """A prefetch that somebody leases is one no more, and outlives its failure in its room."""
+    ledger, other = opening(100), opening(100)
+    content = ContentId("/clone", "a")
+    assert other.request_prefetch([want("a", 100)], 1).granted
+    lease = ledger.request("a", [want("a", 100)])
+    assert lease.granted
+    assert lease.fetch == frozenset()
+    assert other.request("b", [want("b", 10)]).ticket
+    assert not other.cancelled(content)
+    assert not ledger.claim(content, absent=False)
+    other.failed(content, empty=True)
+    assert ledger.holdings().used_bytes == 100
+    assert ledger.claim(content, absent=False)
+    ledger.failed(content, empty=True)
+    ledger.end_lease(lease.lease_id)
+    assert ledger.holdings().used_bytes == 0
+
+
+def test_content_that_was_there_is_foreign(opening: Opening) -> None:
+    """Content on disk that the ledger does not know is neither charged nor leased."""
+    ledger = opening(100)
+    outcome = ledger.request("a", [want("a", 5000, located=True), want("b", 100)])
+    assert outcome.granted
+    assert {content.key for content in outcome.foreign} == {"a"}
+    assert states(ledger) == {"b": ContentState.RESERVED}
+
+
+def test_the_smallest_budget_of_the_living_holds(opening: Opening) -> None:
+    """A budget holds for all from the moment that its owner is there, until it ends."""
+    large = opening(100)
+    arrive(large, "a", 80)
+    small = opening(50)
+    assert large.holdings().budget_bytes == 50
+    assert small.make_room() == (30, [ContentId("/clone", "a")])
+    with pytest.raises(DiskBudgetError, match=r"b: its 1 files need 60 bytes.* 50 bytes"):
+        large.request("b", [want("b", 60)])
+    small.close()
+    assert large.holdings().budget_bytes == 100
+
+
+def test_an_owner_that_ends_leaves_its_bytes_charged(opening: Opening) -> None:
+    """Leases and tickets end with their owner; reservations stay, for others to resume."""
+    ledger, other = opening(100), opening(100)
+    other.request("a", [want("a", 40)])
+    other.request_prefetch([want("b", 20)], 1)
+    other.request("c", [want("c", 90)])
+    other.close()
+    assert ledger.holdings().used_bytes == 60
+    assert ledger.holdings().lease_pids == ()
+    assert ledger.queue() == []
+    resumed = ledger.request_prefetch([want("a", 40)], 1)
+    assert resumed.fetch == resumed.resumed == {ContentId("/clone", "a")}
+
+
+def test_a_drop_that_its_process_left_is_finished_by_the_next(opening: Opening) -> None:
+    """Whoever needs content or room finds interrupted drops, and does them."""
+    ledger, other = opening(100), opening(100)
+    arrive(other, "a", 100)
+    assert len(other.give_up([ContentId("/clone", "a")])) == 1
+    other.close()
+    waiting = ledger.request("a", [want("a", 100)])
+    assert waiting.victims == (ContentId("/clone", "a"),)
+    ledger.dropped(waiting.victims[0])
+    assert ledger.request("a", [want("a", 100)], ticket=waiting.ticket).granted
+
+
+def test_refused_content_is_not_chosen_again(opening: Opening) -> None:
+    """What no remote can give back stays, and is no victim any more."""
+    ledger = opening(100)
+    arrive(ledger, "a", 60)
+    waiting = ledger.request("b", [want("b", 50)])
+    ledger.kept(waiting.victims[0], refused=True, whole=True)
+    assert ledger.request("b", [want("b", 50)], ticket=waiting.ticket).victims == ()
+
+
+def test_the_floor_of_free_space_bounds_the_room(opening: Opening) -> None:
+    """A reservation leaves the floor free, counting what is reserved and not yet written."""
+    ledger = opening(100)
+    assert ledger.request("a", [want("a", 30)], spare_bytes=50).granted
+    assert not ledger.request_prefetch([want("b", 21)], 1, spare_bytes=50).granted
+    assert ledger.request_prefetch([want("b", 20)], 1, spare_bytes=50).granted
+
+
+def test_an_automatic_budget_is_shared(opening: Opening) -> None:
+    """Owners without a budget of their own take that of the first, while it lives."""
+    first = opening(None, 40 * FLOOR_BYTES)
+    second = opening(None, 10 * FLOOR_BYTES)
+    assert first.budget_bytes == second.budget_bytes == 20 * FLOOR_BYTES
+    with pytest.raises(DiskBudgetError, match="are free"):
+        automatic_budget(FLOOR_BYTES, 0)
+    assert automatic_budget(FLOOR_BYTES + 10, 0) == 10
+
+
+def test_the_ledger_is_for_its_user_alone(folder: Path) -> None:
+    """Nobody else can read the ledger's folder."""
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_ledger_of_another_version_is_refused(folder: Path) -> None:
+    """A database that this version does not know is not touched."""
+    Ledger(folder, 100).close()
+    path = folder / "ledger.sqlite"
+    db = sqlite3.connect(path)
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(LedgerError, match="another version"):
+        Ledger(path.parent, 100)
+    path.write_bytes(b"no database at all, but text" * 100)
+    with pytest.raises(LedgerError, match="doctor"):
+        Ledger(path.parent, 100)
+
+
+def test_network_file_systems_are_refused_by_name(tmp_path: Path) -> None:
+    """The longest mount point decides, the last of several on one point."""
+    here = str(tmp_path)
+    local = [("/", "ext4"), (here, "tmpfs")]
+    assert network_type(tmp_path / "root", local) is None
+    assert network_type(tmp_path / "root", [("/", "nfs4")]) == ("/", "nfs4")
+    assert network_type(tmp_path / "root", [*local, (f"{here}/root", "fuse.sshfs")]) == (
+        f"{here}/root",
+        "fuse.sshfs",
+    )
+    assert network_type(tmp_path / "root", [(here, "cifs"), (here, "ext4")]) is None
+    assert network_type(tmp_path / "root", [*local, (f"{here}/roo", "nfs")]) is None
+
+
+def test_a_root_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    """The error names the folder."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LedgerError, match="file/root/ledger"):
+        prepare_ledger_folder(tmp_path / "file" / "root")
+
+
+def test_a_lock_has_one_holder(tmp_path: Path) -> None:
+    """A lock that is held cannot be taken, even within the process, until it is let go."""
+    lock = OwnerLock.create(tmp_path / "lock")
+    assert OwnerLock.try_take(lock.path) is None
+    lock.let_go()
+    again = OwnerLock.try_take(lock.path)
+    assert again is not None
+    again.remove()
+    assert not lock.path.exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_commit_exceeds_the_budget(  # noqa: C901 - a table of acts
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever three owners do in whatever order, used bytes stay within the budget."""
+    folder = prepare_ledger_folder(tmp_path_factory.mktemp("ledger"))
+    owners = [Ledger(folder, 100) for _ in range(3)]
+    sizes = {name: 4 * place + 9 for place, name in enumerate("abcdefg")}
+    leases: list[tuple[Ledger, int]] = []
+    tickets: dict[Ledger, int] = {}
+    try:
+        for _ in range(data.draw(st.integers(5, 25))):
+            owner = data.draw(st.sampled_from(owners))
+            names = data.draw(st.lists(st.sampled_from("abcdefg"), max_size=3, unique=True))
+            wants = [want(name, sizes[name]) for name in names]
+            act = data.draw(
+                st.sampled_from(["lease", "end", "prefetch", "arrive", "fail", "evict"])
+            )
+            mine = [c for c, row in owner.rows().items() if row.owner_id == owner.owner_id]
+            reserved = [c for c in mine if owner.rows()[c].state is ContentState.RESERVED]
+            victims: tuple[ContentId, ...] = ()
+            if act == "lease":
+                outcome = owner.request("u", wants, ticket=tickets.pop(owner, 0))
+                tickets[owner] = outcome.ticket
+                victims = outcome.victims
+                if outcome.granted:
+                    leases.append((owner, outcome.lease_id))
+            elif act == "end" and leases:
+                holder, lease_id = leases.pop()
+                holder.end_lease(lease_id)
+            elif act == "prefetch":
+                victims = owner.request_prefetch(wants, 1).victims
+            elif act == "arrive" and reserved:
+                owner.arrived(reserved[0])
+            elif act == "fail" and reserved:
+                owner.failed(reserved[0], empty=data.draw(st.booleans()))
+            elif act == "evict":
+                victims = tuple(row.content for row in owner.give_up([w.content for w in wants]))
+            leased = {c for c, row in owner.rows().items() if row.leased}
+            assert leased.isdisjoint(victims)
+            for victim in victims:
+                owner.dropped(victim)
+            now = owner.holdings()
+            assert now.used_bytes == sum(row.size_bytes for row in owner.rows().values()) <= 100
+            assert now.used_bytes <= now.peak_bytes <= 100
+    finally:
+        for owner in owners:
+            owner.close()

@@ -1,0 +1,49 @@
+"""Which subjects an epoch visits, and which it may."""
+
+import pytest
+from torch.utils.data import SubsetRandomSampler, WeightedRandomSampler
+
+from tio_openneuro.queue.order import SubjectOrder
+
+
+class Drifting:
+    """A subject sampler of unknown class, whose weights training may change."""
+
+    def __init__(self, weights):
+        """Keep the weights."""
+        self.weights = weights
+
+    def __len__(self):
+        """Return the subjects of an epoch."""
+        return 2
+
+    def __iter__(self):
+        """Give the two heaviest."""
+        return iter(sorted(range(len(self.weights)), key=lambda n: -self.weights[n])[:2])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "foreseeable", "likeliest"),
+    [
+        (None, True, [0, 1, 2, 3]),
+        (SubsetRandomSampler([3, 1]), True, [1, 3]),
+        (WeightedRandomSampler([1, 9, 3, 3], 4), True, [1, 2, 3, 0]),
+        (Drifting([0.1, 0.2, 0.9, 0.3]), False, [2, 3, 1, 0]),
+        (Drifting([0.5]), False, [0, 1, 2, 3]),
+    ],
+)
+def test_the_likeliest_subjects_come_first(sampler, foreseeable, likeliest):
+    """By the sampler's weights where it has one for each subject, else in the dataset's order."""
+    order = SubjectOrder(4, sampler, seed=0, shuffled=True)
+    assert order.foreseeable is foreseeable
+    assert order.likeliest() == likeliest
+
+
+def test_weighted_draws_with_replacement_are_foreseen():
+    """Asking for a later epoch first changes neither, and the user's sampler is not advanced."""
+    sampler = WeightedRandomSampler([1.0, 2.0, 3.0], 12)
+    asked, kept = (SubjectOrder(3, sampler, seed=5, shuffled=False) for _ in range(2))
+    later = asked.of(1)
+    assert (asked.of(0), later) == (kept.of(0), kept.of(1))
+    assert kept.of(0) != kept.of(1)
+    assert sampler.generator is None

@@ -1,0 +1,127 @@
+"""RAM admission arithmetic."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tio_openneuro.errors import RamBudgetError
+from tio_openneuro.ram.admission import Admission, TransformCost, bound_subject, read_budget
+from tio_openneuro.volumes.headers import (
+    announce_files,
+    announce_size,
+    listening,
+    measure_header,
+    sum_sizes,
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.floats(0, 1)), max_size=40))
+def test_charges_never_pass_the_budget_while_bounds_hold(requests):
+    """Whatever is asked for, charged bytes stay within the budget, and all of them return."""
+    admission = Admission(100, base_bytes=0)
+    held = []
+    for size, kept_share in requests:
+        if not admission.fits(size):
+            with pytest.raises(RamBudgetError, match="100 bytes"):
+                admission.charge(size)
+            if held:
+                admission.release(held.pop())
+            admission.returned()
+            continue
+        admission.charge(size)
+        kept = int(size * kept_share)
+        admission.settle(size, kept)
+        held.append(kept)
+        assert admission.charged_bytes == sum(held) <= 100
+    assert admission.peak_bytes <= 100
+    for kept in held:
+        admission.release(kept)
+    assert admission.charged_bytes == 0
+
+
+def test_releasing_more_than_was_charged_is_an_error():
+    """A release without a charge is a mistake in the caller, and says so."""
+    admission = Admission(10, base_bytes=0)
+    admission.charge(4)
+    with pytest.raises(ValueError, match="3 bytes more"):
+        admission.release(7)
+
+
+def test_freed_memory_counts_until_it_is_returned():
+    """The allocator may keep what was freed, so that it is no room before it is given back."""
+    admission = Admission(10, base_bytes=2)
+    admission.charge(8)
+    admission.settle(8, 3)
+    assert (admission.charged_bytes, admission.retained_bytes) == (5, 5)
+    assert not admission.fits(1)
+    admission.returned()
+    assert admission.fits(5)
+    assert not admission.fits(6)
+    assert not admission.idle
+    admission.release(3)
+    assert admission.idle
+    assert admission.capacity_bytes == 8
+
+
+def test_what_exists_is_counted_even_where_a_bound_was_wrong():
+    """More kept than charged shows in the peak, and nothing fits until it is gone."""
+    admission = Admission(10, base_bytes=0)
+    admission.charge(5)
+    admission.settle(5, 14)
+    assert admission.peak_bytes == 14
+    assert not admission.fits(0)
+
+
+def test_half_of_the_available_memory_is_the_default_budget():
+    """Text and numbers are sizes; "auto" is half of what the machine has left."""
+    assert read_budget("auto", 1000) == 500
+    assert read_budget("2 KiB", 1000) == 2048
+    assert read_budget(77, 1000) == 77
+    with pytest.raises(ValueError, match="as a size"):
+        read_budget("lots", 1000)
+
+
+def test_the_bound_is_that_of_the_hungriest_step():
+    """Decoding, transforming and sampling follow one another; only the largest counts."""
+    size = sum_sizes([(1, 10**6, 4), (1, 10**6, 4)])
+    plain = bound_subject(size, TransformCost(), 0)
+    sampled = bound_subject(size, TransformCost(), 48)
+    transformed = bound_subject(size, TransformCost(copies=2, voxel_bytes=64), 48)
+    assert plain >= 3 * 8 * 10**6
+    assert sampled - plain == 8 * 10**6 + 48 * 10**6 - 3 * 8 * 10**6
+    assert transformed - sampled == (3 * 8 + 64) * 10**6 - (8 + 48) * 10**6
+
+
+def test_headers_tell_sizes_without_decoding(tmp_path):
+    """Channels, voxels and bytes come from the header, also where the data are cut off."""
+    path = tmp_path / "dwi.nii.gz"
+    voxels = np.random.default_rng(0).integers(0, 999, (4, 5, 6, 7), dtype=np.int16)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+    assert measure_header(path) == (7, 120, 4)
+    path.write_bytes(path.read_bytes()[:-200])
+    assert measure_header(path) == (7, 120, 4)
+    assert measure_header(tmp_path / "absent.nii.gz") is None
+    (tmp_path / "text.nii").write_text("no image")
+    assert measure_header(tmp_path / "text.nii") is None
+    assert measure_header(tmp_path / "image.png") is None
+
+
+def test_announced_files_reach_the_listener_of_this_thread_only_while_it_listens(tmp_path):
+    """Sizes are summed over a subject's files, and what the listener raises stops the loading."""
+    path = tmp_path / "t1.nii"
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.eye(4)), path)
+    heard = []
+    with listening(heard.append):
+        announce_files([path, path])
+        announce_files([path, tmp_path / "absent.nii"])
+    announce_files([path])
+    assert heard == [sum_sizes([(1, 120, 4), (1, 120, 4)])]
+
+    def refuse(_size):
+        message = "too large"
+        raise RamBudgetError(message)
+
+    with listening(refuse), pytest.raises(RamBudgetError, match="too large"):
+        announce_size(heard[0])

@@ -1,0 +1,38 @@
+"""Content of annex keys in one clone, and the children that fetch and drop it.
+
+Owns git and git-annex processes: nobody else starts one, but DataLad's clone. Promises that every
+wait is bounded. Never decides what is fetched, and keeps no account.
+"""
+
+from tio_openneuro.annex.branch import (
+    SpecialRemote,
+    branch_ref,
+    branch_refs,
+    config_value,
+    configured_uuids,
+    git_folder,
+    special_remotes,
+)
+from tio_openneuro.annex.environment import child_environment
+from tio_openneuro.annex.processes import CommandError, Coprocess, MissingProgramError, run
+from tio_openneuro.annex.repo import AnnexRepo
+from tio_openneuro.annex.tree import index_tree, read_blobs, read_blobs_if_present
+
+__all__ = [
+    "AnnexRepo",
+    "CommandError",
+    "Coprocess",
+    "MissingProgramError",
+    "SpecialRemote",
+    "branch_ref",
+    "branch_refs",
+    "child_environment",
+    "config_value",
+    "configured_uuids",
+    "git_folder",
+    "index_tree",
+    "read_blobs",
+    "read_blobs_if_present",
+    "run",
+    "special_remotes",
+]

@@ -1,0 +1,337 @@
+"""Child processes: start, feed, watch and kill them. The only user of :mod:`subprocess`.
+
+Every child leads a process group of its own, so that it ends together with whatever it started,
+and runs in :func:`~tio_openneuro.annex.environment.child_environment`. Every wait has a deadline.
+Never prints, nor hands a child a descriptor that was not asked for. The one piece of module-level
+state keeps forks apart from starts: a process that another thread forks meanwhile, as loaders with
+workers do, would inherit the ends of pipes whose closing is waited for, and keep them open as long
+as it lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from typing import IO, TYPE_CHECKING, Any
+
+from tio_openneuro.annex.environment import child_environment
+from tio_openneuro.errors import TioOpenNeuroError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+_WINDOWS = sys.platform == "win32"
+_READ_BYTES = 1 << 16
+_STDERR_LINES = 40
+_KILL_WAIT_S = 10.0
+_STARTING = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_STARTING.acquire,
+        after_in_parent=_STARTING.release,
+        after_in_child=_STARTING.release,
+    )
+
+
+class CommandError(TioOpenNeuroError):
+    """A child process failed, or passed its deadline."""
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        arguments: tuple[str, ...] = (),
+        returncode: int | None = None,
+        stderr: str = "",
+    ) -> None:
+        """Keep the message and what the child left.
+
+        Args:
+            message: The whole message.
+            arguments: The command line.
+            returncode: Exit status; None where the child was killed at its deadline.
+            stderr: What the child wrote to standard error.
+        """
+        super().__init__(message)
+        self.arguments = arguments
+        self.returncode = returncode
+        self.stderr = stderr
+
+
+class MissingProgramError(CommandError):
+    """A program that this library needs is not installed."""
+
+
+def _start(
+    arguments: Sequence[str],
+    *,
+    cwd: Path | None,
+    environment: Mapping[str, str] | None,
+    keep_fds: tuple[int, ...],
+    stdin: IO[bytes] | int = subprocess.PIPE,
+) -> subprocess.Popen[bytes]:
+    """Start a child that leads its own process group, with unbuffered pipes."""
+    given = dict(environment) if environment is not None else child_environment()
+    apart: dict[str, Any] = {"start_new_session": True, "pass_fds": keep_fds}
+    if sys.platform == "win32":
+        apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    try:
+        with _STARTING:
+            return subprocess.Popen(
+                list(arguments),
+                bufsize=0,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=cwd,
+                env=given,
+                **apart,
+            )
+    except FileNotFoundError as error:
+        if cwd is not None and not cwd.is_dir():
+            message = f"Cannot run {arguments[0]} in {cwd}: there is no such folder."
+            raise CommandError(message, arguments=tuple(arguments)) from error
+        message = (
+            f"Cannot run {arguments[0]}: it is not installed, or not on the path. Install it "
+            f"with your system's packages (git-annex also with 'pip install git-annex')."
+        )
+        raise MissingProgramError(message, arguments=tuple(arguments)) from error
+
+
+def has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Return whether a child has ended, where possible without collecting it.
+
+    Until it is collected no other group gets its number: what it leaves behind can be killed.
+    """
+    if sys.platform == "linux" and process.returncode is None:
+        with contextlib.suppress(ChildProcessError):
+            options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, process.pid, options) is not None
+    return process.poll() is not None
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a child and its process group, and wait until the child is gone."""
+    if sys.platform == "win32":
+        if process.poll() is None:
+            subprocess.run(
+                ["taskkill", "/T", "/F", "/PID", str(process.pid)],
+                check=False,
+                capture_output=True,
+                timeout=_KILL_WAIT_S,
+            )
+            process.kill()
+    elif process.returncode is None:
+        # Not collected yet: the group's number cannot have been given to another one. git may have
+        # been killed, while the git-annex that it started goes on.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_KILL_WAIT_S)
+
+
+def run(
+    arguments: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    stdin: bytes = b"",
+    timeout_s: float = 120.0,
+    environment: Mapping[str, str] | None = None,
+    keep_fds: tuple[int, ...] = (),
+) -> bytes:
+    """Run a program to its end and return its standard output.
+
+    Killed with its process group at the deadline, and when an exception passes through.
+
+    Args:
+        arguments: The program and its arguments; no shell is involved.
+        cwd: Folder to run in; default: the current one.
+        stdin: What the child reads.
+        timeout_s: Deadline in seconds.
+        environment: The whole environment; default: :func:`child_environment`.
+        keep_fds: Descriptors that the child inherits (ignored on Windows).
+
+    Raises:
+        MissingProgramError: The program is not installed.
+        CommandError: It failed, or passed its deadline.
+    """
+    # From a file and not a pipe, whose other end a process forked meanwhile would keep open.
+    with tempfile.TemporaryFile() as source:
+        source.write(stdin)
+        source.seek(0)
+        process = _start(
+            arguments, cwd=cwd, environment=environment, keep_fds=keep_fds, stdin=source
+        )
+    shown = " ".join(arguments[:6])
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        message = f"Cannot finish '{shown}': no end after {timeout_s:g} s; it was killed."
+        raise CommandError(message, arguments=tuple(arguments)) from error
+    finally:
+        if process.returncode is None:
+            kill_group(process)
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+    if process.returncode != 0:
+        said = stderr.decode(errors="replace").strip()
+        message = f"Cannot run '{shown}': it exited with {process.returncode}: {said[-2000:]}"
+        raise CommandError(
+            message, arguments=tuple(arguments), returncode=process.returncode, stderr=said
+        )
+    return stdout
+
+
+class Coprocess:
+    """A long-lived child that is asked and answers line by line.
+
+    One thread at a time writes and reads. The pipes are unbuffered and read by daemon threads,
+    so that a process forked meanwhile inherits no held lock; it must :meth:`abandon` the copy.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        keep_fds: tuple[int, ...] = (),
+    ) -> None:
+        """Start the child.
+
+        Args:
+            arguments: The program and its arguments.
+            cwd: Folder to run in; default: the current one.
+            environment: The whole environment; default: :func:`child_environment`.
+            keep_fds: Descriptors that the child inherits (ignored on Windows).
+
+        Raises:
+            MissingProgramError: The program is not installed.
+        """
+        self._arguments = tuple(arguments)
+        self._process = _start(arguments, cwd=cwd, environment=environment, keep_fds=keep_fds)
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._stderr: deque[bytes] = deque(maxlen=_STDERR_LINES)
+        self._ended = False
+        self._threads = (
+            threading.Thread(target=self._read_stdout, name="coprocess-out", daemon=True),
+            threading.Thread(target=self._read_stderr, name="coprocess-err", daemon=True),
+        )
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child, which is also its group's."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the child runs and its output is open."""
+        return not self._ended and not has_ended(self._process)
+
+    @property
+    def stderr(self) -> str:
+        """The last lines that the child wrote to standard error."""
+        return b"".join(self._stderr).decode(errors="replace").strip()
+
+    def write_line(self, line: bytes) -> None:
+        """Send one line; the newline is added.
+
+        Raises:
+            CommandError: The child is gone.
+        """
+        assert self._process.stdin is not None  # noqa: S101 - opened as a pipe in _start
+        rest = memoryview(line + b"\n")
+        try:
+            while rest:
+                rest = rest[self._process.stdin.write(rest) or 0 :]
+        except (OSError, ValueError) as error:
+            message = f"Cannot ask '{self._arguments[0]}' (process {self.pid}): it has ended."
+            raise CommandError(message, arguments=self._arguments, stderr=self.stderr) from error
+
+    def read_line(self, timeout_s: float) -> bytes | None:
+        """Return the next line without its newline, or None at the end of the output.
+
+        Args:
+            timeout_s: Longest wait in seconds.
+
+        Raises:
+            TimeoutError: No line came in that time; the child still runs.
+        """
+        if self._ended:
+            return None
+        try:
+            line = self._lines.get(timeout=max(timeout_s, 0.0))
+        except queue.Empty:
+            raise TimeoutError from None
+        self._ended = line is None
+        return line
+
+    def finish(self, timeout_s: float) -> bool:
+        """Close the child's input and wait for its end; kill it at the deadline.
+
+        Returns:
+            Whether it ended by itself.
+        """
+        deadline = time.monotonic() + timeout_s
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return False
+        self.kill()
+        return True
+
+    def kill(self) -> None:
+        """Kill the child and its process group, and close the pipes. Idempotent."""
+        kill_group(self._process)
+        for thread in self._threads:
+            # A grandchild that left the group may hold the pipe open: the thread is a daemon.
+            thread.join(1.0)
+        self.abandon(close_output=False)
+
+    def abandon(self, *, close_output: bool = True) -> None:
+        """Close this process's ends of the pipes and leave the child alone.
+
+        For a forked process, whose copies of the pipes would keep the child waiting.
+        """
+        self._ended = True
+        pipes = [self._process.stdin]
+        if close_output:
+            pipes += [self._process.stdout, self._process.stderr]
+        for pipe in pipes:
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def _read_stdout(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101 - opened as a pipe in _start
+        rest = b""
+        # Closed by its reader, however late that is: nobody else knows when it is read no more.
+        with contextlib.suppress(OSError, ValueError), self._process.stdout as pipe:
+            while block := pipe.read(_READ_BYTES):
+                *lines, rest = (rest + block).split(b"\n")
+                for line in lines:
+                    self._lines.put(line.removesuffix(b"\r"))
+        if rest:
+            self._lines.put(rest)
+        self._lines.put(None)
+
+    def _read_stderr(self) -> None:
+        assert self._process.stderr is not None  # noqa: S101 - opened as a pipe in _start
+        with contextlib.suppress(OSError, ValueError), self._process.stderr as pipe:
+            while block := pipe.read(_READ_BYTES):
+                self._stderr.append(block[-2000:])

@@ -1,0 +1,304 @@
+"""The command line: arguments become calls, records become text. The only place that prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import platformdirs
+import rich
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from tio_openneuro.errors import TioOpenNeuroError
+from tio_openneuro.ledger import automatic_budget, free_bytes
+from tio_openneuro.select import Label, Scalar
+from tio_openneuro.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from tio_openneuro.select import Unit
+
+app = typer.Typer(
+    name="tio-openneuro",
+    help="Train on OpenNeuro MRI datasets that are larger than the disk and the RAM at hand.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_NEUTRAL_BUDGET = "1000 PB"  # the smallest stated budget of a root holds: this one never is
+
+Source = Annotated[str, typer.Argument(help="Accession (ds004199), git URL, or path of a clone.")]
+Root = Annotated[
+    Path,
+    typer.Option(
+        envvar="TIO_OPENNEURO_ROOT",
+        help="Folder of clones and ledger.",
+        default_factory=lambda: Path(platformdirs.user_cache_dir("tio_openneuro")),
+    ),
+]
+Images = Annotated[
+    list[str], typer.Option("--image", metavar="NAME=GLOB", help="An intensity image; repeatable.")
+]
+Labels = Annotated[
+    list[str], typer.Option("--label", metavar="NAME=GLOB", help="A label map; repeatable.")
+]
+Version = Annotated[str | None, typer.Option(help="Tag or commit; default: the newest snapshot.")]
+UnitOf = Annotated[str, typer.Option("--unit", help="What one unit is: subject, session or run.")]
+DiskBudget = Annotated[str, typer.Option(help="Bytes, '10 GB', or 'auto'.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+@app.callback()
+def _options(
+    *,
+    verbose: Annotated[bool, typer.Option(help="Log each fetch and eviction.")] = False,
+) -> None:
+    if verbose:
+        handler = RichHandler(console=Console(stderr=True), show_path=False)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path, typer.Option(help="Where demo-report/ with the picture is written.")
+    ] = Path(),
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training heads.")] = 6,
+) -> None:
+    """Train a small U-Net on synthetic heads under a quarter of their bytes; no network needed."""
+    from tio_openneuro.demo import render, run_demo
+
+    render(functools.partial(run_demo, folder, epochs=epochs), rich.get_console())
+
+
+@app.command()
+def info(
+    source: Source,
+    root: Root,
+    image: Images = [],  # noqa: B006 - typer copies it
+    label: Labels = [],  # noqa: B006
+    version: Version = None,
+    unit: UnitOf = "subject",
+    as_json: Json = False,  # noqa: FBT002 - typer
+) -> None:
+    """Show what a dataset has and what patterns select of it, from git metadata alone."""
+    from tio_openneuro.cli.summary import summarise
+    from tio_openneuro.sources import open_catalog
+
+    patterns = _patterns(image, label)
+    catalog = open_catalog(source, root, version=version)
+    summary = summarise(catalog, patterns, cast("Unit", unit))
+    record = dataclasses.asdict(summary)
+    record |= record.pop("selected") or {}
+    _report(str(source), record, as_json=as_json)
+
+
+@app.command()
+def plan(
+    source: Source,
+    root: Root,
+    image: Images,
+    label: Labels = [],  # noqa: B006 - typer copies it
+    version: Version = None,
+    unit: UnitOf = "subject",
+    disk_budget: DiskBudget = "auto",
+    rate: Annotated[str, typer.Option(help="What the link gives in a second.")] = "20 MB",
+    epochs: Annotated[int, typer.Option(min=2, help="Passes over the units.")] = 10,
+    seed: Annotated[int, typer.Option(help="The queue's seed, which decides the order.")] = 0,
+    as_json: Json = False,  # noqa: FBT002 - typer
+) -> None:
+    """Tell what training will fetch and how long the link is busy, from git metadata alone."""
+    from tio_openneuro.cli.plan import plan_disk
+    from tio_openneuro.cli.summary import unit_contents
+    from tio_openneuro.sources import open_catalog
+
+    catalog = open_catalog(source, root, version=version)
+    units = unit_contents(catalog, _patterns(image, label), cast("Unit", unit))
+    automatic = disk_budget == "auto"
+    budget_bytes = automatic_budget(free_bytes(root), 0) if automatic else parse_size(disk_budget)
+    found = plan_disk(units, budget_bytes, epochs=epochs, seed=seed)
+    record = {"dataset": catalog.dataset_id, "commit": catalog.commit, **dataclasses.asdict(found)}
+    record |= {"epochs": epochs, "rate_bytes": parse_size(rate)}
+    record["link_busy_s"] = round(found.seconds(parse_size(rate), epochs), 1)
+    _report(f"Plan for {source}", record, as_json=as_json)
+
+
+@app.command()
+def fetch(
+    source: Source,
+    root: Root,
+    image: Images = [],  # noqa: B006 - typer copies it
+    label: Labels = [],  # noqa: B006
+    version: Version = None,
+    unit: UnitOf = "subject",
+    disk_budget: DiskBudget = "auto",
+    as_json: Json = False,  # noqa: FBT002 - typer
+) -> None:
+    """Fetch the selected images, as far as the disk budget holds them."""
+    with _open(source, root, image, label, version, disk_budget, unit) as dataset:
+        fetched_bytes = dataset.fetch()
+        statistics = dataset.statistics()
+        record = {
+            "dataset": dataset.dataset_id,
+            "version": dataset.version,
+            "units": len(dataset),
+            "skipped": len(dataset.skipped),
+            "selected_bytes": dataset.nbytes,
+            "fetched_bytes": fetched_bytes,
+            "used_bytes": statistics.used_bytes,
+            "budget_bytes": statistics.budget_bytes,
+        }
+    _report("Fetched", record, as_json=as_json)
+
+
+@app.command()
+def status(root: Root, as_json: Json = False) -> None:  # noqa: FBT002 - typer
+    """Show what is held under the root, the budget that binds, and who is at work."""
+    from tio_openneuro.disk import Engine
+
+    if not (root / "ledger").is_dir():
+        raise TioOpenNeuroError(
+            f"Cannot show {root}: it holds no ledger. Nothing was fetched under it yet; give the "
+            f"root of your training with --root or TIO_OPENNEURO_ROOT."
+        )
+    with Engine(root, disk_budget=_NEUTRAL_BUDGET) as engine:
+        record = dataclasses.asdict(engine.status())
+    _report(f"Held under {root}", record, as_json=as_json)
+
+
+@app.command()
+def evict(
+    root: Root,
+    source: Annotated[str | None, typer.Argument(help="One dataset; default: all.")] = None,
+    image: Images = [],  # noqa: B006 - typer copies it
+    label: Labels = [],  # noqa: B006
+    version: Version = None,
+    as_json: Json = False,  # noqa: FBT002 - typer
+) -> None:
+    """Drop what this library fetched and nobody leases; what was yours before stays."""
+    from tio_openneuro.disk import Engine
+
+    if source is None:
+        with Engine(root, disk_budget=_NEUTRAL_BUDGET) as engine:
+            evicted_bytes, used_bytes = engine.evict_all(), engine.statistics().used_bytes
+    else:
+        with _open(source, root, image, label, version, _NEUTRAL_BUDGET) as dataset:
+            evicted_bytes, used_bytes = dataset.evict(), dataset.statistics().used_bytes
+    record = {"evicted_bytes": evicted_bytes, "used_bytes": used_bytes}
+    _report("Evicted", record, as_json=as_json)
+
+
+@app.command()
+def adopt(
+    source: Source,
+    root: Root,
+    image: Images = [],  # noqa: B006 - typer copies it
+    label: Labels = [],  # noqa: B006
+    version: Version = None,
+    disk_budget: DiskBudget = "auto",
+    as_json: Json = False,  # noqa: FBT002 - typer
+) -> None:
+    """Hand content that was there before, and that a remote can give back, to the budget."""
+    with _open(source, root, image, label, version, disk_budget) as dataset:
+        adopted_bytes, used_bytes = dataset.adopt(), dataset.statistics().used_bytes
+    record = {"adopted_bytes": adopted_bytes, "used_bytes": used_bytes}
+    _report("Adopted", record, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    root: Root,
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False,  # noqa: FBT002 - typer
+    as_json: Json = False,  # noqa: FBT002 - typer
+) -> None:
+    """Compare ledger and disk; exit with 1 where they disagree."""
+    from tio_openneuro.disk import Engine
+
+    with Engine(root, disk_budget=_NEUTRAL_BUDGET) as engine:
+        findings = engine.check(repair=repair)
+    if as_json:
+        Console(soft_wrap=True).print_json(json.dumps({"findings": findings}))
+    else:
+        for finding in findings:
+            typer.echo(finding)
+        typer.echo(f"{root}: {len(findings) or 'no'} inconsistencies")
+    if findings:
+        raise typer.Exit(1)
+
+
+def _open(
+    source: str,
+    root: Path,
+    image: list[str],
+    label: list[str],
+    version: str | None,
+    disk_budget: str,
+    unit: str = "subject",
+) -> Any:  # noqa: ANN401 - imported late, since torch takes seconds
+    from tio_openneuro.dataset import DataladSubjectsDataset
+
+    patterns = _patterns(image, label)
+    return DataladSubjectsDataset(
+        source,
+        patterns or None,
+        version=version,
+        root=root,
+        unit=cast("Unit", unit),
+        disk_budget=disk_budget,
+    )
+
+
+def _patterns(image: list[str], label: list[str]) -> dict[str, Scalar | Label]:
+    patterns: dict[str, Scalar | Label] = {}
+    for kind, texts in ((Scalar, image), (Label, label)):
+        for text in texts:
+            name, _, glob = text.partition("=")
+            if not name or not glob:
+                raise typer.BadParameter(f"{text!r} is not NAME=GLOB, as in t1='sub-*/anat/*_T1w*'")
+            patterns[name] = kind(glob)
+    return patterns
+
+
+def _report(title: str, record: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        Console(soft_wrap=True).print_json(json.dumps(record, default=str))
+        return
+    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", overflow="fold")
+    for name, value in record.items():
+        if isinstance(value, dict):
+            for key, count in value.items():
+                shown = format_size(count) if name == "clones" else str(count)
+                table.add_row(f"{name.replace('_', ' ')}: {key}", shown)
+        else:
+            table.add_row(name.removesuffix("_bytes").replace("_", " "), _shown(name, value))
+    Console().print(table)
+
+
+def _shown(name: str, value: object) -> str:
+    if value is None or value in ((), ""):
+        return "none"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return format_size(value) if name.endswith("_bytes") and isinstance(value, int) else str(value)
+
+
+def main() -> None:
+    """Run the command line; exit with 0 done, 1 failed with one message, 2 wrong usage."""
+    try:
+        app()
+    except (TioOpenNeuroError, OSError, NotImplementedError) as error:
+        typer.echo(f"tio-openneuro: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("tio-openneuro: interrupted", err=True)
+        sys.exit(1)

@@ -1,0 +1,166 @@
+"""What a dataset has, told from git metadata alone: for ``info`` and ``plan``.
+
+Owns no state. Fetches no content.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tio_openneuro.content import AnnexKey
+from tio_openneuro.errors import SelectionError
+from tio_openneuro.select import IMAGE_EXTENSIONS, Label, Scalar, Unit, parse_path, select
+from tio_openneuro.sources import Catalog
+
+_SHOWN_REASONS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What patterns select.
+
+    Attributes:
+        units: Units selected.
+        units_bytes: Bytes of their content, each key once.
+        skipped: Units left out.
+        skipped_reasons: Why, with the number of units, the most frequent first.
+    """
+
+    units: int
+    units_bytes: int
+    skipped: int
+    skipped_reasons: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One dataset at one commit, and what patterns select of it.
+
+    Attributes:
+        dataset: Accession, or the name of the repository or folder.
+        version: Tag or branch; empty for a plain folder.
+        commit: The commit; empty for a plain folder.
+        subjects: Number of subjects that have a file.
+        sessions: Number of sessions, over all subjects; zero where there are none.
+        files: Number of files.
+        images: Number of images by suffix, the most frequent first.
+        total_bytes: Bytes of annexed content, each key once.
+        present_bytes: Those of them that are on disk.
+        remotes: Annex remotes that are used.
+        unavailable_files: Annexed images that no remote can give.
+        unavailable_reasons: Why, with the number of files.
+        selected: What the patterns select; None without patterns.
+    """
+
+    dataset: str
+    version: str
+    commit: str
+    subjects: int
+    sessions: int
+    files: int
+    images: dict[str, int]
+    total_bytes: int
+    present_bytes: int
+    remotes: tuple[str, ...]
+    unavailable_files: int
+    unavailable_reasons: dict[str, int]
+    selected: Selected | None
+
+
+def summarise(
+    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit = "subject"
+) -> Summary:
+    """Count what the catalog has, and what the patterns select of it.
+
+    Args:
+        catalog: The dataset's files.
+        patterns: Patterns by image name; may be empty.
+        unit: What one unit of the selection is.
+
+    Raises:
+        SelectionError: The patterns select nothing.
+    """
+    parsed = [parse_path(file.path) for file in catalog.files]
+    images = [
+        (file, path)
+        for file, path in zip(catalog.files, parsed, strict=True)
+        if path.extension in IMAGE_EXTENSIONS
+    ]
+    keys = {file.key for file in catalog.files if file.key is not None}
+    present = [k for k in keys if catalog.repo is not None and catalog.repo.locate(k) is not None]
+    lost: dict[AnnexKey, str] = {}
+    if catalog.repo is not None:
+        lost = catalog.repo.unavailable([f.key for f, _ in images if f.key is not None])
+    reasons = Counter(lost[file.key] for file, _ in images if file.key in lost)
+    return Summary(
+        dataset=catalog.dataset_id,
+        version=catalog.version,
+        commit=catalog.commit,
+        subjects=len({path.subject for path in parsed if path.subject}),
+        sessions=len({(p.subject, p.session) for p in parsed if p.subject and p.session}),
+        files=len(catalog.files),
+        images=dict(Counter(path.suffix or "no suffix" for _, path in images).most_common()),
+        total_bytes=sum(key.size_bytes or 0 for key in keys),
+        present_bytes=sum(key.size_bytes or 0 for key in present),
+        remotes=catalog.repo.remotes if catalog.repo is not None else (),
+        unavailable_files=sum(reasons.values()),
+        unavailable_reasons=dict(reasons),
+        selected=_selected(catalog, patterns, lost, unit) if patterns else None,
+    )
+
+
+def _selected(
+    catalog: Catalog,
+    patterns: Mapping[str, Scalar | Label],
+    lost: Mapping[AnnexKey, str],
+    unit: Unit,
+) -> Selected:
+    units, why = _usable(catalog, patterns, lost, unit)
+    kept = {key: size_bytes for contents in units.values() for key, size_bytes in contents.items()}
+    return Selected(
+        len(units), sum(kept.values()), len(why), dict(Counter(why).most_common(_SHOWN_REASONS))
+    )
+
+
+def unit_contents(
+    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit
+) -> dict[str, dict[str, int]]:
+    """Return the bytes of each file of each unit that can be had, in the dataset's order.
+
+    Args:
+        catalog: The dataset's files.
+        patterns: Patterns by image name.
+        unit: What one unit is.
+
+    Raises:
+        SelectionError: The patterns select nothing, or nothing that can be had.
+    """
+    keys = [file.key for file in catalog.files if file.key is not None]
+    lost = catalog.repo.unavailable(keys) if catalog.repo is not None else {}
+    units, why = _usable(catalog, patterns, lost, unit)
+    if not units:
+        message = f"Cannot use {catalog.dataset_id}: no unit can be had ({', '.join({*why})})."
+        raise SelectionError(message)
+    return units
+
+
+def _usable(
+    catalog: Catalog,
+    patterns: Mapping[str, Scalar | Label],
+    lost: Mapping[AnnexKey, str],
+    unit: Unit,
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Return the units that can be had, with their files' bytes, and why others cannot."""
+    selection = select(catalog.files, patterns, unit=unit)
+    why = [skip.reason for skip in selection.skipped]
+    units: dict[str, dict[str, int]] = {}
+    for row in selection.rows:
+        files = [file for found in row.images.values() for file in found]
+        missing = next((file for file in files if file.key in lost), None)
+        if missing is not None and missing.key is not None:
+            why.append(lost[missing.key])
+        else:
+            units[row.unit] = {str(f.key or f.path): f.size_bytes or 0 for f in files}
+    return units, why

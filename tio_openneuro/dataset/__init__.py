@@ -1,0 +1,13 @@
+"""``DataladSubjectsDataset``: subjects whose images are fetched on demand.
+
+Owns rows, views, splits and batches. Promises that no lease outlives a call. Never fetches before
+an image is asked for.
+"""
+
+from tio_openneuro.dataset.concatenation import concat
+from tio_openneuro.dataset.dataset import DataladSubjectsDataset
+
+__all__ = [
+    "DataladSubjectsDataset",
+    "concat",
+]

@@ -1,0 +1,107 @@
+"""Several datasets as one, under one root and one budget."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torchio as tio
+
+from tio_openneuro.dataset.dataset import DataladSubjectsDataset
+from tio_openneuro.dataset.rows import SubjectRow
+from tio_openneuro.disk import Engine
+from tio_openneuro.errors import SelectionError
+from tio_openneuro.torchio_seams import FetchedImage
+
+
+def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset:
+    """Return one dataset over several; each subject's ``dataset_id`` tells where it is from.
+
+    The first one's engine serves all, so its budget is the one that holds. A column that only
+    some of the datasets have is filled with ``nan`` or ``""`` in the others, for batches to
+    collate. The datasets given stay usable.
+
+    Args:
+        datasets: One or more, of one root, with the same image names and kinds, ``preprocess``
+            and ``transform``.
+
+    Raises:
+        SelectionError: They differ in what a batch, or the budget, needs to be common.
+
+    Example:
+        >>> both = concat([first, second])  # doctest: +SKIP
+    """
+    if not datasets:
+        raise SelectionError("Cannot concatenate nothing: give at least one dataset.")
+    first = datasets[0]
+    for other in datasets[1:]:
+        _check_alike(first, other)
+    engines = [dataset._engine for dataset in datasets if dataset._engine is not None]  # noqa: SLF001
+    engine = engines[0] if engines else None
+    rows = [row for dataset in datasets for row in dataset._rows]  # noqa: SLF001
+    missing = _missing_values(rows)
+    result = copy.copy(first)
+    result._engine = engine  # noqa: SLF001
+    result._rows = [_adapted(row, engine, missing) for row in rows]  # noqa: SLF001
+    result._subjects = [row.subject for row in result._rows]  # noqa: SLF001
+    result.skipped = [skip for dataset in datasets for skip in dataset.skipped]
+    result.dataset_id = "+".join(dict.fromkeys(dataset.dataset_id for dataset in datasets))
+    result.version = "+".join(dict.fromkeys(dataset.version for dataset in datasets))
+    return result
+
+
+def _check_alike(first: DataladSubjectsDataset, other: DataladSubjectsDataset) -> None:
+    names = f"{first.dataset_id} and {other.dataset_id}"
+    kinds = [
+        {name: isinstance(image, tio.LabelMap) for name, image in _images(dataset).items()}
+        for dataset in (first, other)
+    ]
+    if kinds[0] != kinds[1]:
+        raise SelectionError(
+            f"Cannot concatenate {names}: their images are {', '.join(kinds[0])} and "
+            f"{', '.join(kinds[1])}, so a batch could not be collated. Select the same names and "
+            f"kinds in both."
+        )
+    if first._root != other._root:  # noqa: SLF001
+        raise SelectionError(
+            f"Cannot concatenate {names}: their roots are {first._root} and {other._root}, and "  # noqa: SLF001
+            f"one budget covers one root. Open both with the same root."
+        )
+    if first.preprocess is not other.preprocess or first._transform is not other._transform:  # noqa: SLF001
+        raise SelectionError(
+            f"Cannot concatenate {names}: they have different preprocess or transform objects. "
+            f"Give both the same ones, or set the transform on the result."
+        )
+
+
+def _images(dataset: DataladSubjectsDataset) -> dict[str, tio.Image]:
+    return dict(dataset.dry_iter()[0].get_images_dict(intensity_only=False))
+
+
+def _missing_values(rows: Sequence[SubjectRow]) -> dict[str, Any]:
+    """Return what stands for a missing value, by column."""
+    missing: dict[str, Any] = {}
+    for row in rows:
+        for name, value in row.subject.items():
+            if not isinstance(value, tio.Image):
+                is_text = isinstance(value, str) or missing.get(name) == ""
+                missing[name] = "" if is_text else math.nan
+    return missing
+
+
+def _adapted(row: SubjectRow, engine: Engine | None, missing: dict[str, Any]) -> SubjectRow:
+    """Return a row with every column, text where any dataset has text, and with that engine."""
+    subject = copy.deepcopy(row.subject)
+    for name, nothing in missing.items():
+        value = subject.get(name, nothing)
+        if nothing == "" and not isinstance(value, str):
+            value = "" if value != value else f"{value:g}"  # noqa: PLR0124 - nan
+        subject[name] = value
+    subject.update_attributes()
+    for image in subject.get_images(intensity_only=False):
+        if isinstance(image, FetchedImage):
+            image.move_to(engine)
+    return replace(row, subject=subject)

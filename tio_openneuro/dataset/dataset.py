@@ -1,0 +1,383 @@
+"""``DataladSubjectsDataset``: an OpenNeuro dataset as a :class:`torchio.SubjectsDataset`.
+
+The only place where leases meet ``tio.Subject``: ``dataset[i]`` leases a unit's content for as
+long as its bytes are decoded, and no longer. Constructing one clones and indexes; no image
+content is fetched before an image is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import platformdirs
+import torch
+import torchio as tio
+
+from tio_openneuro.dataset.batches import batches
+from tio_openneuro.dataset.rows import SubjectRow, build_rows, refuse_nothing
+from tio_openneuro.dataset.views import Dividing, as_position, positions_of
+from tio_openneuro.disk import DiskStatistics, Engine
+from tio_openneuro.prepared import Preparation
+from tio_openneuro.ram import available_bytes, read_budget
+from tio_openneuro.select import select
+from tio_openneuro.sizes import format_size
+from tio_openneuro.sources import open_catalog, read_file, showing
+from tio_openneuro.torchio_seams import FetchedImage, refuse_random, transform_in_place
+from tio_openneuro.volumes import announce_files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import Self
+
+    from tio_openneuro.content import AnnexKey
+    from tio_openneuro.select import Label, OnIncomplete, OnMissing, OnMultiple, Scalar, Unit
+    from tio_openneuro.volumes import SubjectSize
+
+    Transform = Callable[[tio.Subject], tio.Subject]
+
+
+class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
+    """Yield subjects whose images are fetched on demand, within a disk budget.
+
+    Nothing is fetched by the constructor, ``len``, ``repr`` or ``dry_iter``. If the process is
+    killed, what was fetched stays counted in the root's ledger and is used by the next one.
+
+    Example:
+        >>> import tio_openneuro as tno
+        >>> dataset = tno.DataladSubjectsDataset(          # doctest: +SKIP
+        ...     "ds004199",
+        ...     {
+        ...         "flair": tno.Scalar("sub-*/anat/*_FLAIR.nii.gz"),
+        ...         "lesion": tno.Label("sub-*/anat/*_FLAIR_roi.nii.gz"),
+        ...     },
+        ...     disk_budget="2 GB",
+        ... )
+        >>> dataset[0]["flair"].data.shape                 # doctest: +SKIP
+        torch.Size([1, 160, 256, 256])
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        images: Mapping[str, Scalar | Label] | None = None,
+        *,
+        version: str | None = None,
+        root: str | Path | None = None,
+        unit: Unit = "subject",
+        on_missing: OnMissing = "skip",
+        on_multiple: OnMultiple = "raise",
+        on_incomplete: OnIncomplete = "raise",
+        disk_budget: int | str = "auto",
+        preprocess: Transform | None = None,
+        transform: Transform | None = None,
+        jobs: int = 8,
+        remotes: Sequence[str] | None = None,
+        load_getitem: bool = True,
+        preprocess_id: str | None = None,
+    ) -> None:
+        """Clone and index the source, and select each unit's images.
+
+        Args:
+            source: Accession (``"ds004199"``), git URL, or path of a clone or BIDS folder, which
+                is used where it is.
+            images: Name and pattern of each image; None for every NIfTI, each under its stem
+                less subject and session.
+            version: Tag or commit; None for the newest snapshot's tag, else the default branch.
+            root: Local folder of clones and ledger; None for ``$TIO_OPENNEURO_ROOT``, else the
+                user's cache folder.
+            unit: What one ``tio.Subject`` is: ``"subject"``, ``"session"`` or ``"run"``.
+            on_missing: ``"skip"`` or ``"raise"``: a unit that lacks a required image.
+            on_multiple: ``"raise"``, ``"first"``, ``"all"`` (one unit for each combination) or
+                ``"stack"`` (hits as channels): a pattern with several hits in a unit.
+            on_incomplete: ``"raise"`` or ``"allow"``: units that differ in their images.
+            disk_budget: Bytes, ``"10 GB"``, or ``"auto"``.
+            preprocess: Deterministic transform, applied before ``transform``.
+            transform: Random transform, applied each time.
+            jobs: Fetches in flight.
+            remotes: Names of further annex remotes to trust; None for OpenNeuro's public ones.
+            load_getitem: Load the images in ``dataset[i]``; else when they are asked for.
+            preprocess_id: Your name for what ``preprocess`` does, changed whenever its code is;
+                without it no result of a function or of a class of yours is kept.
+
+        Raises:
+            NotAnAnnexError: The source is neither an annex dataset nor a BIDS folder.
+            RemoteUnavailableError: The source cannot be reached.
+            SelectionError: The patterns select nothing, or what cannot be batched.
+            DiskBudgetError: The disk budget cannot hold the largest unit.
+            SelectionError: ``preprocess`` is random.
+        """
+        if preprocess is not None:
+            refuse_random(preprocess)
+        self._root = Path(root or _default_root()).expanduser().absolute()
+        with showing(f"Opening {source}", steps=3) as on_step:
+            catalog = open_catalog(
+                source,
+                self._root,
+                version=version,
+                remotes=tuple(remotes) if remotes else None,
+                on_step=on_step,
+            )
+            on_step("selecting")
+            selection = select(
+                catalog.files,
+                images,
+                unit=unit,
+                on_missing=on_missing,
+                on_multiple=on_multiple,
+                on_incomplete=on_incomplete,
+            )
+        self._engine = (
+            Engine(self._root, disk_budget=disk_budget, jobs=jobs) if catalog.repo else None
+        )
+        self.dataset_id = catalog.dataset_id
+        self.version = catalog.commit
+        self._folder = catalog.folder
+        self.preprocess = preprocess
+        try:
+            self._rows, self.skipped = build_rows(
+                catalog, selection, self._engine, on_missing=on_missing
+            )
+            refuse_nothing(self._rows, self.dataset_id, self.skipped)
+            self._prepare(preprocess_id)
+            super().__init__(
+                [row.subject for row in self._rows], transform, load_getitem=load_getitem
+            )
+            if self._engine is not None:
+                self._engine.require(
+                    max(self._rows, key=lambda row: row.content.size_bytes).content
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        """Show what is selected, without touching content."""
+        names = ", ".join(self._rows[0].subject.get_images_names()) if self._rows else ""
+        return (
+            f"{type(self).__name__}({self.dataset_id!r} at {self.version[:8] or 'no commit'}: "
+            f"{len(self)} subjects; images: {names}; {format_size(self.nbytes)})"
+        )
+
+    # -- subjects ----------------------------------------------------------------------------
+
+    @overload
+    def __getitem__(self, index: int) -> tio.Subject: ...
+
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | Sequence[bool]) -> Self: ...
+
+    def __getitem__(self, index: Any) -> Any:  # type: ignore[override,unused-ignore]
+        """Fetch, load, preprocess and transform one subject; or return a view of several.
+
+        Args:
+            index: A number; or a slice, a list of numbers or a boolean mask, for a view that
+                shares this dataset's engine and budget.
+
+        Raises:
+            IndexError: There is no such subject.
+            DiskBudgetError: The disk budget cannot hold the unit.
+            FetchError: The remote does not give its files.
+        """
+        if isinstance(index, slice):
+            return self._view(range(len(self))[index])
+        if hasattr(index, "__len__"):
+            return self._view(positions_of(index, len(self)))
+        row = self._rows[as_position(index)]
+        subject = None
+        if self._preparation is not None:
+            subject = self._preparation.load(row.subject, row.content)
+        if subject is None:
+            subject = self._make(row)
+        return transform_in_place(self._transform, subject)
+
+    def _make(self, row: SubjectRow) -> tio.Subject:
+        """Return a subject from its files, preprocessed."""
+        subject = copy.deepcopy(row.subject)
+        began_s = time.monotonic()
+        if self.load_getitem or self._preparation is not None:
+            self._load(subject, row)
+        if self._preparation is None:
+            return subject
+        load_s = time.monotonic() - began_s
+        return self._preparation.prepare(row.subject, subject, row.content, load_s=load_s)
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[tio.Subject | None]:
+        """Hold a prepared volume open for patches; None where it, or a transform, says no.
+
+        Args:
+            index: Number of the subject, whose images are read box by box, as they are asked for.
+        """
+        preparation = self._own_preparation()
+        if preparation is None or self._transform is not None:
+            yield None
+            return
+        row = self._rows[as_position(index)]
+        with preparation.opened(row.subject, row.content) as subject:
+            yield subject
+
+    def prepared_size(self, index: int) -> SubjectSize | None:
+        """Return the size of a subject whose prepared volume is there; else None."""
+        preparation = self._own_preparation()
+        return None if preparation is None else preparation.size(self._rows[index].content)
+
+    def _own_preparation(self) -> Preparation | None:
+        """Return what may stand for ``dataset[i]``, which a subclass may have changed."""
+        ours = type(self).__getitem__ is DataladSubjectsDataset.__getitem__
+        return self._preparation if ours else None
+
+    def __iter__(self) -> Iterator[tio.Subject]:
+        """Yield every subject in order, fetching ahead."""
+        self.prefetch_indices(range(len(self)))
+        try:
+            for index in range(len(self)):
+                yield self[index]
+        finally:
+            self.prefetch_indices(())
+
+    def _load(self, subject: tio.Subject, row: SubjectRow) -> None:
+        images = subject.get_images(intensity_only=False)
+        if self._engine is None or not row.content.files:
+            announce_files(path for path in row.paths if path.exists())
+            _load_leased(images, {})
+            return
+        with self._engine.lease(row.content) as leased:
+            announce_files(leased.values())
+            _load_leased(images, leased)
+
+    def _prepare(self, preprocess_id: str | None) -> None:
+        """Give each unit the name of its prepared volume."""
+        self._preparation: Preparation | None = None
+        if self.preprocess is None:
+            return
+        self._preparation = Preparation(self.preprocess, self._engine, preprocess_id)
+        for number, row in enumerate(self._rows):
+            content = self._preparation.unit(row.subject, row.content)
+            self._rows[number] = replace(row, content=content)
+
+    def _view(self, positions: Sequence[int]) -> Self:
+        view = copy.copy(self)
+        view._rows = [self._rows[position] for position in positions]  # noqa: SLF001 - itself
+        view._subjects = [row.subject for row in view._rows]  # noqa: SLF001 - itself
+        return view
+
+    def sample(self, seed: int) -> tio.Subject:
+        """Return one subject, drawn uniformly by that seed."""
+        generator = torch.Generator().manual_seed(seed)
+        return self[int(torch.randint(len(self), (1,), generator=generator))]
+
+    def batches(
+        self,
+        count: int | None = None,
+        ram_budget: int | str = "auto",
+        shuffle: bool = False,  # noqa: FBT001, FBT002 - the contract's signature
+        seed: int = 0,
+    ) -> Iterator[list[tio.Subject]]:
+        """Yield lists of loaded whole subjects, the next list being fetched while one is used.
+
+        Args:
+            count: Subjects in each list, the last one shorter; None for as many as fit.
+            ram_budget: Bytes, text like ``"4 GB"``, or ``"auto"``: half of what is available.
+                Holds two lists, since the caller still has one while the next is loaded.
+            shuffle: Whether to permute the subjects.
+            seed: Decides the permutation.
+
+        Raises:
+            RamBudgetError: A subject alone exceeds half of the budget.
+        """
+        budget_bytes = read_budget(ram_budget, available_bytes())
+        return batches(self, count, budget_bytes, shuffle=shuffle, seed=seed)
+
+    def read(self, path: str) -> bytes:
+        """Return a small file that git itself holds, such as ``image["metadata"]["events"]``.
+
+        Args:
+            path: Posix, from the dataset's root.
+
+        Raises:
+            SelectionError: There is no such file at this version, or it is annexed.
+        """
+        return read_file(self._folder, self.version, path)
+
+    # -- content -----------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of content selected, each annex key counted once."""
+        files = [file for row in self._rows for file in row.files]
+        annexed = {file.key: file.size_bytes or 0 for file in files if file.key is not None}
+        plain = {file.path: file.size_bytes or 0 for file in files if file.key is None}
+        return sum(annexed.values()) + sum(plain.values())
+
+    def fetch(self) -> int:
+        """Fetch what of this view the budget holds; return the bytes that came."""
+        if self._engine is None:
+            return 0
+        return self._engine.fetch([row.content for row in self._rows])
+
+    def evict(self) -> int:
+        """Drop what this library fetched for this view and nobody leases; return the bytes."""
+        return self._engine.evict([row.content for row in self._rows]) if self._engine else 0
+
+    def adopt(self) -> int:
+        """Hand content that was there before to the budget; return the bytes.
+
+        Only content that a remote can give back is adopted.
+        """
+        return self._engine.adopt([row.content for row in self._rows]) if self._engine else 0
+
+    def prefetch_indices(self, indices: Sequence[int], *, again: Sequence[int] = ()) -> None:
+        """Fetch these units ahead, in that order, in the background; return at once.
+
+        Args:
+            indices: The next uses, in order.
+            again: Units that come after them in an order that is not known yet, the likeliest
+                first: they stay before all that nobody needs.
+        """
+        if self._engine is not None:
+            units = [self._rows[index].content for index in indices]
+            self._engine.prefetch(units, again=[self._rows[index].content for index in again])
+
+    def release_index(self, index: int, *, drop: bool) -> None:
+        """Let a unit's content go: at once, or when its room is needed."""
+        if self._engine is not None:
+            self._engine.release(self._rows[index].content, drop=drop)
+
+    def statistics(self) -> DiskStatistics:
+        """Return what was fetched and evicted by this process, and what the root holds."""
+        return self._engine.statistics() if self._engine else DiskStatistics(*[0] * 10)
+
+    def check(self) -> list[str]:
+        """Compare ledger and disk; return the inconsistencies, none when sound."""
+        return self._engine.check() if self._engine is not None else []
+
+    def close(self) -> None:
+        """End background fetches, child processes and leases of this dataset and its views."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def __enter__(self) -> Self:
+        """Return the dataset, which the block's end closes."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the dataset."""
+        self.close()
+
+
+def _load_leased(images: Sequence[tio.Image], leased: Mapping[AnnexKey, Path]) -> None:
+    for image in images:
+        if isinstance(image, FetchedImage):
+            image.load_leased(leased)
+        else:
+            image.load()
+
+
+def _default_root() -> str:
+    return os.environ.get("TIO_OPENNEURO_ROOT") or platformdirs.user_cache_dir("tio_openneuro")

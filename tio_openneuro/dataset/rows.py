@@ -1,0 +1,235 @@
+"""From selected rows to TorchIO subjects: unloaded images, participants' columns, sidecars.
+
+Touches git objects only, never image content.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torchio as tio
+
+from tio_openneuro.content import ContentUnit
+from tio_openneuro.errors import SelectionError
+from tio_openneuro.select import Label, Participants, Scalar, Sidecars, Skipped
+from tio_openneuro.torchio_seams import (
+    FetchedLabelMap,
+    FetchedScalarImage,
+    FetchedSubject,
+    ImageFiles,
+    Metadata,
+)
+
+if TYPE_CHECKING:
+    from tio_openneuro.content import AnnexKey, TreeFile
+    from tio_openneuro.disk import Engine
+    from tio_openneuro.select import Row, Selection
+    from tio_openneuro.sources import Catalog
+
+_LOG = logging.getLogger(__name__)
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class SubjectRow:
+    """One unit, ready to be leased and loaded.
+
+    Attributes:
+        subject: The unloaded subject; copied before it is loaded.
+        content: Its annexed files, each once.
+        files: All its files.
+        paths: Where they lie in a plain folder.
+        keys: Annex keys of its intensity images.
+    """
+
+    subject: tio.Subject
+    content: ContentUnit
+    files: tuple[TreeFile, ...]
+    paths: tuple[Path, ...]
+    keys: frozenset[AnnexKey]
+
+
+def build_rows(
+    catalog: Catalog, selection: Selection, engine: Engine | None, *, on_missing: str
+) -> tuple[list[SubjectRow], list[Skipped]]:
+    """Return a row for each unit that can be had, and what was skipped with its reason.
+
+    Raises:
+        SelectionError: A required image cannot be fetched, and ``on_missing`` is ``"raise"``.
+    """
+    rows, unavailable = _available(catalog, selection)
+    if unavailable and on_missing == "raise":
+        first = unavailable[0]
+        raise SelectionError(
+            f"Cannot use {len(unavailable)} units of {catalog.dataset_id}, the first {first.unit}: "
+            f"{first.reason}. Give on_missing='skip' to leave them out."
+        )
+    builder = _Builder(catalog, selection, engine)
+    return [builder.row(row) for row in rows], [*selection.skipped, *unavailable]
+
+
+def _available(catalog: Catalog, selection: Selection) -> tuple[list[Row], list[Skipped]]:
+    """Part the rows that can be fetched, or are present, from those that never can."""
+    if catalog.repo is None:
+        return list(selection.rows), []
+    keys = {
+        file.key for row in selection.rows for files in row.images.values() for file in files
+        if file.key is not None
+    }  # fmt: skip
+    reasons = {
+        key: reason
+        for key, reason in catalog.repo.unavailable(sorted(keys, key=str)).items()
+        if catalog.repo.locate(key) is None
+    }
+    kept, skipped = [], []
+    for row in selection.rows:
+        lost = [
+            (file.path, reasons[file.key])
+            for files in row.images.values()
+            for file in files
+            if file.key in reasons
+        ]
+        if lost:
+            skipped.append(Skipped(row.unit, f"{lost[0][0]} cannot be fetched: {lost[0][1]}"))
+        else:
+            kept.append(row)
+    return kept, skipped
+
+
+class _Builder:
+    """Turn rows into subjects; reads participants.tsv and the sidecars in one go each."""
+
+    def __init__(self, catalog: Catalog, selection: Selection, engine: Engine | None) -> None:
+        self._catalog = catalog
+        self._images = selection.images
+        self._engine = engine
+        self._participants = Participants.read(catalog.read, [file.path for file in catalog.files])
+        self._sidecars = Sidecars(file.path for file in catalog.files)
+        self._events = Sidecars((file.path for file in catalog.files), "_events.tsv")
+        wanted = {
+            path
+            for row in selection.rows
+            for files in row.images.values()
+            for file in files
+            for path in self._sidecars.find(file.path)
+        }
+        self._json = {
+            path: _parse_json(path, text) for path, text in catalog.read(sorted(wanted)).items()
+        }
+        self._names = self._column_names()
+
+    def row(self, row: Row) -> SubjectRow:
+        sources = self._sources(row)
+        attributes: dict[str, Any] = {name: self._image(source) for name, source in sources.items()}
+        attributes["subject_id"] = row.subject_id
+        attributes["session_id"] = row.session_id
+        attributes["dataset_id"] = self._catalog.dataset_id
+        for column, value in self._participants.row(row.subject_id, row.session_id).items():
+            if column in self._names:
+                attributes[self._names[column]] = value
+        content = tuple(file for source in sources.values() for file in source.content)
+        files = tuple(file for found in row.images.values() for file in found)
+        return SubjectRow(
+            FetchedSubject(**attributes),
+            ContentUnit(row.unit, tuple({file.key: file for file in content}.values())),
+            files,
+            tuple(self._catalog.folder / file.path for file in files),
+            frozenset(
+                file.key
+                for source in sources.values()
+                if isinstance(source.selector, Scalar)
+                for file in source.files
+                if file.key is not None
+            ),
+        )
+
+    def _sources(self, row: Row) -> dict[str, ImageFiles]:
+        sources: dict[str, ImageFiles] = {}
+        for name, selector in self._images.items():
+            files = row.images.get(name, ())
+            if files:
+                sources[name] = self._files(row, selector, files)
+        # Not from a label where an image is there; a unit without any file is no row.
+        by_kind = sorted(sources.values(), key=lambda source: isinstance(source.selector, Label))
+        grid = next(iter(by_kind), None)
+        for name, selector in self._images.items():
+            zeros = isinstance(selector, Label) and selector.when_missing == "zeros"
+            if name not in sources and zeros:
+                sources[name] = self._files(row, selector, (), grid_of=grid)
+        return {name: sources[name] for name in self._images if name in sources}
+
+    def _files(
+        self,
+        row: Row,
+        selector: Scalar | Label,
+        files: tuple[TreeFile, ...],
+        grid_of: ImageFiles | None = None,
+    ) -> ImageFiles:
+        return ImageFiles(
+            files,
+            self._catalog.folder,
+            self._catalog.repo,
+            self._engine,
+            row.unit,
+            selector,
+            grid_of,
+        )
+
+    def _image(self, source: ImageFiles) -> tio.Image:
+        fields: dict[str, Any] = {}
+        for file in source.files[:1]:
+            for path in self._sidecars.find(file.path):
+                fields.update(self._json.get(path, {}))
+            events = self._events.find(file.path, "events")
+            if events:
+                fields["events"] = events[-1]
+        kind = FetchedLabelMap if isinstance(source.selector, Label) else FetchedScalarImage
+        return kind.of(source, Metadata(fields))
+
+    def _column_names(self) -> dict[str, str]:
+        """Return the attribute of each column: its own name, unless a subject has that already."""
+        taken = {*self._images, "subject_id", "session_id", "dataset_id"}
+        names = {}
+        for column in self._participants.columns:
+            collides = column in taken or hasattr(tio.Subject, column)
+            names[column] = f"participant_{column}" if collides else column
+        renamed = [column for column, name in names.items() if name != column]
+        if renamed:
+            warnings.warn(
+                f"participants.tsv of {self._catalog.dataset_id} has columns that a subject's "
+                f"images or attributes already use: {', '.join(renamed)}. They become "
+                f"{', '.join('participant_' + column for column in renamed)}.",
+                stacklevel=6,
+            )
+        return names
+
+
+def _parse_json(path: str, text: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(text.decode("utf-8-sig"))
+    except ValueError:
+        _LOG.warning("Sidecar %s is not valid JSON; it is left out.", path)
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def refuse_nothing(rows: Sequence[SubjectRow], dataset_id: str, skipped: Sequence[Skipped]) -> None:
+    """Raise where no unit is left, with the reasons.
+
+    Raises:
+        SelectionError: There is no row.
+    """
+    if rows:
+        return
+    reasons = "; ".join(f"{skip.unit}: {skip.reason}" for skip in skipped[:_SHOWN])
+    more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
+    raise SelectionError(
+        f"Cannot use {dataset_id}: none of its {len(skipped)} units has every required image "
+        f"({reasons}{more}). Check the patterns, or give required=False where an image may lack."
+    )

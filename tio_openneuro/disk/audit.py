@@ -1,0 +1,147 @@
+"""Compare ledger and disk, both ways, and mend what a killed process left.
+
+Owns no state. Reports only what stays so on a second look: processes at work change both. What a
+repair cannot tell to be ours stays on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from tio_openneuro.content import AnnexKey
+from tio_openneuro.disk.prepared_store import PreparedRepo
+from tio_openneuro.disk.store import Store
+from tio_openneuro.errors import DropRefusedError
+from tio_openneuro.ledger import ContentId, ContentState, Ledger, Row, Want
+
+
+def audit(ledger: Ledger, store: Store, folders: tuple[Path, ...], *, repair: bool) -> list[str]:
+    """Return what is wrong between ledger and disk; with ``repair`` mend it first.
+
+    Args:
+        ledger: The root's ledger; dead owners are reaped.
+        store: The clones.
+        folders: What is ours, where nobody else fetches: of the clones, of prepared volumes.
+        repair: Whether to mend what can be mended.
+    """
+    ledger.reap()
+    if repair:
+        for row in _suspects(ledger, store):
+            _mend(ledger, store, row)
+        for content, size_bytes in _unknown_partials(ledger, store, folders):
+            _charge(ledger, store, content, size_bytes)
+        ledger.stray_locks(remove=True)
+    found = [
+        f"process {owner.pid} ended and left its reservations and leases" for owner in ledger.dead()
+    ]
+    found += [_describe(row, store) for row in _suspects(ledger, store)]
+    found += [
+        f"{content.clone}: {size_bytes} bytes of {content.key}, unfinished or prepared, "
+        f"are not charged"
+        for content, size_bytes in _unknown_partials(ledger, store, folders)
+    ]
+    return found + [f"{name} is the lock of no owner" for name in ledger.stray_locks(remove=False)]
+
+
+def _suspects(ledger: Ledger, store: Store) -> list[Row]:
+    """Return the rows that the disk contradicts, twice, without having changed between."""
+    rows = ledger.rows()
+    partials = _partials(store, {content.clone for content in rows})
+    suspects = [row for row in rows.values() if not _is_sound(row, store, partials)]
+    again = ledger.rows(row.content for row in suspects)
+    partials = _partials(store, {row.content.clone for row in suspects})
+    return [
+        row
+        for row in suspects
+        if again.get(row.content) == row and not _is_sound(row, store, partials)
+    ]
+
+
+def _partials(store: Store, clones: set[str]) -> dict[ContentId, int]:
+    """Return the unfinished downloads that lie in these clones, with their bytes."""
+    found: dict[ContentId, int] = {}
+    for clone in clones:
+        repo = store.repo_of(clone)
+        for stored in repo.stored() if repo is not None else ():
+            if stored.partial:
+                content = ContentId(clone, stored.key_name)
+                found[content] = found.get(content, 0) + stored.size_bytes
+    return found
+
+
+def _is_sound(row: Row, store: Store, partials: dict[ContentId, int]) -> bool:
+    """Return whether the disk has what the row says."""
+    repo = store.repo_of(row.content.clone)
+    path = None if repo is None else repo.locate(_key(row.content))
+    if row.state is ContentState.PRESENT:
+        return path is not None and path.stat().st_size == row.size_bytes
+    if row.owner_id:
+        return True
+    # Nobody works on it: a download kept for later is sound, as long as it is charged whole.
+    held_bytes = partials.get(row.content, 0)
+    return row.state is ContentState.RESERVED and path is None and held_bytes <= row.size_bytes
+
+
+def _describe(row: Row, store: Store) -> str:
+    repo = store.repo_of(row.content.clone)
+    where = f"{row.content.clone}: {row.content.key} ({row.size_bytes} bytes charged)"
+    if repo is None:
+        return f"{where} is in a clone that is gone"
+    path = repo.locate(_key(row.content))
+    there = "absent" if path is None else f"whole, {path.stat().st_size} bytes"
+    return f"{where} is recorded as {row.state} and is {there}"
+
+
+def _mend(ledger: Ledger, store: Store, row: Row) -> None:
+    """Make ledger and disk agree about one row."""
+    repo = store.repo_of(row.content.clone)
+    path = None if repo is None else repo.locate(_key(row.content))
+    if row.state is ContentState.RESERVED and path is not None:
+        if path.stat().st_size == row.size_bytes:
+            ledger.arrived(row.content)
+            return
+    elif row.state is not ContentState.DROPPING and path is None:
+        if repo is not None:
+            # An object of another size is not located, and takes room all the same.
+            with contextlib.suppress(DropRefusedError):
+                repo.drop(_key(row.content))
+        if not row.leased:
+            ledger.disowned(row.content)
+        return
+    marked = ledger.give_up([row.content])
+    store.drop([given.content for given in marked], "to mend the ledger")
+
+
+def _unknown_partials(
+    ledger: Ledger, store: Store, folders: tuple[Path, ...]
+) -> list[tuple[ContentId, int]]:
+    """Return downloads in our own clones, and prepared volumes, that the ledger does not charge."""
+    ours = {
+        clone
+        for clone in ledger.clones()
+        if any(Path(clone).is_relative_to(folder) for folder in folders) and Path(clone).is_dir()
+    }
+    found = _partials(store, ours)
+    for clone in ours:
+        repo = store.repo_of(clone)
+        if isinstance(repo, PreparedRepo):
+            found |= {ContentId(clone, each.key_name): each.size_bytes for each in repo.stored()}
+    known = ledger.rows(found)
+    return [(content, size) for content, size in found.items() if content not in known]
+
+
+def _charge(ledger: Ledger, store: Store, content: ContentId, size_bytes: int) -> None:
+    """Charge a download that nobody charges, or clear it away where it does not fit."""
+    key = _key(content)
+    repo = store.repo_of(content.clone)
+    if isinstance(repo, PreparedRepo):
+        repo.drop(key)
+        return
+    want = Want(content, max(key.size_bytes or 0, size_bytes), located=False)
+    if not ledger.adopt(want) and repo is not None:
+        repo.discard_partial(key)
+
+
+def _key(content: ContentId) -> AnnexKey:
+    return AnnexKey.parse(content.key) or AnnexKey(content.key, None)

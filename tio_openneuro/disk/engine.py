@@ -1,0 +1,353 @@
+"""Content on disk within a budget: reserve, evict, fetch, verify, lease.
+
+Owns nothing but its settings and, in each process, one :class:`~tio_openneuro.disk.leases.Runtime`.
+Promises that the bytes held under the root stay within the budget at every instant, in every
+process, and that content under a lease stays. Knows nothing of images or of torch.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from tio_openneuro.annex import AnnexRepo
+from tio_openneuro.content import AnnexKey, ContentRepo, ContentUnit
+from tio_openneuro.disk import many_units, prepared_volumes
+from tio_openneuro.disk.audit import audit
+from tio_openneuro.disk.leases import Runtime, Settings
+from tio_openneuro.disk.look_ahead import is_prepared
+from tio_openneuro.disk.prepared_store import FOLDER, PreparedRepo
+from tio_openneuro.disk.statistics import DiskStatistics, RootStatus
+from tio_openneuro.disk.store import OpenRepo
+from tio_openneuro.errors import DiskBudgetError, LedgerError
+from tio_openneuro.ledger import FLOOR_BYTES
+from tio_openneuro.sizes import format_size, parse_size
+
+__all__ = ["DiskStatistics", "Engine", "open_annex"]
+
+
+def open_annex(path: Path, remotes: tuple[str, ...]) -> ContentRepo:
+    """Open a clone that the ledger knows, or the folder of prepared volumes, to evict from it."""
+    if path.name == FOLDER and not (path / ".git").exists():
+        return PreparedRepo(path.parent)
+    return AnnexRepo(path, remotes=remotes) if remotes else AnnexRepo(path)
+
+
+class Engine:
+    """Holds content on disk, within a budget shared by all processes under one root.
+
+    It can be pickled and survives a fork: each process has its own owner in the ledger, threads
+    and children, made when they are first needed. Use it as a context manager, or close it.
+
+    Example:
+        >>> with Engine(root, disk_budget="10 GB") as engine:  # doctest: +SKIP
+        ...     with engine.lease(unit) as paths:
+        ...         print(paths)
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        disk_budget: int | str = "auto",
+        jobs: int = 8,
+        open_repo: OpenRepo = open_annex,
+    ) -> None:
+        """Open the root's ledger, and make way for the budget.
+
+        Args:
+            root: Local folder of clones and ledger; made where it is missing.
+            disk_budget: Bytes, text like ``"10 GB"``, or ``"auto"``: half of the space that is
+                free when the root is first used, 5 GB always kept free.
+            jobs: Fetches at once in this process.
+            open_repo: Opens a clone that only the ledger knows; a function that can be pickled.
+
+        Raises:
+            DiskBudgetError: What others lease exceeds the budget, or too little is free.
+            LedgerError: The root is on a network file system, or cannot be written.
+            ValueError: ``disk_budget`` is no size, or ``jobs`` is below one.
+        """
+        if jobs < 1:
+            message = f"Cannot fetch with jobs={jobs}: give at least 1."
+            raise ValueError(message)
+        auto = disk_budget == "auto"
+        budget_bytes = None if auto else parse_size(disk_budget)
+        floor_bytes = FLOOR_BYTES if auto else 0
+        self._settings = Settings(Path(root).absolute(), budget_bytes, floor_bytes, jobs, open_repo)
+        self._begin()
+        self._budget_bytes = self._here().ledger.budget_bytes
+
+    def _begin(self) -> None:
+        """Have no runtime yet, in this process."""
+        self._opening = threading.Lock()
+        self._runtime: Runtime | None = None
+        self._closed = False
+        itself = weakref.ref(self)
+
+        def after_fork() -> None:
+            engine = itself()
+            if engine is not None:
+                engine._after_fork()  # noqa: SLF001 - the same class
+
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=after_fork)
+
+    def _after_fork(self) -> None:
+        """Let go of the parent's runtime; the thread that held the lock may be gone."""
+        self._opening = threading.Lock()
+        if self._runtime is not None:
+            self._runtime.abandon()
+            # Kept, since closing a connection that was carried over a fork is not safe.
+            self._inherited = self._runtime
+            self._runtime = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return the settings, with the budget chosen."""
+        s = self._settings
+        return {
+            "settings": Settings(s.root, self._budget_bytes, s.floor_bytes, s.jobs, s.open_repo)
+        }
+
+    def __setstate__(self, state: dict[str, Settings]) -> None:
+        """Take the settings; this process opens the ledger when it needs it."""
+        self._settings = state["settings"]
+        self._budget_bytes = state["settings"].budget_bytes or 0
+        self._begin()
+
+    def _here(self) -> Runtime:
+        """Return this process's runtime, made if need be."""
+        with self._opening:
+            if self._closed:
+                message = f"Cannot use the engine of {self._settings.root}: it was closed."
+                raise LedgerError(message)
+            if self._runtime is None or self._runtime.pid != os.getpid():
+                self._runtime = Runtime(self._settings)
+                weakref.finalize(self, self._runtime.close)
+            return self._runtime
+
+    @property
+    def root(self) -> Path:
+        """Folder of clones and ledger."""
+        return self._settings.root
+
+    @property
+    def budget_bytes(self) -> int:
+        """Budget that this engine stated; the smallest of all live ones holds."""
+        return self._budget_bytes
+
+    def require(self, unit: ContentUnit) -> None:
+        """Refuse a budget that cannot hold a unit; content that was there before needs none.
+
+        Raises:
+            DiskBudgetError: It cannot.
+        """
+        runtime = self._here()
+        files = runtime.store.files_of(unit)
+        wants = runtime.store.wants(files)
+        known = runtime.ledger.rows(files)
+        ours = [want for want in wants if want.content in known or not want.located]
+        size_bytes = sum(want.size_bytes for want in ours)
+        budget_bytes = min(self._budget_bytes, runtime.ledger.holdings().budget_bytes)
+        if size_bytes > budget_bytes:
+            message = (
+                f"Cannot hold {unit.name}: its {len(ours)} files need {size_bytes} bytes "
+                f"({format_size(size_bytes)}) at once, and the disk budget is {budget_bytes} bytes "
+                f"({format_size(budget_bytes)}). Raise disk_budget to at least {size_bytes}, or "
+                f"select fewer images per unit."
+            )
+            raise DiskBudgetError(message, unit=unit.name)
+
+    @contextmanager
+    def lease(
+        self, unit: ContentUnit, *, timeout_s: float = 600.0
+    ) -> Iterator[dict[AnnexKey, Path]]:
+        """Hold a unit's content while the block runs; fetch what is absent.
+
+        All of its bytes are reserved at once, in the order in which leases of all processes were
+        asked for. When the block ends the content stays, and may be evicted. Do not lease
+        another unit inside the block, nor wait there for whoever consumes: room may be short.
+
+        Args:
+            unit: What to hold.
+            timeout_s: Seconds to wait for room while nobody gets ahead.
+
+        Yields:
+            The file of each key's content.
+
+        Raises:
+            DiskBudgetError: The unit exceeds the budget, or no room came free.
+            FetchError: Content did not arrive.
+        """
+        runtime = self._here()
+        with runtime.lease(unit, timeout_s) as found:
+            names = {file.key: runtime.store.content_of(file) for file in unit.files}
+            yield {key: found[content] for key, content in names.items()}
+
+    @contextmanager
+    def lease_prepared(self, unit: ContentUnit) -> Iterator[Path | None]:
+        """Hold a unit's prepared volume while the block runs, where it is present; never wait.
+
+        Yields:
+            Its file, or None.
+        """
+        if unit.prepared is None:
+            yield None
+            return
+        with prepared_volumes.lease(self._here(), unit, unit.prepared) as path:
+            yield path
+
+    def keep_prepared(self, unit: ContentUnit, data: bytes, prepare_s: float) -> bool:
+        """Keep a unit's prepared volume if there is room that is worth less; never wait.
+
+        If the process is killed meanwhile, what was written is charged, and given up when room
+        is needed.
+
+        Args:
+            unit: The unit; its files are not leased by this thread.
+            data: The file's bytes.
+            prepare_s: Seconds that it took to load and preprocess the files.
+
+        Returns:
+            Whether it was kept.
+        """
+        if unit.prepared is None:
+            return False
+        return prepared_volumes.keep(self._here(), unit, unit.prepared, data, prepare_s)
+
+    def drop_prepared(self, unit: ContentUnit, reason: str) -> int:
+        """Drop a unit's prepared volume where nobody leases it; return the bytes."""
+        if unit.prepared is None:
+            return 0
+        runtime = self._here()
+        return many_units.drop(runtime, [runtime.store.content_of(unit.prepared)], reason)
+
+    def prefetch(self, units: Sequence[ContentUnit], *, again: Sequence[ContentUnit] = ()) -> None:
+        """Make this the known order from now on, and fetch ahead along it; return at once.
+
+        Without leases, in room that is free or held by what is used later. The first unit should
+        be the one that is leased next.
+
+        Args:
+            units: The next uses, in order.
+            again: What is used after them in an order that is not known yet, the likeliest first;
+                it is not prefetched, and gives way in reverse.
+        """
+        runtime = self._here()
+        runtime.flights.cancel_prefetches(keep=runtime.prefetcher.replace(units, again))
+        if units:
+            runtime.flights.start()
+        runtime.signal.notify()
+
+    def release(self, unit: ContentUnit, *, drop: bool) -> None:
+        """Note that a unit is not needed any more for now.
+
+        Args:
+            unit: The unit, not leased by this thread.
+            drop: Whether to drop its content at once, but for what another unit is known to
+                need or anybody leases; else it stays until room is needed.
+        """
+        runtime = self._here()
+        contents = runtime.store.files_of(unit)
+        runtime.prefetcher.release(unit, contents)
+        if drop:
+            alone = runtime.store.all_of(unit)
+            alone = [c for c in alone if not runtime.ledger.needed_by_others(c, unit.name)]
+            many_units.drop(runtime, alone, f"since {unit.name} is done")
+        runtime.signal.notify()
+
+    def fetch(
+        self,
+        units: Sequence[ContentUnit],
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Fetch units in their order until the budget is full; return the bytes fetched.
+
+        Args:
+            units: What to fetch.
+            on_progress: Called with the bytes done and the bytes of all units.
+
+        Raises:
+            FetchError: Content did not arrive; the first error, after the others ended.
+        """
+        units = [unit for unit in units if not is_prepared(unit)]
+        return many_units.fetch(self._here(), units, self._settings.jobs, on_progress)
+
+    def evict(self, units: Sequence[ContentUnit]) -> int:
+        """Drop what this library fetched of these units and nobody leases; return the bytes."""
+        return many_units.evict(self._here(), units)
+
+    def evict_all(self) -> int:
+        """Drop what the root holds and nobody leases, of every dataset; return the bytes."""
+        runtime = self._here()
+        return many_units.drop(runtime, runtime.ledger.rows(), "as asked")
+
+    def adopt(self, units: Sequence[ContentUnit]) -> int:
+        """Hand content that was there before to the budget, as far as it fits; return the bytes.
+
+        What no remote can give back is left alone.
+        """
+        return many_units.adopt(self._here(), units)
+
+    def statistics(self) -> DiskStatistics:
+        """Return what this process did, and what the root holds."""
+        runtime = self._here()
+        now, done = runtime.ledger.holdings(), runtime.counters
+        return DiskStatistics(
+            now.budget_bytes,
+            now.used_bytes,
+            now.peak_bytes,
+            done.fetched_bytes,
+            done.fetched_files,
+            done.evicted_bytes,
+            done.evicted_files,
+            done.hit_files,
+            runtime.store.retries(),
+            done.failures,
+        )
+
+    def status(self) -> RootStatus:
+        """Return what the root holds, and who else is at work there."""
+        ledger = self._here().ledger
+        now, gone = ledger.holdings(), {owner.owner_id for owner in ledger.dead()}
+        others = [owner for owner in ledger.other_owners() if owner.owner_id not in gone]
+        clones = dict.fromkeys(ledger.clones(), 0)
+        for row in ledger.rows().values():
+            clones[row.content.clone] += row.size_bytes
+        return RootStatus(
+            min((owner.budget_bytes for owner in others), default=None),
+            now.used_bytes,
+            now.peak_bytes,
+            now.leased_bytes,
+            tuple(sorted({owner.pid for owner in others})),
+            now.lease_pids,
+            clones,
+        )
+
+    def check(self, *, repair: bool = False) -> list[str]:
+        """Return the inconsistencies between ledger and disk, after mending them if asked."""
+        runtime = self._here()
+        root = Path(os.path.realpath(self._settings.root))
+        folders = (root / "clones", root / FOLDER)
+        return audit(runtime.ledger, runtime.store, folders, repair=repair)
+
+    def close(self) -> None:
+        """End threads, fetches, children and leases of this process, within 2 s; idempotent."""
+        with self._opening:
+            self._closed = True
+            runtime, self._runtime = self._runtime, None
+        if runtime is not None:
+            runtime.close()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()

@@ -1,0 +1,297 @@
+"""What is used next, and fetching it before it is asked for.
+
+Owns the known order of one process. Prefetched content carries no lease: it takes room that is
+free or held by what is used later still, gives way to every lease, and is cancelled for one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tio_openneuro.content import ContentFile, ContentUnit
+from tio_openneuro.disk.fetching import Flight, Flights, Signal, growing_pause_s
+from tio_openneuro.disk.store import Store
+from tio_openneuro.errors import TioOpenNeuroError
+from tio_openneuro.ledger import ContentId, Ledger, Want
+
+_LOGGER = logging.getLogger(__name__)
+_VERIFY_S = 1.0
+_IDLE_S = 60.0
+_POLL_S = 0.05
+_AGAIN = 1 << 40
+"""Position, beyond any known one, of the first use that is expected at a time not known yet."""
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """One use of a unit, in order.
+
+    Attributes:
+        position: Its place; rises along the order.
+        unit: The unit.
+        files: Its files by content.
+        ready: Whether all of it was there or on its way when last looked at.
+        fetched_bytes: Bytes of it that were absent and are fetched ahead.
+        dropped: Whether another order took the place of the one that it belongs to.
+    """
+
+    position: int
+    unit: ContentUnit
+    files: dict[ContentId, ContentFile]
+    ready: bool = False
+    fetched_bytes: int = 0
+    dropped: bool = False
+
+    def is_use_of(self, name: str, contents: Iterable[ContentId]) -> bool:
+        """Return whether it is a use of that unit."""
+        return self.unit.name == name and self.files.keys() == set(contents)
+
+
+class Prefetcher:
+    """The known order of one process, and how far it is fetched."""
+
+    def __init__(self, ledger: Ledger, store: Store, signal: Signal) -> None:
+        """Know no order yet."""
+        self._ledger = ledger
+        self._store = store
+        self._signal = signal
+        self._mutex = threading.Lock()
+        self._entries: list[_Entry] = []
+        self._fetched: set[_Entry] = set()
+        self._again: list[ContentUnit] = []
+        self._largest_bytes = 0
+        self._reached = 0
+        self._last = 0
+        self._taken: Counter[str] = Counter()
+        self._spared: set[str] = set()
+        self._holders = 0
+        self._avoid: frozenset[ContentId] = frozenset()
+        self._blocked: tuple[int, int] | None = None
+        self._blocked_s = 0.0
+        self._verified: tuple[int, float] = (-1, 0.0)
+
+    # The order
+
+    def replace(
+        self, units: Sequence[ContentUnit], again: Sequence[ContentUnit] = ()
+    ) -> frozenset[ContentId]:
+        """Make this the order from now on; return all its content.
+
+        Args:
+            units: The next uses, in order.
+            again: What is used after them in an order that is not known yet, the likeliest first.
+        """
+        files = [self._store.files_of(unit) for unit in units]
+        with self._mutex:
+            rest = self._entries
+            follows = len(rest) <= len(units) and all(
+                entry.is_use_of(unit.name, contents)
+                for entry, unit, contents in zip(rest, units, files, strict=False)
+            )
+            if not follows:
+                for entry in rest:
+                    entry.dropped = True
+                self._entries = []
+                self._fetched.clear()
+                self._reached = self._last
+            added = [
+                _Entry(self._last + step, unit, contents)
+                for step, (unit, contents) in enumerate(
+                    zip(units[len(self._entries) :], files[len(self._entries) :], strict=True), 1
+                )
+            ]
+            self._entries = self._entries + added
+            self._last += len(added)
+            self._blocked = None
+            self._largest_bytes = max((unit.size_bytes for unit in units), default=0)
+            uses = [(e.position, e.unit.name, c) for e in added for c in self._used(e.unit)]
+            expected = list(again)
+            if not follows or expected != self._again:
+                follows, self._again = False, expected
+                uses = [
+                    (e.position, e.unit.name, c) for e in self._entries for c in self._used(e.unit)
+                ]
+                uses += [
+                    (_AGAIN + rank, unit.name, content)
+                    for rank, unit in enumerate(expected)
+                    for content in self._used(unit)
+                ]
+            if uses or not follows:
+                self._ledger.set_order(uses, replace=not follows, reached=self._reached)
+        return frozenset(content for contents in files for content in contents)
+
+    def _used(self, unit: ContentUnit) -> Iterable[ContentId]:
+        """Return the content that a use of the unit is a use of; the rest is the first to go."""
+        if unit.prepared is not None and is_prepared(unit) and unit.name not in self._spared:
+            return [self._store.content_of(unit.prepared)]
+        return self._store.files_of(unit)
+
+    def steps_to(self, name: str) -> int | None:
+        """Return how many steps ahead a unit is used next, where that is known."""
+        with self._mutex:
+            steps = (e.position - self._reached for e in self._entries if e.unit.name == name)
+            return next(steps, None)
+
+    def prepared(self, unit: ContentUnit, *, worth: bool) -> None:
+        """Note that a unit's prepared volume was kept, or is gone.
+
+        Args:
+            unit: The unit.
+            worth: Whether the volume is worth more room than the files.
+        """
+        with self._mutex:
+            (self._spared.discard if worth else self._spared.add)(unit.name)
+            self._publish_again([e for e in self._entries if e.unit.name == unit.name])
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Begin no prefetch while the block runs: it makes room for something of its own."""
+        with self._mutex:
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._holders -= 1
+
+    def _publish_again(self, entries: Sequence[_Entry]) -> None:
+        uses = [(e.position, e.unit.name, c) for e in entries for c in self._used(e.unit)]
+        gone = [entry.position for entry in entries]
+        self._ledger.set_order(uses, replace=False, reached=self._reached, gone=gone)
+
+    def take(self, unit: ContentUnit, contents: Iterable[ContentId]) -> int | None:
+        """Strike out the next use of a unit, now begun; return its position, if it has one."""
+        wanted = set(contents)
+        with self._mutex:
+            for index, entry in enumerate(self._entries):
+                if entry.is_use_of(unit.name, wanted):
+                    del self._entries[index]
+                    self._fetched.discard(entry)
+                    self._reached = max(self._reached, entry.position)
+                    self._taken[unit.name] += 1
+                    return entry.position
+        return None
+
+    def release(self, unit: ContentUnit, contents: Iterable[ContentId]) -> None:
+        """Strike out a use that another process took, a worker that loads for this one."""
+        with self._mutex:
+            if self._taken[unit.name] > 0:
+                self._taken[unit.name] -= 1
+                return
+        position = self.take(unit, contents)
+        if position is not None:
+            self._taken[unit.name] -= 1
+            self._ledger.reach(position)
+
+    def lost(self, contents: Iterable[ContentId]) -> None:
+        """Note that content is gone, so that it is prefetched again when there is room."""
+        gone = set(contents)
+        with self._mutex:
+            for entry in self._entries:
+                if entry.ready and not gone.isdisjoint(self._store.all_of(entry.unit)):
+                    self._look_again(entry)
+
+    def _look_again(self, entry: _Entry) -> None:
+        """Let an entry be prefetched once more; its files are needed where nothing else is there.
+
+        Held: the lock.
+        """
+        entry.ready = False
+        self._fetched.discard(entry)
+        if entry.unit.prepared is not None:
+            self._publish_again([entry])
+
+    # Fetching ahead
+
+    def look_ahead(self, flights: Flights) -> float:
+        """Begin the next prefetch if there is room for it.
+
+        Returns:
+            Seconds after which another look is worth its while; zero if one was begun.
+        """
+        with self._mutex:
+            waiting = bool(self._entries)
+            held = self._holders > 0
+            entry = next((entry for entry in self._entries if not entry.ready and not held), None)
+            steps = entry.position - self._reached if entry else 0
+            ahead_bytes = sum(each.fetched_bytes for each in self._fetched)
+        if entry is None:
+            self._verify()
+            return _POLL_S if held else _VERIFY_S if waiting else _IDLE_S
+        now = (self._signal.value, self._ledger.changes())
+        if now == self._blocked:
+            self._verify()
+            return growing_pause_s(time.monotonic() - self._blocked_s)
+        wants = self._wants(entry)
+        if wants is None:
+            entry.ready = True
+            return 0
+        outcome = self._ledger.request_prefetch(
+            wants,
+            steps,
+            ahead_bytes=ahead_bytes,
+            largest_bytes=self._largest_bytes,
+            keep=self._avoid,
+            spare_bytes=self._store.spare_bytes(entry.files.values()),
+        )
+        if outcome.granted:
+            entry.ready = True
+            entry.fetched_bytes = sum(w.size_bytes for w in wants if w.content in outcome.fetch)
+            with self._mutex:
+                self._fetched.add(entry)
+            self._avoid = frozenset()
+            for content in outcome.fetch:
+                fresh = content not in outcome.resumed
+                flight = Flight(
+                    content, entry.files[content], entry.unit.name, fresh, prefetch=True
+                )
+                flights.add(flight)
+                if entry.dropped:
+                    # The order was replaced after we looked, too late for it to cancel this.
+                    flight.cancel.set()
+        elif outcome.victims:
+            self.lost(outcome.victims)
+            reason = f"for {entry.unit.name}, used sooner"
+            self._avoid |= self._store.drop(outcome.victims, reason)
+        if outcome.granted or outcome.victims:
+            return 0
+        self._blocked, self._blocked_s = now, time.monotonic()
+        return growing_pause_s(0)
+
+    def _wants(self, entry: _Entry) -> list[Want] | None:
+        """Return what an entry needs, or None where nothing is to be fetched for it."""
+        if is_prepared(entry.unit):
+            return None
+        try:
+            return self._store.wants(entry.files)
+        except TioOpenNeuroError as error:
+            _LOGGER.debug("Not prefetched: %s", error)
+            return None
+
+    def _verify(self) -> None:
+        """Look again, now and then, whether others evicted what was prefetched."""
+        now_s, changes = time.monotonic(), self._ledger.changes()
+        # Our own evictions are told to lost(): without a change by others there is nothing new.
+        if now_s - self._verified[1] < _VERIFY_S or changes == self._verified[0]:
+            return
+        self._verified = (changes, now_s)
+        with self._mutex:
+            ready = [entry for entry in self._entries if entry.ready]
+        there = self._ledger.rows(content for entry in ready for content in entry.files)
+        for entry in ready:
+            if is_prepared(entry.unit):
+                continue
+            for content, file in entry.files.items():
+                if content not in there and file.repo.locate(file.key) is None:
+                    entry.ready = False
+
+
+def is_prepared(unit: ContentUnit) -> bool:
+    """Return whether a unit's files are not needed, since its prepared volume is there."""
+    return unit.prepared is not None and unit.prepared.repo.locate(unit.prepared.key) is not None

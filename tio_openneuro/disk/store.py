@@ -1,0 +1,292 @@
+"""The clones on disk, as the ledger's hands: fetch what was reserved, drop what was chosen.
+
+Owns the list of clones that one process works on. Disk first, ledger second: content is
+PRESENT once it is whole, and ABSENT once it is gone. The only caller of ``ContentRepo.get``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from tio_openneuro.content import AnnexKey, ContentFile, ContentRepo, ContentUnit
+from tio_openneuro.disk.fetching import Flight, Signal
+from tio_openneuro.disk.statistics import Counters
+from tio_openneuro.errors import (
+    ContentMismatchError,
+    DropRefusedError,
+    FetchError,
+    NotAnAnnexError,
+    TioOpenNeuroError,
+)
+from tio_openneuro.ledger import ContentId, Ledger, Row, Want, free_bytes
+from tio_openneuro.sizes import format_size
+
+_LOGGER = logging.getLogger(__name__)
+_CANCEL_POLL_S = 0.1
+
+OpenRepo = Callable[[Path, tuple[str, ...]], ContentRepo]
+
+
+class Store:
+    """The clones that this process fetches into and evicts from."""
+
+    def __init__(
+        self, ledger: Ledger, counters: Counters, signal: Signal, open_repo: OpenRepo, floor: int
+    ) -> None:
+        """Know no clone yet.
+
+        Args:
+            ledger: Told what becomes of content.
+            counters: Told what this process did.
+            signal: Notified when room came free.
+            open_repo: Opens a clone that only the ledger knows, to evict from it.
+            floor: Free bytes of the disk that are never used, or zero.
+        """
+        self._ledger = ledger
+        self._counters = counters
+        self._signal = signal
+        self._open_repo = open_repo
+        self._floor_bytes = floor
+        self._mutex = threading.Lock()
+        self._repos: dict[str, ContentRepo] = {}
+        self._real: dict[Path, str] = {}
+        self._used: dict[int, tuple[ContentRepo, int]] = {}
+
+    # Which content
+
+    def content_of(self, file: ContentFile) -> ContentId:
+        """Return the ledger's name of a file's content, and remember its clone."""
+        path = file.repo.path
+        clone = self._real.get(path)
+        if clone is None or id(file.repo) not in self._used:
+            clone = os.path.realpath(path)
+            with self._mutex:
+                self._repos.setdefault(clone, file.repo)
+            self._remember(file.repo)
+            self._ledger.remember_clone(clone, file.repo.remotes)
+            self._real[path] = clone
+        return ContentId(clone, file.key.name)
+
+    def _remember(self, repo: ContentRepo) -> None:
+        """Keep a repo that may start children: several may stand for one clone."""
+        with self._mutex:
+            self._used.setdefault(id(repo), (repo, repo.retries))
+
+    def files_of(self, unit: ContentUnit) -> dict[ContentId, ContentFile]:
+        """Return a unit's files by their content, each key of a clone once."""
+        return {self.content_of(file): file for file in unit.files}
+
+    def all_of(self, unit: ContentUnit) -> list[ContentId]:
+        """Return the content of a unit, with that of its prepared volume."""
+        prepared = [] if unit.prepared is None else [self.content_of(unit.prepared)]
+        return [*self.files_of(unit), *prepared]
+
+    def wants(self, files: dict[ContentId, ContentFile]) -> list[Want]:
+        """Return what these files need, looking at the disk.
+
+        Raises:
+            FetchError: A key states no size, so that it cannot be charged.
+        """
+        found = []
+        for content, file in files.items():
+            if file.key.size_bytes is None:
+                message = (
+                    f"Cannot fetch {file.path}: its key {file.key} states no size, so it cannot "
+                    f"be kept within the disk budget. Leave it out of the selection."
+                )
+                raise FetchError(message, key=file.key.name)
+            located = file.repo.locate(file.key) is not None
+            found.append(Want(content, file.key.size_bytes, located))
+        return found
+
+    def spare_bytes(self, files: Iterable[ContentFile]) -> int | None:
+        """Return the free bytes above the floor where these files lie; None without a floor."""
+        if not self._floor_bytes:
+            return None
+        folders = {file.repo.path for file in files}
+        return min((free_bytes(folder) for folder in folders), default=0) - self._floor_bytes
+
+    def repo_of(self, clone: str) -> ContentRepo | None:
+        """Return the clone, opened where only the ledger knows it; None where it is gone."""
+        if not Path(clone).is_dir():
+            return None
+        with self._mutex:
+            repo = self._repos.get(clone)
+            if repo is None:
+                try:
+                    repo = self._open_repo(Path(clone), self._ledger.clones().get(clone, ()))
+                except NotAnAnnexError:
+                    return None
+                self._repos[clone] = repo
+        self._remember(repo)
+        return repo
+
+    def is_whole(self, row: Row) -> bool:
+        """Return whether the disk has the content in its full size."""
+        repo = self.repo_of(row.content.clone)
+        path = None if repo is None else repo.locate(_key(row.content))
+        return path is not None and path.stat().st_size == row.size_bytes
+
+    def retries(self) -> int:
+        """Return how often fetches of this process were tried again."""
+        with self._mutex:
+            return sum(repo.retries - before for repo, before in self._used.values())
+
+    def close(self) -> None:
+        """End the child processes of every clone used."""
+        with self._mutex:
+            repos = [repo for repo, _ in self._used.values()]
+        for repo in repos:
+            repo.close()
+
+    # Fetch
+
+    def fetch(self, flight: Flight) -> None:
+        """Fetch reserved content; on failure clear its partial download away, then return its room.
+
+        Raises:
+            FetchError: It did not arrive; the ledger knows.
+        """
+        repo, key = flight.file.repo, flight.file.key
+        try:
+            path = repo.locate(key)
+            if path is not None and flight.fresh:
+                # It came between the look at the disk and the reservation, from somebody else.
+                self._ledger.disowned(flight.content)
+                return
+            if path is None:
+                began_s = time.monotonic()
+                path = self._get(flight)
+                self._counters.fetched(key.size_bytes or 0, time.monotonic() - began_s)
+            self._verify(flight, path)
+        except TioOpenNeuroError:
+            if not flight.cancel.is_set():
+                self._counters.failed()
+            self._ledger.failed(flight.content, empty=self._discard(repo, key))
+            raise
+        except BaseException:
+            self._counters.failed()
+            self._ledger.failed(flight.content, empty=False)
+            raise
+        self._ledger.arrived(flight.content)
+        self._log("Fetched", flight.content, key.size_bytes or 0, f"for {flight.unit}", gained=True)
+
+    def _get(self, flight: Flight) -> Path:
+        cancelled = self._cancellation(flight)
+        if cancelled():
+            message = (
+                f"Did not fetch {flight.file.path}: its room was needed, or the engine closes."
+            )
+            raise FetchError(message, key=flight.file.key.name, unit=flight.unit)
+        owner_fd = self._ledger.lock.inheritable
+        return flight.file.repo.get(flight.file.key, owner_fd=owner_fd, cancelled=cancelled)
+
+    def _cancellation(self, flight: Flight) -> Callable[[], bool]:
+        """Return a cheap question: does somebody, here or elsewhere, want this fetch to end?"""
+        asked_s = time.monotonic()
+
+        def cancelled() -> bool:
+            nonlocal asked_s
+            now_s = time.monotonic()
+            if flight.prefetch and not flight.cancel.is_set() and now_s - asked_s > _CANCEL_POLL_S:
+                asked_s = now_s
+                if self._ledger.cancelled(flight.content):
+                    flight.cancel.set()
+            return flight.cancel.is_set()
+
+        return cancelled
+
+    def _verify(self, flight: Flight, path: Path) -> None:
+        """Check the size, which the budget relies on; the checksum is git-annex's to check."""
+        size_bytes = path.stat().st_size
+        if size_bytes != flight.file.key.size_bytes:
+            flight.file.repo.drop(flight.file.key)
+            message = (
+                f"Cannot use {flight.file.path}: {size_bytes} bytes arrived and its key "
+                f"{flight.file.key} states {flight.file.key.size_bytes}. The copy was dropped; "
+                f"likely the remote's is damaged."
+            )
+            raise ContentMismatchError(message, key=flight.file.key.name, unit=flight.unit)
+
+    @staticmethod
+    def _discard(repo: ContentRepo, key: AnnexKey) -> bool:
+        """Remove a partial download; return whether nothing is left that must stay charged."""
+        try:
+            repo.discard_partial(key)
+            return repo.locate(key) is None
+        except (TioOpenNeuroError, OSError) as error:
+            _LOGGER.warning("Could not clear away the download of %s: %s", key, error)
+            return False
+
+    # Drop
+
+    def drop(self, contents: Sequence[ContentId], reason: str) -> frozenset[ContentId]:
+        """Drop content that the ledger marked for it; return what could not be dropped.
+
+        If it is interrupted or killed, what is left is charged still and chosen again later.
+        """
+        failed = set()
+        left = list(contents)
+        try:
+            while left:
+                if not self._drop_one(left[0], reason):
+                    failed.add(left[0])
+                left.pop(0)
+        finally:
+            for content in left:
+                self._give_back(content, refused=False)
+            if contents:
+                self._signal.notify()
+        return frozenset(failed)
+
+    def _drop_one(self, content: ContentId, reason: str) -> bool:
+        try:
+            repo, key = self.repo_of(content.clone), _key(content)
+            if repo is not None and repo.locate(key) is None:
+                repo.discard_partial(key)
+            elif repo is not None:
+                repo.drop(key)
+        except DropRefusedError as error:
+            _LOGGER.warning("Keeping %s, which stays charged: %s", content.key, error)
+            self._give_back(content, refused=True)
+            return False
+        except (TioOpenNeuroError, OSError) as error:
+            _LOGGER.warning("Could not drop %s now: %s", content.key, error)
+            self._give_back(content, refused=False)
+            return False
+        size_bytes = self._ledger.dropped(content)
+        self._counters.evicted(size_bytes)
+        self._log("Evicted", content, size_bytes, reason, gained=False)
+        return True
+
+    def _give_back(self, content: ContentId, *, refused: bool) -> None:
+        repo = self.repo_of(content.clone)
+        whole = repo is not None and repo.locate(_key(content)) is not None
+        self._ledger.kept(content, refused=refused, whole=whole)
+
+    def _log(
+        self, what: str, content: ContentId, size_bytes: int, reason: str, *, gained: bool
+    ) -> None:
+        if not _LOGGER.isEnabledFor(logging.INFO):
+            return
+        now = self._ledger.holdings()
+        before_bytes = now.used_bytes + (0 if gained else size_bytes)
+        _LOGGER.info(
+            "%s %s (%s) %s; %s charged before, %s after, of %s.",
+            what,
+            content.key,
+            format_size(size_bytes),
+            reason,
+            format_size(before_bytes),
+            format_size(now.used_bytes),
+            format_size(now.budget_bytes),
+        )
+
+
+def _key(content: ContentId) -> AnnexKey:
+    return AnnexKey.parse(content.key) or AnnexKey(content.key, None)

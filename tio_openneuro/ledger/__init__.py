@@ -1,0 +1,29 @@
+"""The one place of disk accounting, shared by all processes under one root.
+
+Owns the SQLite database and the owners' locks. Promises that charged bytes never pass the smallest
+budget. Never touches content: callers drop and fetch, and report.
+"""
+
+from tio_openneuro.ledger.eviction import ContentId, is_worth_room
+from tio_openneuro.ledger.ledger import Ledger
+from tio_openneuro.ledger.root import (
+    FLOOR_BYTES,
+    automatic_budget,
+    free_bytes,
+    prepare_ledger_folder,
+)
+from tio_openneuro.ledger.schema import ContentState, Outcome, Row, Want
+
+__all__ = [
+    "FLOOR_BYTES",
+    "ContentId",
+    "ContentState",
+    "Ledger",
+    "Outcome",
+    "Row",
+    "Want",
+    "automatic_budget",
+    "free_bytes",
+    "is_worth_room",
+    "prepare_ledger_folder",
+]

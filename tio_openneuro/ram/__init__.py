@@ -1,0 +1,42 @@
+"""What a subject may need in RAM, and whether the budget has room for it.
+
+Owns bounds, admission, and what the C library keeps of freed memory. Promises an upper bound before
+a step starts. Never loads anything.
+"""
+
+from tio_openneuro.ram.admission import (
+    BASE_BYTES,
+    FLOAT_BYTES,
+    THREAD_BYTES,
+    Admission,
+    bound_subject,
+    read_budget,
+    refuse_subject,
+)
+from tio_openneuro.ram.allocator import (
+    FreedMemory,
+    bound_free_memory,
+    give_back,
+    in_main_arena,
+    make_room,
+)
+from tio_openneuro.ram.costs import add_costs, measure_cost
+from tio_openneuro.ram.machine import available_bytes
+
+__all__ = [
+    "BASE_BYTES",
+    "FLOAT_BYTES",
+    "THREAD_BYTES",
+    "Admission",
+    "FreedMemory",
+    "add_costs",
+    "available_bytes",
+    "bound_free_memory",
+    "bound_subject",
+    "give_back",
+    "in_main_arena",
+    "make_room",
+    "measure_cost",
+    "read_budget",
+    "refuse_subject",
+]

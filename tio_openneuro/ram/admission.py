@@ -1,0 +1,207 @@
+"""RAM admission: what a subject may need at most, and whether the budget has room for it. Pure.
+
+Readings of the machine come in as numbers. Nothing here allocates, measures or waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tio_openneuro.errors import RamBudgetError
+from tio_openneuro.sizes import format_size, parse_size
+from tio_openneuro.volumes import SubjectSize
+
+FLOAT_BYTES = 4
+BASE_BYTES = 48 * 2**20
+THREAD_BYTES = 8 * 2**20
+DECODING_COPIES = 2
+_FRAGMENTED = 1.5
+_SLACK = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class TransformCost:
+    """An upper bound of what a transform holds while it works.
+
+    Attributes:
+        copies: Whole subjects that its nesting keeps at once, beside the one that it was given.
+        voxel_bytes: Bytes of temporaries per voxel of the largest image.
+        known: False where a part of it is in no table, so that the bound is a guess.
+    """
+
+    copies: int = 0
+    voxel_bytes: int = 0
+    known: bool = True
+
+
+def read_budget(ram_budget: int | str, available_bytes: int) -> int:
+    """Return the RAM budget in bytes.
+
+    Args:
+        ram_budget: Bytes, text like ``"4 GB"``, or ``"auto"``: half of what is available.
+        available_bytes: Memory that the machine or its control group has left.
+
+    Raises:
+        ValueError: The text is not a size.
+    """
+    if ram_budget == "auto":
+        return max(available_bytes // 2, 1)
+    return parse_size(ram_budget)
+
+
+def bound_subject(size: SubjectSize, transform: TransformCost, sampler_voxel_bytes: int) -> int:
+    """Return an upper bound of the bytes that loading, transforming and sampling hold at once.
+
+    The three follow one another: decoding holds the stored bytes and copies of them; a transform
+    works on floats; a sampler's maps lie beside the transformed images.
+
+    Args:
+        size: The subject's images.
+        transform: Cost of preprocess and transform together.
+        sampler_voxel_bytes: Bytes of the patch sampler's maps per voxel of the largest image.
+    """
+    resident = max(size.total_voxels * FLOAT_BYTES, size.stored_bytes)
+    decoding = (1 + DECODING_COPIES) * size.stored_bytes
+    transforming = 0
+    if transform.copies or transform.voxel_bytes:
+        transforming = (1 + transform.copies) * resident
+        transforming += transform.voxel_bytes * size.largest_voxels
+    sampling = resident + sampler_voxel_bytes * size.largest_voxels
+    return THREAD_BYTES + max(decoding, transforming, sampling)
+
+
+def bound_reusing(work_bytes: int) -> int:
+    """Return the bound of a subject's work where freed memory is used again.
+
+    Free pieces between others cannot always be used: with one thread 1.44 times the bound was
+    held at 192**3, with two 0.96 of both (2026-11-24).
+
+    Args:
+        work_bytes: Bound of what it holds at once.
+    """
+    return int(work_bytes * _FRAGMENTED)
+
+
+def can_reuse(work_bytes: int, *, threads: int, budget_bytes: int) -> bool:
+    """Return whether a budget has room for what freed memory takes when it is used again.
+
+    Where it has not, each piece has to be given back once it is freed.
+
+    Args:
+        work_bytes: Bound of what the largest subject holds at once.
+        threads: Subjects that are in work at a time, at least one.
+        budget_bytes: What the RAM budget leaves beside patches and libraries.
+    """
+    return threads * bound_reusing(work_bytes) + int(work_bytes * _SLACK) <= budget_bytes
+
+
+def refuse_subject(name: str, need_bytes: int, budget_bytes: int, advice: str) -> RamBudgetError:
+    """Return the error for a subject that the budget cannot hold.
+
+    Args:
+        name: The subject.
+        need_bytes: Upper bound of what must be held at once.
+        budget_bytes: The RAM budget.
+        advice: What the bytes are made of, and what to do.
+    """
+    message = (
+        f"Cannot load {name} within the RAM budget: up to {format_size(need_bytes)} "
+        f"({need_bytes} bytes) must be held at once, the budget is {format_size(budget_bytes)} "
+        f"({budget_bytes} bytes). {advice}"
+    )
+    return RamBudgetError(message, unit=name)
+
+
+class Admission:
+    """What is charged to the RAM budget. Not safe to share by threads: its owner locks.
+
+    Freed memory that the allocator may keep counts as held until it is known to be returned.
+    Invariant: a charge is only made where it fits, so that charged bytes pass the budget only
+    where a bound was wrong, and then by its error (:meth:`settle`).
+    """
+
+    def __init__(self, budget_bytes: int, *, base_bytes: int = BASE_BYTES) -> None:
+        """Begin with what is never released.
+
+        Args:
+            budget_bytes: The RAM budget.
+            base_bytes: What the libraries' code and tables take once they are used.
+        """
+        self.budget_bytes = budget_bytes
+        self.charged_bytes = base_bytes
+        self.peak_bytes = base_bytes
+        self.retained_bytes = 0
+        self._base_bytes = base_bytes
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is charged that could be released."""
+        return self.charged_bytes <= self._base_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The largest charge that fits when nothing else is charged; may be below zero."""
+        return self.budget_bytes - self._base_bytes
+
+    def fits(self, size_bytes: int) -> bool:
+        """Return whether a charge can be made now."""
+        return self.charged_bytes + self.retained_bytes + size_bytes <= self.budget_bytes
+
+    def charge(self, size_bytes: int) -> None:
+        """Charge bytes.
+
+        Args:
+            size_bytes: Bytes to be allocated.
+
+        Raises:
+            RamBudgetError: They do not fit.
+        """
+        if not self.fits(size_bytes):
+            message = (
+                f"Cannot charge {size_bytes} bytes: of the RAM budget of {self.budget_bytes} "
+                f"bytes, {self.charged_bytes} are charged and {self.retained_bytes} were freed "
+                f"and may not be back. Ask fits() first."
+            )
+            raise RamBudgetError(message)
+        self.charged_bytes += size_bytes
+        self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
+
+    def settle(self, charged_bytes: int, kept_bytes: int) -> None:
+        """Replace a charge by what is really kept.
+
+        What exists cannot be refused: where more is kept than was charged, the budget may be
+        passed by the difference, and nothing fits until it is released.
+
+        Args:
+            charged_bytes: The charge that ends.
+            kept_bytes: Bytes that stay allocated.
+        """
+        self.release(charged_bytes)
+        self.charged_bytes += kept_bytes
+        self.retained_bytes -= min(kept_bytes, charged_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
+
+    def release(self, size_bytes: int) -> None:
+        """End a charge of bytes that were freed.
+
+        Args:
+            size_bytes: Bytes charged before.
+        """
+        self.charged_bytes -= size_bytes
+        self.retained_bytes += size_bytes
+        excess = self._base_bytes - self.charged_bytes
+        if excess > 0:
+            message = f"Released {excess} bytes more than were charged."
+            raise ValueError(message)
+
+    def measured(self, free_bytes: int) -> None:
+        """Note what the allocator holds free at most: what was freed may be in use again.
+
+        Args:
+            free_bytes: Its own count, of the whole process.
+        """
+        self.retained_bytes = min(self.retained_bytes, free_bytes)
+
+    def returned(self) -> None:
+        """Note that all freed memory is back with the system."""
+        self.retained_bytes = 0

@@ -1,0 +1,383 @@
+"""What the user asks for, :class:`Scalar` and :class:`Label`, and the files that it matches.
+
+Pure: works on paths and sizes as the index gives them, touches no file. A glob is matched from
+the dataset's root: ``*`` and ``?`` stay inside one folder, ``**`` crosses folders, brackets hold
+a set of characters. It becomes one regular expression, after a cut by its literal beginning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Literal
+
+from tio_openneuro.content import TreeFile
+from tio_openneuro.errors import SelectionError
+from tio_openneuro.select.bids import BidsPath, entity_name, parse_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+NIFTI_EXTENSIONS = (".nii.gz", ".nii")
+IMAGE_EXTENSIONS = (*NIFTI_EXTENSIONS, ".mgz", ".mgh", ".nrrd", ".mha", ".tif", ".tiff", ".png")
+
+# A header and its magic take 352 bytes. Compressed, one voxel of zeros by nibabel takes 60.
+_SMALLEST_BYTES = {".nii": 352, ".nii.gz": 50}
+_FIELDS = ("subject", "session", "suffix", "datatype", "extension", "scope", "pipeline")
+_SHOWN = 5
+
+VolumeChoice = int | slice | Literal["mean"] | None
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class ImagePattern:
+    """Say which file of a unit is meant, by glob, by BIDS entities, or by both.
+
+    Attributes:
+        glob: Pattern from the dataset's root, or None.
+        required: Whether a unit that lacks the image is skipped.
+        entities: Entities wanted and their values, sorted by name.
+    """
+
+    glob: str | None
+    required: bool
+    entities: tuple[tuple[str, object], ...]
+
+    def _set(self, glob: str | None, required: bool, entities: Mapping[str, object]) -> None:  # noqa: FBT001 - private
+        if glob is not None and not glob.strip():
+            raise SelectionError(f"{type(self).__name__} cannot select by an empty pattern.")
+        if glob is None and not entities:
+            name = type(self).__name__
+            message = (
+                f"{name}() says nothing about the file. Give a glob from the dataset's root,"
+                f" {name}('sub-*/anat/*_T1w.nii.gz'), or BIDS entities, {name}(suffix='T1w')."
+            )
+            raise SelectionError(message)
+        object.__setattr__(self, "glob", glob)
+        object.__setattr__(self, "required", required)
+        frozen = ((entity_name(name), _frozen(value)) for name, value in entities.items())
+        object.__setattr__(self, "entities", tuple(sorted(frozen, key=lambda item: item[0])))
+
+    @property
+    def optional(self) -> bool:
+        """Whether a unit may lack the image."""
+        return not self.required
+
+    def _options(self) -> list[str]:
+        return [] if self.required else ["required=False"]
+
+    def __repr__(self) -> str:
+        """Return the call that makes an equal object."""
+        parts = [] if self.glob is None else [repr(self.glob)]
+        parts += self._options()
+        parts += [f"{name}={value!r}" for name, value in self.entities]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _frozen(value: object) -> object:
+    """Return a list or set as a tuple, anything else as it is."""
+    if isinstance(value, set | frozenset):
+        return tuple(sorted(value, key=str))
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Scalar(ImagePattern):
+    """Select an intensity image.
+
+    Attributes:
+        volumes: What to take from a 4D file: an index, a slice, ``"mean"``, or None for all.
+
+    Example:
+        >>> Scalar(suffix="FLAIR", acq="T2sel")
+        Scalar(acquisition='T2sel', suffix='FLAIR')
+    """
+
+    volumes: VolumeChoice = field(hash=False)
+
+    def __init__(
+        self,
+        glob: str | None = None,
+        *,
+        required: bool = True,
+        volumes: VolumeChoice = None,
+        **entities: object,
+    ) -> None:
+        """Keep what is asked for.
+
+        Args:
+            glob: Pattern from the dataset's root.
+            required: Whether a unit that lacks the image is skipped (or raises).
+            volumes: What to take from a 4D file.
+            **entities: BIDS entities by long or short name, ``suffix``, ``datatype``,
+                ``extension``, or ``scope`` (``"raw"``, ``"derivatives"``, a pipeline's name or
+                ``"all"``; by default raw files, and derivatives only where no raw file
+                matches). A list gives alternatives; None wants the entity absent.
+
+        Raises:
+            SelectionError: Neither glob nor entities, or ``volumes`` is not understood.
+        """
+        self._set(glob, required, entities)
+        known = volumes is None or volumes == "mean" or isinstance(volumes, int | slice)
+        if not known or isinstance(volumes, bool):
+            message = f"volumes must be an int, a slice or 'mean', not {volumes!r}."
+            raise SelectionError(message)
+        object.__setattr__(self, "volumes", volumes)
+
+    def _options(self) -> list[str]:
+        extra = [] if self.volumes is None else [f"volumes={self.volumes!r}"]
+        return super()._options() + extra
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Label(ImagePattern):
+    """Select a label map.
+
+    Attributes:
+        combine: ``"union"`` merges several files of one image; None expects one file.
+        when_missing: ``"zeros"`` gives an empty map to a unit without the label.
+
+    Example:
+        >>> Label("derivatives/masks/sub-*/*_desc-Lesion_*.nii.gz", combine="union")
+        Label('derivatives/masks/sub-*/*_desc-Lesion_*.nii.gz', combine='union')
+    """
+
+    combine: Literal["union"] | None
+    when_missing: Literal["zeros"] | None
+
+    def __init__(
+        self,
+        glob: str | None = None,
+        *,
+        required: bool = True,
+        combine: Literal["union"] | None = None,
+        when_missing: Literal["zeros"] | None = None,
+        **entities: object,
+    ) -> None:
+        """Keep what is asked for.
+
+        Args:
+            glob: Pattern from the dataset's root.
+            required: Whether a unit that lacks the label is skipped (or raises).
+            combine: How to merge several files of one image.
+            when_missing: What a unit without the label gets; it is then never skipped for it.
+            **entities: As for :class:`Scalar`.
+
+        Raises:
+            SelectionError: Neither glob nor entities, or an option is not understood.
+        """
+        self._set(glob, required, entities)
+        if combine not in {None, "union"}:
+            message = f"combine must be 'union' or None, not {combine!r}."
+            raise SelectionError(message)
+        if when_missing not in {None, "zeros"}:
+            message = f"when_missing must be 'zeros' or None, not {when_missing!r}."
+            raise SelectionError(message)
+        object.__setattr__(self, "combine", combine)
+        object.__setattr__(self, "when_missing", when_missing)
+
+    @property
+    def optional(self) -> bool:
+        """Whether a unit may lack the label."""
+        return not self.required or self.when_missing is not None
+
+    def _options(self) -> list[str]:
+        options = super()._options()
+        if self.combine is not None:
+            options.append(f"combine={self.combine!r}")
+        if self.when_missing is not None:
+            options.append(f"when_missing={self.when_missing!r}")
+        return options
+
+
+_WILDCARDS = re.compile(r"\*\*/|\*+|\?|\[[!^]?\]?[^]/]*\]")
+
+
+def compile_glob(glob: str) -> tuple[str, re.Pattern[str]]:
+    """Return the literal text that a glob begins with, and the expression for whole paths.
+
+    Each wildcard is a group, so that a match says what the wildcards stand for.
+
+    Example:
+        >>> compile_glob("a/*/b.nii")[1].fullmatch("a/x/b.nii").groups()
+        ('x',)
+    """
+    glob = glob.removeprefix("./").lstrip("/")
+    parts: list[str] = []
+    end = 0
+    for found in _WILDCARDS.finditer(glob):
+        parts.append(re.escape(glob[end : found.start()]))
+        parts.append(_expression(found[0]))
+        end = found.end()
+    first = _WILDCARDS.search(glob)
+    parts.append(re.escape(glob[end:]))
+    return glob[: first.start()] if first else glob, re.compile("".join(parts), re.DOTALL)
+
+
+def _expression(wildcard: str) -> str:
+    """Return one wildcard as a group of a regular expression."""
+    if wildcard == "**/":
+        return "((?:[^/]+/)*)"
+    if wildcard.startswith("**"):
+        return "(.*)"
+    if wildcard == "*":
+        return "([^/]*)"
+    if wildcard == "?":
+        return "([^/])"
+    content = wildcard[1:-1].replace("\\", r"\\").replace("[", r"\[")
+    if content[0] in "!^":
+        return f"((?!/)[^{_escape_first(content[1:])}])"
+    return f"([{_escape_first(content)}])"
+
+
+def _escape_first(content: str) -> str:
+    """Escape what means something at the beginning of a set only."""
+    return "\\" + content if content[:1] in {"]", "^"} else content
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One file that a pattern matches.
+
+    Attributes:
+        file: The file.
+        parsed: Its path in BIDS terms.
+        captures: What the glob's wildcards stand for, repetitions left out.
+    """
+
+    file: TreeFile
+    parsed: BidsPath
+    captures: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> str:
+        """The run's value without leading zeros, so that run 01 is run 1."""
+        value = self.parsed.entities.get("run", "")
+        return value.lstrip("0") or value
+
+    @property
+    def unusable(self) -> str:
+        """Why the file cannot be an image, in words; empty where nothing speaks against it."""
+        if self.parsed.conflict:
+            return f"{self.file.path}: {self.parsed.conflict}"
+        size = self.file.size_bytes
+        if size is None and self.file.key is not None:
+            size = self.file.key.size_bytes
+        smallest = _SMALLEST_BYTES.get(self.parsed.extension, 1)
+        if size is not None and size < smallest:
+            return f"{self.file.path} holds {size} bytes, too few for an image"
+        return ""
+
+
+def find_hits(name: str, pattern: ImagePattern, files: Sequence[TreeFile]) -> list[Hit]:
+    """Return the image files that a pattern matches, in the order of the files.
+
+    Args:
+        name: The image's name, for messages.
+        pattern: What is asked for.
+        files: The dataset's tree.
+
+    Raises:
+        SelectionError: Nothing matches; the message names what comes nearest.
+    """
+    matched = _match_glob(pattern.glob, files)
+    images = [hit for hit in matched if hit[0].path.endswith(IMAGE_EXTENSIONS)]
+    wanted = dict(pattern.entities)
+    if not wanted:
+        hits = [Hit(file, parse_path(file.path), captures) for file, captures in images]
+    else:
+        hits = _match_entities(wanted, images, by_glob=pattern.glob is not None)
+    if hits:
+        return hits
+    message = f"No image file matches {name!r} = {pattern!r} among {len(files)} files."
+    raise SelectionError(f"{message} {_nearest(pattern, files, matched, images)}")
+
+
+_Matched = list[tuple[TreeFile, tuple[str, ...]]]
+
+
+def _match_glob(glob: str | None, files: Iterable[TreeFile]) -> _Matched:
+    """Return the files that a glob matches, and what its wildcards stand for."""
+    if glob is None:
+        return [(file, ()) for file in files]
+    prefix, expression = compile_glob(glob)
+    found: _Matched = []
+    for file in files:
+        if file.path.startswith(prefix):
+            match = expression.fullmatch(file.path)
+            if match:
+                captures = (text.strip("/") for text in match.groups())
+                found.append((file, tuple(dict.fromkeys(text for text in captures if text))))
+    return found
+
+
+def _match_entities(wanted: Mapping[str, object], images: _Matched, *, by_glob: bool) -> list[Hit]:
+    """Return the images with these entities; without a scope the raw ones, if there are any."""
+    # A value stands in the path as it is, unless its zeros may differ: no need to parse the rest.
+    given = [v for name, v in wanted.items() if isinstance(v, str) and name != "scope"]
+    texts = [text for text in given if not text.rpartition("-")[2].isdecimal()]
+    hits: list[Hit] = []
+    for file, captures in images:
+        if not all(text in file.path for text in texts):
+            continue
+        parsed = parse_path(file.path)
+        if all(parsed.matches(name, value) for name, value in wanted.items()):
+            hits.append(Hit(file, parsed, captures))
+    if by_glob or "scope" in wanted:
+        return hits
+    raw = [hit for hit in hits if hit.parsed.scope == "raw"]
+    return raw or [hit for hit in hits if hit.parsed.scope == "derivatives"]
+
+
+def _nearest(
+    pattern: ImagePattern, files: Sequence[TreeFile], matched: _Matched, images: _Matched
+) -> str:
+    """Say what exists that comes nearest to a pattern without a match."""
+    if matched and not images:
+        endings = Counter(parse_path(file.path).extension for file, _ in matched)
+        return f"It matches {len(matched)} files that are no images ({_listed(endings)})."
+    if pattern.glob is not None and not images:
+        paths = (file.path for file in files if file.path.endswith(IMAGE_EXTENSIONS))
+        shapes = Counter(map(shape_of, paths))
+        near = get_close_matches(shape_of(pattern.glob), list(shapes)[:2000], cutoff=0.3)
+        if near:
+            return f"The nearest that exist: {_listed(Counter({n: shapes[n] for n in near}))}."
+        return f"Images that exist: {_listed(shapes)}." if shapes else "It holds no images."
+    return _nearest_entities(dict(pattern.entities), [parse_path(file.path) for file, _ in images])
+
+
+def _nearest_entities(wanted: dict[str, object], parsed: list[BidsPath]) -> str:
+    """Say which of the entities wanted excludes the last images, and which values exist."""
+    if not parsed:
+        return "It holds no images."
+    for name, value in wanted.items():
+        left = [path for path in parsed if path.matches(name, value)]
+        if left:
+            parsed = left
+            continue
+        by_scope = name == "scope"
+        values = Counter(
+            path.pipeline or path.scope if by_scope else path.get(name) for path in parsed
+        )
+        present = Counter({text: count for text, count in values.items() if text})
+        if present:
+            return f"Values of {name!r} that exist there: {_listed(present)}."
+        known = Counter(key for path in parsed for key in path.entities)
+        near = get_close_matches(name, [*known, *_FIELDS], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f". Entities: {_listed(known)}."
+        return f"No image there has the entity {name!r}{hint}"
+    return "Those that match lie outside raw and derivatives; give scope='all' to take them."
+
+
+def shape_of(path: str) -> str:
+    """Return a path with subject and session made general, ``sub-*/anat/sub-*_T1w.nii.gz``."""
+    return re.sub(r"\b(sub|ses)-[^/_]+", r"\1-*", path)
+
+
+def _listed(counts: Counter[str]) -> str:
+    """Return the commonest entries and their counts in words."""
+    parts = [f"{text} ({count})" for text, count in counts.most_common(_SHOWN)]
+    more = len(counts) - len(parts)
+    return ", ".join(parts) + (f" and {more} more" if more > 0 else "")

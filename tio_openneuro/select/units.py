@@ -1,0 +1,180 @@
+"""From files to units: the candidates of each subject, session or run. Pure.
+
+Every subject and session of the tree that has an image becomes a unit, so that the ones without
+the images asked for can be named. Where no path names a subject, units are what the globs'
+wildcards stand for.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from tio_openneuro.content import TreeFile
+from tio_openneuro.errors import SelectionError
+from tio_openneuro.select.bids import OTHER_PREFIXES, parse_path
+from tio_openneuro.select.combinations import Candidate
+from tio_openneuro.select.patterns import IMAGE_EXTENSIONS, NIFTI_EXTENSIONS, Hit, Label, Scalar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+Unit = Literal["subject", "session", "run"]
+LEVELS = {"subject": 1, "session": 2, "run": 3}
+
+# Suffixes of label maps where nobody says which image is one (images=None).
+_LABEL_SUFFIXES = frozenset({"dseg", "mask", "roi", "seg", "label", "labels"})
+_PLACE = re.compile(r"(?:^|.*?/)(sub-[^/_]+)/(?:(?:.*?/)?(ses-[^/_]+)/)?")
+
+Hits = dict[str, list[Hit]]
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A unit, or a file without one, that is left out.
+
+    Attributes:
+        unit: Name of the unit, or path of the file.
+        reason: Why, in words.
+    """
+
+    unit: str
+    reason: str
+
+
+def every_nifti(files: Sequence[TreeFile], unit: Unit) -> tuple[dict[str, Scalar | Label], Hits]:
+    """Name every NIfTI of raw data and derivatives by its stem, less what names the unit."""
+    found: list[tuple[str, Hit]] = []
+    homes: dict[str, set[str]] = {}
+    own = ("sub-", "ses-", "run-") if unit == "run" else ("sub-", "ses-")
+    for file in files:
+        if file.path.endswith(NIFTI_EXTENSIONS) and not file.path.startswith(OTHER_PREFIXES):
+            parsed = parse_path(file.path)
+            tokens = [part for part in parsed.stem.split("_") if not part.startswith(own)]
+            name = "_".join(tokens) or "image"
+            found.append((name, Hit(file, parsed)))
+            homes.setdefault(name, set()).add(f"{parsed.scope}/{parsed.pipeline}")
+    if not any(hit.parsed.subject for _, hit in found):
+        message = (
+            f"No NIfTI among {len(files)} files names a subject (sub-…) in its path."
+            " Name the images by glob, such as Scalar('imagesTr/*.nii.gz')."
+        )
+        raise SelectionError(message)
+    hits: Hits = {}
+    for name, hit in found:
+        pipeline = hit.parsed.pipeline.replace("/", "_")
+        longer = f"{pipeline}_{name}" if pipeline and len(homes[name]) > 1 else name
+        hits.setdefault(longer, []).append(hit)
+    images = {name: _guess(name, several[0]) for name, several in sorted(hits.items())}
+    return images, {name: hits[name] for name in images}
+
+
+def _guess(name: str, hit: Hit) -> Scalar | Label:
+    """Return a pattern of the kind that a file's name speaks for."""
+    suffix, labelled = hit.parsed.suffix, "label" in hit.parsed.entities
+    is_label = suffix in _LABEL_SUFFIXES or (labelled and suffix != "probseg")
+    kind = Label if is_label else Scalar
+    return kind(f"**/*{name}{hit.parsed.extension}", required=False)
+
+
+def group(
+    hits: Hits, files: Iterable[TreeFile], unit: Unit
+) -> tuple[dict[str, Candidate], list[Skipped]]:
+    """Gather the hits of each unit; files without a unit come back as skipped."""
+    if not any(hit.parsed.subject for several in hits.values() for hit in several):
+        return _group_by_captures(hits)
+    loose: list[Skipped] = []
+    shared: list[tuple[str, Hit]] = []
+    by_subject: dict[str, list[tuple[str, Hit]]] = {}
+    for name, several in hits.items():
+        for hit in several:
+            for subject in _subjects_of(hit):
+                by_subject.setdefault(subject, []).append((name, hit))
+            if hit.parsed.subject:
+                continue
+            if len(several) == 1:
+                shared.append((name, hit))
+            else:
+                loose.append(Skipped(hit.file.path, "its path names no subject"))
+    level = LEVELS[unit]
+    units: dict[str, Candidate] = {}
+    for subject, places in _places(files, by_subject, level).items():
+        members = by_subject.get(subject, [])
+        keys = places | {_key(hit, level) for _, hit in members}
+        for session, run in keys:
+            if any(_contains((session, run), other) for other in keys - {(session, run)}):
+                continue
+            here = [m for m in members if _contains(_key(m[1], level), (session, run))]
+            run_id = next((hit.parsed.run for _, hit in here if hit.parsed.run), "") if run else ""
+            candidate = Candidate(subject, session, run_id)
+            _add(candidate, [*here, *shared])
+            units["_".join(part for part in (subject, session, run_id) if part)] = candidate
+    return units, loose
+
+
+def _places(
+    files: Iterable[TreeFile], subjects: Iterable[str], level: int
+) -> dict[str, set[tuple[str, str]]]:
+    """Return the keys of all subjects and sessions that have a folder with an image in it."""
+    places: dict[str, set[tuple[str, str]]] = {subject: set() for subject in subjects}
+    for file in files:
+        path = file.path
+        if path.endswith(IMAGE_EXTENSIONS) and not path.startswith(OTHER_PREFIXES):
+            place = _PLACE.match(path)
+            if place is not None:
+                session = (place[2] or "") if level > 1 else ""
+                places.setdefault(place[1], set()).add((session, ""))
+    return places
+
+
+def _subjects_of(hit: Hit) -> tuple[str, ...]:
+    """Return the subjects that a file's name and folder speak of; usually one."""
+    place = _PLACE.match(hit.file.path) if hit.parsed.conflict else None
+    named = [hit.parsed.subject, place[1] if place else ""]
+    return tuple(dict.fromkeys(subject for subject in named if subject))
+
+
+def _key(hit: Hit, level: int) -> tuple[str, str]:
+    """Return session and run as far as the unit tells them apart, the run without zeros."""
+    run = hit.run if level == LEVELS["run"] else ""
+    return hit.parsed.session if level > 1 else "", run
+
+
+def _contains(key: tuple[str, str], finer: tuple[str, str]) -> bool:
+    """Tell whether a file with this key belongs to the unit with that one."""
+    return all(part in {"", whole} for part, whole in zip(key, finer, strict=True))
+
+
+def _add(candidate: Candidate, members: Iterable[tuple[str, Hit]]) -> None:
+    """Give a unit its files; what cannot be used becomes a note."""
+    for name, hit in members:
+        if hit.unusable:
+            candidate.notes.setdefault(name, []).append(hit.unusable)
+        else:
+            candidate.hits.setdefault(name, []).append(hit)
+
+
+def _group_by_captures(hits: Hits) -> tuple[dict[str, Candidate], list[Skipped]]:
+    """Gather hits by what the wildcards stand for, where no path names a subject."""
+    units: dict[str, Candidate] = {}
+    shared: list[tuple[str, Hit]] = []
+    for name, several in hits.items():
+        for hit in several:
+            unit = "/".join(hit.captures)
+            if unit:
+                _add(units.setdefault(unit, Candidate(unit)), [(name, hit)])
+            elif len(several) == 1:
+                shared.append((name, hit))
+            else:
+                message = (
+                    f"{len(several)} files match {name!r}, and none names a subject (sub-…):"
+                    " their units cannot be told apart. Select by a glob with a wildcard."
+                )
+                raise SelectionError(message)
+    if not units:
+        stem = shared[0][1].parsed.stem
+        units[stem] = Candidate(stem)
+    for candidate in units.values():
+        _add(candidate, shared)
+    return units, []

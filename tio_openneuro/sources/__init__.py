@@ -1,0 +1,15 @@
+"""From an accession, URL, clone or folder to a catalog of files.
+
+Owns clones and which remotes are trusted. Promises that what a stranger's repository says starts
+nothing. Never fetches image content.
+"""
+
+from tio_openneuro.sources.catalog import Catalog, open_catalog, read_file
+from tio_openneuro.sources.progress import showing
+
+__all__ = [
+    "Catalog",
+    "open_catalog",
+    "read_file",
+    "showing",
+]

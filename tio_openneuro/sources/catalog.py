@@ -1,0 +1,147 @@
+"""A source's files at one commit, wherever the source is: accession, URL, clone, plain folder.
+
+Owns the choice between an annex clone and a plain BIDS folder. Reads git objects and folder
+entries, never image content.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tio_openneuro.annex import AnnexRepo, index_tree, read_blobs, read_blobs_if_present
+from tio_openneuro.content import AnnexKey, TreeFile
+from tio_openneuro.errors import SelectionError, UnsafeDatasetError
+from tio_openneuro.sources.install import install
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_LONGEST_TEXT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """One dataset at one commit.
+
+    Attributes:
+        dataset_id: Accession, or the name of the repository or folder.
+        folder: The clone, or the plain BIDS folder.
+        commit: The commit; empty for a plain folder.
+        version: Tag or branch that led to it; empty for a plain folder.
+        files: Every file of the tree.
+        repo: Gives annexed content; None for a plain folder.
+    """
+
+    dataset_id: str
+    folder: Path
+    commit: str
+    version: str
+    files: tuple[TreeFile, ...]
+    repo: AnnexRepo | None
+
+    def read(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """Return the bytes of those of the paths that exist and are not annexed.
+
+        Raises:
+            UnsafeDatasetError: A file is too long to be a table or a sidecar.
+        """
+        wanted = set(paths)
+        files = [file for file in self.files if file.path in wanted and file.key is None]
+        for file in files:
+            if (file.size_bytes or 0) > _LONGEST_TEXT_BYTES:
+                message = (
+                    f"Refused to read {file.path} of {self.dataset_id}: it has "
+                    f"{file.size_bytes} bytes, and no table or sidecar is longer than "
+                    f"{_LONGEST_TEXT_BYTES}. Do not use the dataset, or a version without it."
+                )
+                raise UnsafeDatasetError(message)
+        if self.repo is None:
+            return {file.path: (self.folder / file.path).read_bytes() for file in files}
+        blobs = read_blobs(self.folder, [file.blob for file in files])
+        return {file.path: blob for file, blob in zip(files, blobs, strict=True)}
+
+
+def open_catalog(
+    source: str | Path,
+    root: Path,
+    *,
+    version: str | None = None,
+    remotes: tuple[str, ...] | None = None,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Catalog:
+    """Clone the source where needed, and list its files at the wanted version.
+
+    Args:
+        source: Accession, git URL, path of a clone, or path of a plain BIDS folder.
+        root: Folder of clones and ledger.
+        version: Tag or commit; None for the newest snapshot.
+        remotes: Names of further annex remotes to trust.
+        on_step: Told of each step when it begins.
+
+    Raises:
+        NotAnAnnexError: The source is neither an annex dataset nor a BIDS folder.
+        RemoteUnavailableError: The source cannot be reached.
+    """
+    folder = Path(source).expanduser()
+    if _is_plain_bids(folder):
+        files = tuple(_walk(folder.resolve()))
+        return Catalog(folder.resolve().name, folder.resolve(), "", "", files, None)
+    on_step("cloning")
+    installed = install(source, root, version=version, remotes=remotes)
+    on_step("indexing")
+    return Catalog(
+        installed.dataset_id,
+        installed.path,
+        installed.commit,
+        installed.version,
+        tuple(index_tree(installed.path, installed.commit)),
+        AnnexRepo(installed.path, remotes=installed.remotes),
+    )
+
+
+def read_file(folder: Path, commit: str, path: str) -> bytes:
+    """Return a file that git itself holds, or that lies in a plain folder.
+
+    Args:
+        folder: The clone, or the plain BIDS folder.
+        commit: The commit; empty for a plain folder.
+        path: Posix, from the dataset's root; may not leave it.
+
+    Raises:
+        SelectionError: There is no such file, or it is annexed.
+    """
+    inside = not {"..", ""} & set(path.split("/")) and "\n" not in path
+    content: bytes | None = None
+    if inside and commit:
+        content = read_blobs_if_present(folder, [f"{commit}:{path}"])[0]
+    elif inside and (folder / path).is_file():
+        content = (folder / path).read_bytes()
+    if content is None:
+        raise SelectionError(
+            f"Cannot read {path!r} of {folder.name}: there is no such file at {commit or 'it'}. "
+            f"Give a path from the dataset's root."
+        )
+    if AnnexKey.from_pointer(content[:1024].decode(errors="replace")) is not None:
+        raise SelectionError(
+            f"Cannot read {path!r} of {folder.name}: its content is annexed. Select it as an image."
+        )
+    return content
+
+
+def _is_plain_bids(folder: Path) -> bool:
+    return (folder / "dataset_description.json").is_file() and not (folder / ".git").exists()
+
+
+def _walk(folder: Path) -> list[TreeFile]:
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(parent, name)
+            if path.is_file():
+                relative = path.relative_to(folder).as_posix()
+                found.append(TreeFile(relative, "", None, path.stat().st_size))
+    return found

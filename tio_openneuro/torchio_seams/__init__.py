@@ -1,0 +1,62 @@
+"""The only place that touches TorchIO's private names.
+
+Owns images that are fetched on demand, seeded draws, box crops, sampler maps, transforms in place,
+and the identity of a transform. Promises TorchIO's own bits. Never schedules.
+"""
+
+from tio_openneuro.torchio_seams.box_crop import reads_boxes, reads_shape_only, with_box_crop
+from tio_openneuro.torchio_seams.identity import identify_parts
+from tio_openneuro.torchio_seams.images import (
+    FetchedImage,
+    FetchedLabelMap,
+    FetchedScalarImage,
+    FetchedSubject,
+    ImageFiles,
+    Metadata,
+)
+from tio_openneuro.torchio_seams.in_place import get_subject, transform_in_place
+from tio_openneuro.torchio_seams.lent_images import as_plain, lent, lent_class
+from tio_openneuro.torchio_seams.pinning import UnpinnedError, pin, refuse_random
+from tio_openneuro.torchio_seams.randomness import (
+    CancelledWorkError,
+    drawing_from,
+    find_other_generator,
+    install_seed_guard,
+)
+from tio_openneuro.torchio_seams.sampler_maps import (
+    KeptMaps,
+    SamplerMap,
+    draw_patches,
+    map_bytes,
+    map_identity,
+)
+
+__all__ = [
+    "CancelledWorkError",
+    "FetchedImage",
+    "FetchedLabelMap",
+    "FetchedScalarImage",
+    "FetchedSubject",
+    "ImageFiles",
+    "KeptMaps",
+    "Metadata",
+    "SamplerMap",
+    "UnpinnedError",
+    "as_plain",
+    "draw_patches",
+    "drawing_from",
+    "find_other_generator",
+    "get_subject",
+    "identify_parts",
+    "install_seed_guard",
+    "lent",
+    "lent_class",
+    "map_bytes",
+    "map_identity",
+    "pin",
+    "reads_boxes",
+    "reads_shape_only",
+    "refuse_random",
+    "transform_in_place",
+    "with_box_crop",
+]

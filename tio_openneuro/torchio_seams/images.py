@@ -1,0 +1,369 @@
+"""TorchIO images and subjects whose files come and go.
+
+Owns the meeting of :class:`torchio.Image` with content that is fetched on demand. An image may
+be made, copied, pickled and shown while its file is absent; asking for its voxels or its header
+leases the content for that time. Never holds a lease beyond a call.
+
+TorchIO's own images check at construction that the path exists, also when ``Crop`` rebuilds one
+around a tensor (1.2.1), which is why patches need these subclasses too.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torchio as tio
+
+from tio_openneuro.annex import read_blobs
+from tio_openneuro.content import ContentFile, ContentUnit
+from tio_openneuro.errors import SelectionError
+from tio_openneuro.ram import available_bytes
+from tio_openneuro.select import Label, Scalar
+from tio_openneuro.torchio_seams.in_place import read_file
+from tio_openneuro.volumes import refuse_bomb
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from tio_openneuro.content import AnnexKey, ContentRepo, TreeFile
+    from tio_openneuro.disk import Engine
+
+
+class Metadata(Mapping[str, Any]):
+    """Hold an image's sidecar; read-only, and collated by TorchIO as a list.
+
+    A ``dict`` would be collated key by key, which fails where two subjects' scanners wrote
+    different fields (``torchio.data.loader._stack``, 1.2.1).
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        """Copy the fields."""
+        self._fields = dict(fields)
+
+    def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - JSON holds anything
+        """Return one field."""
+        return self._fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the fields' names."""
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        """Return the number of fields."""
+        return len(self._fields)
+
+    def __repr__(self) -> str:
+        """Show it as the dictionary it is."""
+        return f"Metadata({self._fields!r})"
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The files of one image, wherever they are: annexed, in git itself, or in a plain folder.
+
+    Attributes:
+        files: The image's files, in channel order; empty for a label that is missing.
+        folder: The clone, or the plain BIDS folder.
+        repo: Gives the annexed content; None in a plain folder.
+        engine: Leases it; None in a plain folder.
+        unit_name: For messages, ``"sub-07"``.
+        selector: How the files become one tensor.
+        grid_of: Another image's files, whose grid a missing label takes.
+    """
+
+    files: tuple[TreeFile, ...]
+    folder: Path
+    repo: ContentRepo | None
+    engine: Engine | None
+    unit_name: str
+    selector: Scalar | Label
+    grid_of: ImageFiles | None = None
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return the same object: it is frozen, and copies of an image share the engine."""
+        return self
+
+    @property
+    def content(self) -> tuple[ContentFile, ...]:
+        """The annexed ones among the files, and those whose grid is needed."""
+        own = tuple(
+            ContentFile(self.repo, file.key, file.path)
+            for file in self.files
+            if self.repo is not None and file.key is not None
+        )
+        return own + (self.grid_of.content if self.grid_of is not None else ())
+
+    @contextmanager
+    def lease(self) -> Iterator[dict[AnnexKey, Path]]:
+        """Fetch what is absent and hold it while the block runs."""
+        if self.engine is None or not self.content:
+            yield {}
+            return
+        with self.engine.lease(ContentUnit(self.unit_name, self.content)) as leased:
+            yield leased
+
+    @contextmanager
+    def paths(self, leased: Mapping[AnnexKey, Path]) -> Iterator[list[Path]]:
+        """Yield a readable path for each file, given the leased content's.
+
+        Files that git itself holds are written to the system's temporary folder for that time.
+        """
+        with ExitStack() as stack:
+            found = []
+            for file in self.files:
+                if file.key is not None and self.repo is not None:
+                    found.append(leased[file.key])
+                elif file.blob:
+                    suffix = "".join(Path(file.path).suffixes[-2:])
+                    copy = stack.enter_context(tempfile.TemporaryDirectory(prefix="tio-openneuro-"))
+                    path = Path(copy) / f"image{suffix}"
+                    path.write_bytes(read_blobs(self.folder, [file.blob])[0])
+                    found.append(path)
+                else:
+                    found.append(self.folder / file.path)
+            yield found
+
+    def refuse_bombs(self, paths: Sequence[Path]) -> None:
+        """Raise where one of the files must not be decoded; see :func:`refuse_bomb`.
+
+        Args:
+            paths: The files, as :meth:`paths` gives them.
+        """
+        for file, path in zip(self.files, paths, strict=True):
+            refuse_bomb(path, file.path, self.unit_name, available_bytes())
+
+    @property
+    def path(self) -> Path | list[Path]:
+        """Where the dataset has the files, whether or not they are checked out."""
+        paths = [self.folder / file.path for file in self.files]
+        if not paths:
+            return self.folder / "missing-label.nii.gz"
+        return paths if len(paths) > 1 else paths[0]
+
+
+class FetchedImage(tio.Image):
+    """Behaviour that scalar images and label maps share; see the module's docstring."""
+
+    _source: ImageFiles | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - TorchIO's own
+        """Make the image as TorchIO does, without asking whether its path exists."""
+        kwargs["verify_path"] = False
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def of(cls, source: ImageFiles, metadata: Metadata) -> Self:
+        """Return an unloaded image of these files. Touches no content."""
+        image = cls(source.path, metadata=metadata)
+        image._source = source
+        return image
+
+    @property
+    def source(self) -> ImageFiles | None:
+        """Where the voxels come from; None once the image was rebuilt around a tensor."""
+        return self._source
+
+    def move_to(self, engine: Engine | None) -> None:
+        """Let another engine lease the image's content; a plain file's needs none."""
+        if self._source is not None and self._source.engine is not None:
+            self._source = replace(self._source, engine=engine)
+
+    def __copy__(self) -> Self:
+        """Copy as TorchIO does, and keep where the voxels come from."""
+        image: Self = super().__copy__()  # type: ignore[no-untyped-call]
+        image._source = self._source
+        return image
+
+    def __repr__(self) -> str:
+        """Show the image; an unloaded one by its path alone, since its header may be absent."""
+        if self._loaded or self._source is None:
+            return str(super().__repr__())  # type: ignore[no-untyped-call]
+        return f'{type(self).__name__}(path: "{self.path}"; not loaded)'
+
+    def load(self) -> None:
+        """Fetch what is absent, and load the voxels, shape ``(C, I, J, K)``.
+
+        Raises:
+            DiskBudgetError: The disk budget cannot hold the image's files.
+            FetchError: The remote does not give them.
+        """
+        if self._loaded:
+            return
+        if self._source is None:
+            super().load()
+            return
+        with self._source.lease() as leased:
+            self.load_leased(leased)
+
+    def load_leased(self, leased: Mapping[AnnexKey, Path]) -> None:
+        """Load the voxels from content that the caller has leased.
+
+        Args:
+            leased: File of each annex key.
+
+        Raises:
+            RamBudgetError: A header states more than the RAM that is available.
+            UnsafeDatasetError: A file is no image of the format that its name tells.
+            DamagedImageError: A file is cut off, or fails its own checksum.
+        """
+        source = self._source
+        if self._loaded or source is None:
+            return
+        if source.grid_of is not None:
+            with source.grid_of.paths(leased) as paths:
+                source.grid_of.refuse_bombs(paths)
+                grid = tio.ScalarImage(paths[0])  # type: ignore[no-untyped-call]
+                self.set_data(torch.zeros(1, *grid.spatial_shape, dtype=torch.uint8))
+                self.affine = grid.affine
+            return
+        with source.paths(leased) as paths:
+            source.refuse_bombs(paths)
+            self._read(source, paths)
+
+    def _read(self, source: ImageFiles, paths: list[Path]) -> None:
+        """Read each file, take what is wanted of it, and join them along the channels."""
+        tensors: list[torch.Tensor] = []
+        affines: list[Any] = []
+        for file, path in zip(source.files, paths, strict=True):
+            tensor, affine = read_file(self, path, f"{file.path} of {source.unit_name}")
+            if tensors and tensor.shape[1:] != tensors[0].shape[1:]:
+                raise SelectionError(
+                    f"Cannot join the files of {source.unit_name} into one image: "
+                    f"{source.files[0].path} has shape {tuple(tensors[0].shape[1:])}, {file.path} "
+                    f"{tuple(tensor.shape[1:])}. Narrow the pattern, or pass a finer unit.",
+                    unit=source.unit_name,
+                )
+            tensors.append(_wanted_volumes(tensor, source.selector, file.path, source.unit_name))
+            affines.append(affine)
+        if not all(np.allclose(affines[0], other, rtol=1e-6, atol=1e-6) for other in affines):
+            warnings.warn(
+                f"The files of {source.unit_name} that make up one image lie differently in "
+                f"space; the place of {source.files[0].path} holds for all.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        # Of one tensor too where it is in Fortran order, as TorchIO's own reader leaves it: its
+        # transforms are many times slower on that.
+        joined = tensors[0].contiguous() if len(tensors) == 1 else torch.cat(tensors)
+        if isinstance(source.selector, Label) and source.selector.combine == "union":
+            joined = joined.amax(dim=0, keepdim=True)
+        self.set_data(joined)
+        self.affine = affines[0]
+        self._loaded = True
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Tensor shape ``(C, I, J, K)``; of an unloaded image from its header, fetched first."""
+        with self._header():
+            return super().shape
+
+    @property
+    def affine(self) -> Any:  # noqa: ANN401 - TorchIO's own
+        """Affine, 4 x 4, float64; of an unloaded image from its header, fetched first."""
+        with self._header():
+            return super().affine
+
+    @affine.setter
+    def affine(self, matrix: Any) -> None:  # noqa: ANN401 - TorchIO's own
+        self["affine"] = self._parse_affine(matrix)
+
+    @contextmanager
+    def _header(self) -> Iterator[None]:
+        source = self._source
+        if self._loaded or source is None:
+            yield
+        elif len(source.files) == 1 and _is_plain(source.selector):
+            with source.lease() as leased, source.paths(leased) as paths, self._at(paths):
+                source.refuse_bombs(paths)
+                yield
+        else:
+            self.load()
+            yield
+
+    @contextmanager
+    def _at(self, paths: list[Path]) -> Iterator[None]:
+        nominal = self.path
+        self.path = paths if len(paths) > 1 else paths[0]
+        try:
+            yield
+        finally:
+            self.path = nominal
+
+
+class FetchedScalarImage(FetchedImage, tio.ScalarImage):
+    """A :class:`torchio.ScalarImage` whose file is fetched when it is needed."""
+
+
+class FetchedLabelMap(FetchedImage, tio.LabelMap):
+    """A :class:`torchio.LabelMap` whose file is fetched when it is needed."""
+
+
+class FetchedSubject(tio.Subject):
+    """A :class:`torchio.Subject` that says which grids differ."""
+
+    def check_consistent_space(self) -> None:
+        """Raise where the images' grids differ, naming both, and the way out.
+
+        Raises:
+            RuntimeError: Two images differ in shape, spacing, direction or origin.
+        """
+        try:
+            super().check_consistent_space()
+        except RuntimeError as error:
+            images = self.get_images_dict(intensity_only=False)
+            reference, first = next(iter(images.items()))
+            other, second = next(
+                ((name, image) for name, image in images.items() if not _same_grid(first, image)),
+                (reference, first),
+            )
+            raise RuntimeError(
+                f"Cannot cut patches from {self.get('subject_id', 'a subject')}: {reference!r} "
+                f"(shape {first.spatial_shape}, spacing {_millimetres(first)} mm) and {other!r} "
+                f"(shape {second.spatial_shape}, spacing {_millimetres(second)} mm) lie on "
+                f"different grids, as stored in the dataset. Bring them onto one, for example "
+                f"with preprocess=tio.Resample({reference!r})."
+            ) from error
+
+
+def _is_plain(selector: Scalar | Label) -> bool:
+    return getattr(selector, "volumes", None) is None and getattr(selector, "combine", None) is None
+
+
+def _wanted_volumes(
+    tensor: torch.Tensor, selector: Scalar | Label, path: str, unit: str
+) -> torch.Tensor:
+    """Return the volumes of one file that the selector asks for."""
+    if isinstance(selector, Label) or selector.volumes is None:
+        return tensor
+    if selector.volumes == "mean":
+        return tensor.to(torch.float32).mean(dim=0, keepdim=True)
+    volumes = list(range(len(tensor)))
+    if isinstance(selector.volumes, slice):
+        volumes = volumes[selector.volumes]
+    else:
+        volumes = [n for n in volumes if selector.volumes in {n, n - len(tensor)}]
+    if not volumes:
+        raise SelectionError(
+            f"Cannot take volumes={selector.volumes} of {unit}: {path} has {len(tensor)} volumes. "
+            f"Ask for others, or for 'mean'.",
+            unit=unit,
+        )
+    return tensor[volumes]
+
+
+def _same_grid(first: tio.Image, second: tio.Image) -> bool:
+    return first.spatial_shape == second.spatial_shape and np.allclose(
+        first.affine, second.affine, rtol=1e-6, atol=1e-6
+    )
+
+
+def _millimetres(image: tio.Image) -> str:
+    return "(" + ", ".join(f"{size:.3g}" for size in image.spacing) + ")"

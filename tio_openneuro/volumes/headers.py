@@ -1,0 +1,321 @@
+"""Sizes of images from their files' headers, before anything is decoded.
+
+A header is what a stranger wrote. Only its first bytes are read, here and not by a library:
+those follow a header's extensions, of which a few compressed kilobytes may become gigabytes.
+
+Source: https://nifti.nimh.nih.gov (nifti1.h, nifti2.h); FreeSurfer's MGH format.
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from math import isfinite, prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from nibabel.nifti1 import data_type_codes
+
+from tio_openneuro.errors import RamBudgetError, UnsafeDatasetError
+from tio_openneuro.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+ImageSize = tuple[int, int, int]
+_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
+HEADER_BYTES = 544
+PLAIN_EXTENSION_BYTES = 1 << 20
+GZIP = b"\x1f\x8b"
+_LEAST_ITEM_BYTES = 4
+_NIFTI1_BYTES = 348
+_NIFTI2_BYTES = 540
+_MOST_DIMENSIONS = 7
+_MGH_VERSION = 1
+_MGH_FRAMES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SubjectSize:
+    """What is known of a subject's images before they are loaded.
+
+    Attributes:
+        largest_voxels: Voxels of its largest image, channels included.
+        total_voxels: Voxels of all its images, channels included.
+        stored_bytes: Bytes of all its images in the type that they are loaded in.
+        channels: Channels of all its images together.
+    """
+
+    largest_voxels: int
+    total_voxels: int
+    stored_bytes: int
+    channels: int
+
+    def scaled(self, factor: float) -> SubjectSize:
+        """Return the size of a subject that has this many times as many voxels.
+
+        Args:
+            factor: At least one.
+        """
+        return SubjectSize(
+            largest_voxels=round(self.largest_voxels * factor),
+            total_voxels=round(self.total_voxels * factor),
+            stored_bytes=round(self.stored_bytes * factor),
+            channels=self.channels,
+        )
+
+
+_listener: ContextVar[Callable[[SubjectSize], None] | None] = ContextVar("size", default=None)
+
+
+@contextmanager
+def listening(check: Callable[[SubjectSize], None]) -> Iterator[None]:
+    """Hear of sizes that are announced in this thread while the block runs.
+
+    Args:
+        check: Called with each size; what it raises stops the announcer.
+    """
+    token = _listener.set(check)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def is_listening() -> bool:
+    """Return whether somebody hears of sizes in this thread."""
+    return _listener.get() is not None
+
+
+def announce_size(size: SubjectSize) -> None:
+    """Say what a subject will need, once it is known and before it is decoded.
+
+    Args:
+        size: The subject's images.
+
+    Raises:
+        RamBudgetError: What was set aside for the subject does not suffice.
+    """
+    check = _listener.get()
+    if check is not None:
+        check(size)
+
+
+@dataclass(frozen=True, slots=True)
+class NiftiHeader:
+    """What a NIfTI-1 or NIfTI-2 header says of its voxels, as it stands there.
+
+    Attributes:
+        single: Whether its magic says that the voxels follow in the same file.
+        order: Order of bytes, ``"<"`` or ``">"``.
+        shape: Its dimensions, first one fastest; may be zero or negative.
+        datatype: Its code of the voxels' type.
+        bits: What it says that a voxel has.
+        header_bytes: Where the header ends.
+        offset_bytes: Where the voxels begin.
+        extended: Whether extensions follow the header.
+        slope: Factor of the stored numbers.
+        intercept: Added after that.
+        intent: Its code of what the numbers mean.
+    """
+
+    single: bool
+    order: str
+    shape: tuple[int, ...]
+    datatype: int
+    bits: int
+    header_bytes: int
+    offset_bytes: float
+    extended: bool
+    slope: float
+    intercept: float
+    intent: int
+
+    @property
+    def stored(self) -> np.dtype[Any] | None:
+        """The voxels' type in native order, or None where its code is unknown."""
+        if self.datatype not in data_type_codes:
+            return None
+        stored: np.dtype[Any] = np.dtype(cast("Any", data_type_codes.dtype[self.datatype]))
+        return stored
+
+
+def measure_header(path: Path) -> ImageSize | None:
+    """Return an image's channels, voxels of one channel and bytes per voxel once loaded, or None.
+
+    None where the file is absent, no NIfTI or MGH, or cannot be read. A voxel counts four bytes
+    at least, since scaling factors turn integers into floats. Extensions of the header that pass
+    1 MiB count as voxels, since they are loaded too.
+
+    Args:
+        path: A local file.
+    """
+    if not path.name.endswith(_SUFFIXES):
+        return None
+    try:
+        header = first_bytes(path)
+        return _measure_mgh(header) if ".mg" in path.suffix else _measure_nifti(header)
+    except (OSError, EOFError, zlib.error, struct.error, ValueError, OverflowError):
+        return None
+
+
+def first_bytes(path: Path) -> bytes:
+    """Return the first ``HEADER_BYTES`` of a file, inflated where it is compressed.
+
+    Args:
+        path: A local file.
+
+    Raises:
+        OSError: It cannot be read, or is damaged.
+        EOFError: Its compressed data end before them.
+        zlib.error: Its compressed data are damaged.
+    """
+    with path.open("rb") as file:
+        compressed = file.read(len(GZIP)) == GZIP
+        file.seek(0)
+        if not compressed:
+            return file.read(HEADER_BYTES)
+        with gzip.open(file) as inflated:
+            return inflated.read(HEADER_BYTES)
+
+
+def parse_nifti(header: bytes) -> NiftiHeader | None:
+    """Return what a header says, or None where it is none, or its place in space no number.
+
+    Args:
+        header: The first ``HEADER_BYTES`` of a file, inflated.
+
+    Raises:
+        struct.error: They are fewer than a header has.
+    """
+    sizes = [struct.unpack_from(f"{order}i", header)[0] for order in "<>"]
+    second = _NIFTI2_BYTES in sizes
+    at, word = (16, "8q") if second else (40, "8h")
+    # As the NIfTI library does: the order of bytes is that in which there are 1 to 7 dimensions.
+    for order in "<>":
+        count, *dims = struct.unpack_from(order + word, header, at)
+        if 1 <= count <= _MOST_DIMENSIONS:
+            break
+    else:
+        return None
+    # SimpleITK 2.5.7 may compute for ever on a place in space that is no number.
+    sform, *rows = struct.unpack_from(f"{order}h24x12f", header, 254)
+    if not second and sform > 0 and not all(map(isfinite, rows)):
+        return None
+    datatype, bits = struct.unpack_from(f"{order}hh", header, 12 if second else 70)
+    real, begin = (f"{order}qdd", 168) if second else (f"{order}fff", 108)
+    offset, slope, intercept = struct.unpack_from(real, header, begin)
+    integer, place = (f"{order}i", 504) if second else (f"{order}h", 68)
+    intent = struct.unpack_from(integer, header, place)[0]
+    end = _NIFTI2_BYTES if second else _NIFTI1_BYTES
+    return NiftiHeader(
+        single=header[4:8] == b"n+2\0" if second else header[344:348] == b"n+1\0",
+        order=order,
+        shape=tuple(dims[:count]),
+        datatype=datatype,
+        bits=bits,
+        header_bytes=end,
+        offset_bytes=offset,
+        extended=any(header[end : end + 1]),
+        slope=slope,
+        intercept=intercept,
+        intent=intent,
+    )
+
+
+def _measure_nifti(first: bytes) -> ImageSize | None:
+    header = parse_nifti(first)
+    if header is None:
+        return None
+    shape = [abs(size) for size in header.shape]
+    stored_bytes = header.stored.itemsize if header.stored is not None else 0
+    item_bytes = max(stored_bytes, abs(header.bits) // 8, _LEAST_ITEM_BYTES)
+    extension_bytes = int(header.offset_bytes) - header.header_bytes if header.extended else 0
+    channels, voxels = prod(shape[3:]), prod(shape[:3])
+    if extension_bytes > PLAIN_EXTENSION_BYTES:
+        voxels += extension_bytes // (item_bytes * max(channels, 1)) + 1
+    return max(channels, 1), voxels, item_bytes
+
+
+def _measure_mgh(header: bytes) -> ImageSize | None:
+    version, *shape = struct.unpack_from(">5i", header)
+    if version != _MGH_VERSION:
+        return None
+    frames = max(abs(shape.pop()), 1)
+    return frames, prod(map(abs, shape)), _LEAST_ITEM_BYTES
+
+
+def sum_sizes(images: Sequence[ImageSize]) -> SubjectSize:
+    """Return the size of a subject that has these images.
+
+    Args:
+        images: Channels, voxels of one channel and bytes per voxel of each; one at least.
+    """
+    return SubjectSize(
+        largest_voxels=max(channels * voxels for channels, voxels, _ in images),
+        total_voxels=sum(channels * voxels for channels, voxels, _ in images),
+        stored_bytes=sum(prod(image) for image in images),
+        channels=sum(channels for channels, _, _ in images),
+    )
+
+
+def announce_files(paths: Iterable[Path]) -> None:
+    """Tell whoever admits RAM what a subject's files will need, before they are decoded.
+
+    Does nothing where nobody listens, or where a header cannot be read.
+
+    Args:
+        paths: All files of one subject, local.
+
+    Raises:
+        RamBudgetError: The RAM that was set aside for the subject does not suffice; its files
+            must not be decoded now.
+    """
+    if not is_listening():
+        return
+    sizes = [measure_header(path) for path in paths]
+    if sizes and None not in sizes:
+        announce_size(sum_sizes([size for size in sizes if size is not None]))
+
+
+def refuse_bomb(path: Path, title: str, unit_name: str, free_bytes: int) -> None:
+    """Raise where a file must not be decoded, by what its header states.
+
+    A file that bears the name of a NIfTI or MGH image and is none is refused too: readers try
+    other formats then, of which nothing is known before they are decoded.
+
+    Args:
+        path: A local file.
+        title: Where the dataset has it; its suffix tells the format.
+        unit_name: The unit that it belongs to, for messages.
+        free_bytes: RAM that is available.
+
+    Raises:
+        RamBudgetError: The header states more than the RAM that is available.
+        UnsafeDatasetError: It is no image of the format that its name tells.
+    """
+    if not title.endswith(_SUFFIXES) or not path.exists():
+        return
+    size = measure_header(path)
+    if size is None:
+        message = (
+            f"Refused to load {title} of {unit_name}: it has no header of a NIfTI or MGH image, "
+            f"though its name says so ({format_size(path.stat().st_size)}). Likely it is "
+            f"damaged: leave the unit out."
+        )
+        raise UnsafeDatasetError(message, unit=unit_name)
+    need_bytes = prod(size)
+    if need_bytes > free_bytes:
+        channels, voxels, item_bytes = size
+        message = (
+            f"Cannot load {title} of {unit_name}: its header states {channels} x {voxels} voxels "
+            f"of {item_bytes} bytes, {format_size(need_bytes)} ({need_bytes} bytes), and "
+            f"{format_size(free_bytes)} of RAM are available. Likely the file, of "
+            f"{format_size(path.stat().st_size)}, is damaged: leave the unit out."
+        )
+        raise RamBudgetError(message, unit=unit_name)
