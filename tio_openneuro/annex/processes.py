@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from tio_openneuro.annex.environment import child_environment
 from tio_openneuro.errors import TioOpenNeuroError
+from tio_openneuro.forks import at_fork
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,12 +35,13 @@ _READ_BYTES = 1 << 16
 _STDERR_LINES = 40
 _KILL_WAIT_S = 10.0
 _STARTING = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_STARTING.acquire,
-        after_in_parent=_STARTING.release,
-        after_in_child=_STARTING.release,
-    )
+at_fork(
+    "gate",
+    _STARTING,
+    before=lambda gate: gate.acquire(),
+    in_parent=lambda gate: gate.release(),
+    in_child=lambda gate: gate.release(),
+)
 
 
 class CommandError(TioOpenNeuroError):

@@ -25,6 +25,7 @@ from tio_openneuro.disk.prepared_store import FOLDER, PreparedRepo
 from tio_openneuro.disk.statistics import DiskStatistics, RootStatus
 from tio_openneuro.disk.store import OpenRepo
 from tio_openneuro.errors import DiskBudgetError, LedgerError
+from tio_openneuro.forks import at_fork
 from tio_openneuro.ledger import FLOOR_BYTES
 from tio_openneuro.sizes import format_size, parse_size
 
@@ -87,15 +88,7 @@ class Engine:
         self._opening = threading.Lock()
         self._runtime: Runtime | None = None
         self._closed = False
-        itself = weakref.ref(self)
-
-        def after_fork() -> None:
-            engine = itself()
-            if engine is not None:
-                engine._after_fork()  # noqa: SLF001 - the same class
-
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=after_fork)
+        at_fork("engine", self, in_child=Engine._after_fork)
 
     def _after_fork(self) -> None:
         """Let go of the parent's runtime; the thread that held the lock may be gone."""

@@ -12,13 +12,13 @@ import random
 import sqlite3
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tio_openneuro.errors import LedgerError
+from tio_openneuro.forks import at_fork
 
 _LOCKED_TIMEOUT_S = 60.0
 _OPENING_TRIES = 200
@@ -52,27 +52,21 @@ class LedgerDatabase:
         self._owed: list[Statement] = []
         self.settled = 0
         self._db: sqlite3.Connection | None = self._open()
-        self._mind_forks()
+        at_fork(
+            "ledger",
+            self,
+            before=LedgerDatabase._pause,
+            in_parent=LedgerDatabase._go_on,
+            in_child=LedgerDatabase._go_on,
+        )
 
-    def _mind_forks(self) -> None:
-        """Have the connection closed whenever this process forks, and opened again after."""
-        itself = weakref.ref(self)
-        held: list[LedgerDatabase] = []
+    def _pause(self) -> None:
+        """Close the connection until the fork is over; keep other threads from opening it."""
+        self._mutex.acquire()
+        self._disconnect()
 
-        def before() -> None:
-            database = itself()
-            if database is not None:
-                database._mutex.acquire()  # noqa: SLF001 - the same class
-                held.append(database)
-                database._disconnect()  # noqa: SLF001 - the same class
-
-        def after() -> None:
-            # Empty where another thread opened this database after the fork had begun.
-            while held:
-                held.pop()._mutex.release()  # noqa: SLF001 - the same class
-
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(before=before, after_in_parent=after, after_in_child=after)
+    def _go_on(self) -> None:
+        self._mutex.release()
 
     def _open(self) -> sqlite3.Connection:
         pause = threading.Event()
