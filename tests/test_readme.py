@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SHARED
+from faulty import LoopbackOpenNeuro
 
-from tio_openneuro.loopback import LoopbackOpenNeuro, Volume
+from tio_openneuro.loopback import Volume
 
 HEADS = SHARED / "heads"
 CHECKOUT = Path(__file__).parent.parent

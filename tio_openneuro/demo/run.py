@@ -83,12 +83,11 @@ def run_demo(
     progress = _Progress(on_event, epochs)
     with (
         tempfile.TemporaryDirectory(prefix="tio-openneuro-demo-") as scratch,
-        LoopbackOpenNeuro(Path(scratch, "openneuro")) as openneuro,
+        LoopbackOpenNeuro(
+            Path(scratch, "openneuro"), rate_bytes_per_s=_LINK_BYTES_PER_S, latency_s=_LATENCY_S
+        ) as openneuro,
     ):
         _publish(openneuro, progress, heads=heads, seed=seed)
-        openneuro.set_rate(_LINK_BYTES_PER_S)
-        openneuro.set_latency(_LATENCY_S)
-        openneuro.reset_counters()
         progress.say(Stage.INDEXING)
         root = Path(scratch, "root")
         dataset_bytes = _size_of_dataset(root)
@@ -98,7 +97,7 @@ def run_demo(
             progress.watch_link_and_disk(openneuro, watch)
             with _open_dataset(root, budget_bytes) as dataset:
                 training = _train(dataset, progress, epochs=epochs, seed=seed)
-        fetched_bytes = openneuro.total(ACCESSION).bytes
+        fetched_bytes = openneuro.content_bytes()
     report = folder / REPORT
     progress.say(Stage.REPORTING)
     result = DemoResult(
@@ -186,7 +185,7 @@ class _Progress:
     def _link_and_disk(self) -> dict[str, Any]:
         if self._openneuro is None or self._watch is None:
             return {}
-        now_s, sent_bytes = self.elapsed_s, self._openneuro.total(ACCESSION).bytes
+        now_s, sent_bytes = self.elapsed_s, self._openneuro.content_bytes()
         self._sent.append((now_s, sent_bytes))
         while now_s - self._sent[0][0] > _RATE_WINDOW_S and len(self._sent) > 2:  # noqa: PLR2004
             self._sent.popleft()
