@@ -217,8 +217,7 @@ class FaultyConnection(Connection):
 
     def pass_link(self, request: HttpRequest, size_bytes: int) -> None:
         super().pass_link(request, size_bytes)
-        now_s = time.monotonic()
-        time.sleep(self._own_link.reserve(size_bytes, now_s) - now_s)
+        self._own_link.wait(size_bytes)
         self.server.counters.add(request.area, _name(request), PathCount(bytes=size_bytes))
 
     def send(self, request: HttpRequest, response: HttpResponse) -> None:

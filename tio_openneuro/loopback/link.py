@@ -1,8 +1,9 @@
-"""The rate of the loopback server's simulated link. Never sleeps itself."""
+"""The rate of the loopback server's simulated link."""
 
 from __future__ import annotations
 
 import threading
+import time
 
 _BURST_S = 0.02
 _CHUNK_S = 0.02
@@ -40,6 +41,13 @@ class Link:
         """Take back the credit of the time in which nobody sent; called before each answer."""
         with self._lock:
             self._free_at_s = max(self._free_at_s, now_s)
+
+    def wait(self, size_bytes: int) -> None:
+        """Sleep until these bytes may be sent."""
+        now_s = time.monotonic()
+        at_s = self.reserve(size_bytes, now_s)
+        if at_s > now_s:  # sleeping for no time costs a turn
+            time.sleep(at_s - now_s)
 
     def reserve(self, size_bytes: int, now_s: float) -> float:
         """Return the moment at which these bytes may be sent, not before ``now_s``.

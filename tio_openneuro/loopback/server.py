@@ -90,8 +90,7 @@ class Connection(BaseHTTPRequestHandler):
 
     def pass_link(self, request: HttpRequest, size_bytes: int) -> None:
         """Wait until bytes of a body may go, and count them before the client can see them."""
-        now_s = time.monotonic()
-        time.sleep(self.server.link.reserve(size_bytes, now_s) - now_s)
+        self.server.link.wait(size_bytes)
         if request.area == "s3":
             self.server.count_content(size_bytes)
 
