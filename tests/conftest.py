@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from faulty import LoopbackOpenNeuro
 
 from tio_openneuro.disk.engine import Engine
-from tio_openneuro.loopback import LoopbackOpenNeuro, Volume
+from tio_openneuro.loopback import Volume
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 

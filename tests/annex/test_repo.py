@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from faulty import Fault, FaultKind, LoopbackOpenNeuro
 
 from tio_openneuro.annex.messages import Failure, classify
 from tio_openneuro.annex.processes import run
@@ -25,7 +26,6 @@ from tio_openneuro.errors import (
     RemoteUnavailableError,
     UnsafeDatasetError,
 )
-from tio_openneuro.loopback import Fault, FaultKind, LoopbackOpenNeuro
 from tio_openneuro.sources.install import install
 
 IMAGE = "sub-01/anat/sub-01_T1w.nii.gz"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torchio as tio
+from faulty import LoopbackOpenNeuro
 from heads import IMAGES, local_heads, write_heads
 from indexing import UUID, inline, make_repository, tree
 from measure import interleaved, median
@@ -25,7 +26,6 @@ from rich.table import Table
 
 import tio_openneuro as tno
 from tio_openneuro.annex.processes import run
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.queue.draw import EpochPlan
 from tio_openneuro.sources.install import install
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from faulty import LoopbackOpenNeuro
 
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.sizes import format_size
 
 SCRIPT = Path(sys.executable).parent / "tio-openneuro"

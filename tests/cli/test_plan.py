@@ -4,13 +4,13 @@ import json
 from itertools import permutations
 
 import pytest
+from faulty import LoopbackOpenNeuro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_commands import IMAGES, run
 
 from tio_openneuro.cli.plan import plan_disk
 from tio_openneuro.errors import DiskBudgetError
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.queue.draw import permute
 
 

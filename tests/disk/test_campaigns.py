@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torchio as tio
 from conftest import heads
+from faulty import LoopbackOpenNeuro
 from torch.utils.data import DataLoader
 from workers import Nursery, Worker
 
@@ -27,7 +28,6 @@ from tio_openneuro.annex.tree import index_tree
 from tio_openneuro.content import AnnexKey
 from tio_openneuro.demo.watch import DiskWatch
 from tio_openneuro.disk.engine import Engine
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.sources.install import install
 
 ACCESSION = "ds900022"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from faulty import Fault, FaultKind, LoopbackOpenNeuro
 from workers import Nursery, Observer
 
 from tio_openneuro.annex.repo import AnnexRepo
@@ -15,7 +16,6 @@ from tio_openneuro.annex.tree import index_tree
 from tio_openneuro.content import ContentFile, ContentUnit
 from tio_openneuro.disk.engine import Engine
 from tio_openneuro.errors import RemoteUnavailableError
-from tio_openneuro.loopback import Fault, FaultKind, LoopbackOpenNeuro
 from tio_openneuro.sources.install import install
 
 

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torchio as tio
+from faulty import LoopbackOpenNeuro
 from test_dataset import IMAGES, held_bytes
 from workers import Nursery
 
 import tio_openneuro as tno
 from tio_openneuro.demo.watch import DiskWatch
 from tio_openneuro.disk.engine import Engine
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.prepared.file import DamagedVolumeError, encode, opened
 from tio_openneuro.torchio_seams import sampler_maps
 from tio_openneuro.torchio_seams.box_crop import with_box_crop

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from faulty import Fault, FaultKind
 from jupyter_client.manager import start_new_kernel
-
-from tio_openneuro.loopback import Fault, FaultKind
 
 TIMEOUT_S = 120
 

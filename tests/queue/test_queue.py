@@ -173,7 +173,7 @@ def test_the_buffer_never_shows_more_than_max_length(make_queue):
     for _ in queue:
         assert queue.num_patches == len(queue.patches_list) <= 5
         shown.append(queue.num_patches)
-    assert max(shown) > 0
+    assert max(shown) >= 4  # each draw is from a full window, of which one is handed out
 
 
 def test_a_patch_transform_runs_on_each_patch(make_queue):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torchio as tio
 from conftest import heads
+from faulty import Fault, FaultKind
 from test_campaigns import Clone
 from test_queue import BrokenDataset, make_dataset, make_queue
 from test_state import digest
@@ -21,7 +22,6 @@ from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.demo.watch import DiskWatch
 from tio_openneuro.errors import FetchError
-from tio_openneuro.loopback import Fault, FaultKind
 
 __all__ = ["make_queue"]
 ACCESSION = "ds900091"

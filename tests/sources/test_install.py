@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from faulty import LoopbackOpenNeuro
 
 from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.repo import AnnexRepo
@@ -16,7 +17,6 @@ from tio_openneuro.errors import (
     TioOpenNeuroError,
     UnsafeDatasetError,
 )
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.sources.install import install
 
 IMAGE = "sub-01/anat/sub-01_T1w.nii.gz"

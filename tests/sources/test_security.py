@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torchio as tio
 from conftest import heads
+from faulty import LoopbackOpenNeuro
 from hostile import (
     Tampered,
     branch_log,
@@ -31,7 +32,7 @@ from tio_openneuro.annex.environment import child_environment
 from tio_openneuro.annex.processes import run
 from tio_openneuro.content import AnnexKey
 from tio_openneuro.errors import FetchError, RamBudgetError, TioOpenNeuroError, UnsafeDatasetError
-from tio_openneuro.loopback import LoopbackOpenNeuro, Volume
+from tio_openneuro.loopback import Volume
 from tio_openneuro.volumes.headers import measure_header
 
 T1 = {"t1": tno.Scalar("sub-*/anat/*_T1w.nii.gz")}
