@@ -162,7 +162,7 @@ def _open_and_plan(repository: Path, root: Path) -> dict[str, float]:
             clock("plan two epochs")
             order = [*plan.order, *queue._planner.plan(1).order]
             units = [dataset._rows[index].content for index in order]
-            prefetcher = dataset._engine._here().prefetcher
+            prefetcher = dataset._engine._here().look_ahead
             clock("")
             prefetcher.replace(units, [row.content for row in dataset._rows])
             clock("publish the order of two epochs")

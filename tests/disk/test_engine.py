@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fakes import FailingRepo, FakeRepo, content_of, make_key, make_unit
+from fakes import FailingRepo, FakeRepo, content_of, decide, make_key, make_unit
 
 from tio_openneuro.content import ContentFile, ContentUnit
 from tio_openneuro.disk import leases
@@ -230,9 +230,9 @@ def test_requests_are_served_in_their_order(opening: Opening, repo: FakeRepo) ->
         for unit in (large, small):
             threads.append(threading.Thread(target=lease, args=(unit,)))
             threads[-1].start()
-            runtime = engine._here()
-            while not any(unit.name == name for name in runtime.ledger.queue()):
-                runtime.signal.wait(runtime.signal.value, 0.01)
+            leases = engine._here()
+            while not any(unit.name == name for name in leases.ledger.queue()):
+                leases.changes.wait_here(leases.changes.value, 0.01)
         assert order == []
     for thread in threads:
         thread.join()
@@ -346,8 +346,8 @@ def test_repair_mends_what_a_crash_leaves(opening: Opening, repo: FakeRepo) -> N
     repo.drop(absent)
     repo.object_path(cut).chmod(0o600)
     repo.object_path(cut).write_bytes(b"cut")
-    ledger.give_up([contents[2]])
-    ledger.claim(contents[3], absent=True)
+    decide(ledger).give_up([contents[2]])
+    decide(ledger).claim(contents[3], absent=True)
     ledger.failed(contents[3], empty=False)
     stray = make_key("stray", 600)
     repo.partial_path(stray).write_bytes(b"half")

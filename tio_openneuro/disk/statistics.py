@@ -63,7 +63,7 @@ class RootStatus:
     clones: dict[str, int]
 
 
-class Counters:
+class DiskCounters:
     """Counts of one process; safe to share by threads."""
 
     def __init__(self) -> None:

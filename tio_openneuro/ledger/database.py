@@ -50,7 +50,7 @@ class LedgerDatabase:
         self._mutex = threading.RLock()
         self._closed = False
         self._owed: list[Statement] = []
-        self.settled = 0
+        self._settled = 0
         self._db: sqlite3.Connection | None = self._open()
         at_fork(
             "ledger",
@@ -141,7 +141,7 @@ class LedgerDatabase:
                         db.execute(sql, values)
                     yield db
                     db.execute("COMMIT")
-                    self.settled += len(self._owed)
+                    self._settled += len(self._owed)
                     self._owed.clear()
                 except BaseException:
                     if db.in_transaction:
@@ -196,6 +196,17 @@ class LedgerDatabase:
             if self._owed and not self._closed:
                 self.report()
             return not self._owed
+
+    def changes(self) -> int:
+        """Return a number that differs once another process has written, or we what was owed."""
+        with self._mutex:
+            if self._owed:
+                self.settle()
+            try:
+                version = self._connected().execute("PRAGMA data_version").fetchone()[0]
+            except sqlite3.Error as error:
+                raise self._broken(error) from error
+            return int(version) + self._settled
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

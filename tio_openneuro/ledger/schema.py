@@ -1,6 +1,6 @@
 """What the ledger records: its tables, its states, and the records that cross its seam.
 
-Pure; the SQL is here as text and run in :mod:`tio_openneuro.ledger` alone.
+Pure; the SQL is here as text and run in this room alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from tio_openneuro.ledger.eviction import ContentId
+from tio_openneuro.content import ContentId
 
 SCHEMA_VERSION = 1
 
@@ -50,7 +50,7 @@ class Want:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ContentRow:
     """One key's content as the ledger has it.
 
     Attributes:
@@ -68,7 +68,7 @@ class Row:
     leased: bool
 
     @classmethod
-    def read(cls, values: tuple[Any, ...]) -> Row:
+    def read(cls, values: tuple[Any, ...]) -> ContentRow:
         """Return the row that a query of :data:`ROWS` gave."""
         clone, key, size_bytes, state, owner_id, leased = values
         return cls(
@@ -77,7 +77,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Answer:
     """Answer to a request for room.
 
     Attributes:
@@ -88,6 +88,7 @@ class Outcome:
         resumed: Those of them whose partial download may be there.
         foreign: Content that is there and does not belong to the ledger.
         victims: Content that the caller must drop now, and report as dropped.
+        short_bytes: Bytes that were lacking; zero or less where it was granted.
         progress: Changes whenever somebody gets ahead; a wait without change is a stall.
         why: What the request waits for, for the message of a stall.
     """
@@ -99,6 +100,7 @@ class Outcome:
     resumed: frozenset[ContentId] = frozenset()
     foreign: frozenset[ContentId] = frozenset()
     victims: tuple[ContentId, ...] = ()
+    short_bytes: int = 0
     progress: tuple[int, ...] = ()
     why: str = ""
 
@@ -126,6 +128,7 @@ class Holdings:
     budget_pid: int
 
 
+HERE = "WHERE clone = ? AND key = ?"
 TABLES = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 INSERT OR IGNORE INTO meta VALUES ('peak_bytes', 0);
