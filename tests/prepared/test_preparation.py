@@ -348,7 +348,7 @@ def test_volumes_are_evicted_like_any_content(make: Make, root: Path) -> None:
 
 _CHILD = """
 import sys, torchio as tio, tio_openneuro as tno
-from tio_openneuro.disk.prepared_store import PreparedRepo
+from tio_openneuro.disk.prepared_volumes import PreparedRepo
 from test_dataset import IMAGES
 if sys.argv[1] == "die":
     whole = PreparedRepo.write

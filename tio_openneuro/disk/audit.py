@@ -10,7 +10,7 @@ import contextlib
 from pathlib import Path
 
 from tio_openneuro.content import ContentId
-from tio_openneuro.disk.prepared_store import PreparedRepo
+from tio_openneuro.disk.prepared_volumes import PreparedRepo
 from tio_openneuro.disk.store import Store, key_of
 from tio_openneuro.errors import DropRefusedError
 from tio_openneuro.ledger import ContentRow, ContentState, Ledger, Want

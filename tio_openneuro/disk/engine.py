@@ -21,7 +21,7 @@ from tio_openneuro.disk import many_units, prepared_volumes
 from tio_openneuro.disk.audit import audit
 from tio_openneuro.disk.leases import Leases, Settings
 from tio_openneuro.disk.look_ahead import is_prepared
-from tio_openneuro.disk.prepared_store import FOLDER, PreparedRepo
+from tio_openneuro.disk.prepared_volumes import FOLDER, PreparedRepo
 from tio_openneuro.disk.statistics import DiskStatistics, RootStatus
 from tio_openneuro.disk.store import OpenRepo
 from tio_openneuro.errors import LedgerError

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable
 
 from tio_openneuro.content import ContentId
-from tio_openneuro.disk.changes import Changes
 from tio_openneuro.disk.store import Fetch, Store
+from tio_openneuro.ledger import Changes
 
 _IDLE_S = 60.0
 _MOST_GIVEN_UP = 10_000

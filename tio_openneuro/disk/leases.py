@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentUnit
-from tio_openneuro.disk.changes import Changes
 from tio_openneuro.disk.fetching import Fetches
 from tio_openneuro.disk.look_ahead import LookAhead
 from tio_openneuro.disk.statistics import DiskCounters
@@ -26,6 +25,7 @@ from tio_openneuro.disk.store import Fetch, OpenRepo, Store
 from tio_openneuro.errors import DiskBudgetError, FetchError, LedgerError, TioOpenNeuroError
 from tio_openneuro.ledger import (
     Answer,
+    Changes,
     ContentRow,
     ContentState,
     Ledger,

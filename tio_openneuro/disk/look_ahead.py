@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tio_openneuro.content import ContentFile, ContentId, ContentUnit
-from tio_openneuro.disk.changes import Changes, growing_pause_s
 from tio_openneuro.disk.fetching import Fetches
 from tio_openneuro.disk.store import Fetch, Store
 from tio_openneuro.errors import TioOpenNeuroError
-from tio_openneuro.ledger import Answer, Ledger, Transaction, Want
+from tio_openneuro.ledger import Answer, Changes, Ledger, Transaction, Want, growing_pause_s
 
 _LOGGER = logging.getLogger(__name__)
 _VERIFY_S = 1.0

@@ -1,25 +1,115 @@
-"""Prepared volumes within the budget: keep one where there is room, lease one that is there.
+"""Prepared volumes within the budget: their folder, and keeping one where there is room.
 
-Owns no state. A convenience: it only ever tries to reserve, evicts nothing that is used sooner
-or that saves more time for its bytes, and never waits.
+Owns ``root/prepared``, which the ledger knows as it knows a clone: found, dropped, never fetched.
+What lies there can be made again, so it may always be dropped. Keeping one only ever tries to
+reserve, evicts nothing that is used sooner or that saves more time for its bytes, and never
+waits. It stands here and not with those who prepare, since ``status`` and ``evict`` need no torch.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tio_openneuro.content import ContentFile, ContentId, ContentUnit
+from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentUnit, StoredContent
 from tio_openneuro.disk.leases import Leases
-from tio_openneuro.disk.prepared_store import PreparedRepo
-from tio_openneuro.errors import LedgerError
+from tio_openneuro.errors import FetchError, LedgerError
 from tio_openneuro.ledger import Answer, Transaction, Want, is_worth_room
 from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
 _LATEST = 1 << 60
+FOLDER = "prepared"
+_SUFFIX = ".part"
+
+
+def key_of(digest: str) -> AnnexKey:
+    """Return the key of the prepared volume that has this digest as its name."""
+    return AnnexKey(f"PREPARED--{digest}", None)
+
+
+class PreparedRepo:
+    """A :class:`~tio_openneuro.content.ContentRepo` of files that this library makes itself."""
+
+    remotes: tuple[str, ...] = ()
+    retries = 0
+
+    def __init__(self, root: Path) -> None:
+        """Make the folder, for this user alone.
+
+        Args:
+            root: Folder of clones and ledger.
+        """
+        self.path = Path(os.path.realpath(root)) / FOLDER
+        self.path.mkdir(mode=0o700, exist_ok=True)
+
+    def file(self, digest: str) -> ContentFile:
+        """Return the name of a prepared volume, as the engine wants it."""
+        return ContentFile(self, key_of(digest), f"prepared volume {digest}")
+
+    def place(self, key: AnnexKey) -> Path:
+        """Return where the file lies, if it does."""
+        return self.path / key.name.rpartition("-")[2][:2] / key.name
+
+    def locate(self, key: AnnexKey) -> Path | None:
+        """Return the whole file, or None where it is absent."""
+        path = self.place(key)
+        return path if path.is_file() else None
+
+    def write(self, key: AnnexKey, data: bytes) -> None:
+        """Write a file whole, or leave what :meth:`discard_partial` removes."""
+        path = self.place(key)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        partial = path.with_name(path.name + _SUFFIX)
+        partial.write_bytes(data)
+        # Not synced, which would cost more than to prepare anew: what a power failure tears, its
+        # size and its checksums tell.
+        partial.replace(path)
+
+    def get(
+        self,
+        key: AnnexKey,
+        *,
+        owner_fd: int | None = None,  # noqa: ARG002 - the seam's
+        cancelled: Callable[[], bool] | None = None,  # noqa: ARG002 - the seam's
+    ) -> Path:
+        """Raise: nobody gives a prepared volume but who prepares it.
+
+        Raises:
+            FetchError: Always.
+        """
+        message = f"Cannot fetch {key}: a prepared volume is made anew, not fetched."
+        raise FetchError(message, key=key.name)
+
+    def drop(self, key: AnnexKey) -> None:
+        """Remove the file, and what is left of writing it."""
+        self.place(key).unlink(missing_ok=True)
+        self.discard_partial(key)
+
+    def discard_partial(self, key: AnnexKey) -> None:
+        """Remove what a kill left of writing the file, if anything."""
+        path = self.place(key)
+        path.with_name(path.name + _SUFFIX).unlink(missing_ok=True)
+
+    def stored(self) -> Iterator[StoredContent]:
+        """Yield every file, whole and partial."""
+        for path in sorted(self.path.glob("*/PREPARED--*")):
+            partial = path.suffix == _SUFFIX
+            name = path.name.removesuffix(_SUFFIX)
+            try:
+                yield StoredContent(name, path.stat().st_size, partial)
+            except FileNotFoundError:
+                continue
+
+    def unavailable(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
+        """Return why no key can be adopted or fetched: there is no remote."""
+        return dict.fromkeys(keys, "a prepared volume has no remote")
+
+    def close(self) -> None:
+        """Do nothing: no child serves the folder."""
 
 
 @contextmanager

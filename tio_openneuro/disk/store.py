@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentRepo, ContentUnit
-from tio_openneuro.disk.changes import Changes
 from tio_openneuro.disk.statistics import DiskCounters
 from tio_openneuro.errors import (
     ContentMismatchError,
@@ -25,7 +24,7 @@ from tio_openneuro.errors import (
     NotAnAnnexError,
     TioOpenNeuroError,
 )
-from tio_openneuro.ledger import ContentRow, Ledger, Want, free_bytes
+from tio_openneuro.ledger import Changes, ContentRow, Ledger, Want, free_bytes
 from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)

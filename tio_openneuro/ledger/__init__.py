@@ -4,6 +4,7 @@ Owns the SQLite database and the owners' locks. Promises that charged bytes neve
 budget. Never touches content: callers drop and fetch, and report.
 """
 
+from tio_openneuro.ledger.changes import Changes, growing_pause_s
 from tio_openneuro.ledger.eviction import is_worth_room
 from tio_openneuro.ledger.ledger import Ledger
 from tio_openneuro.ledger.root import (
@@ -19,6 +20,7 @@ from tio_openneuro.ledger.transaction import Transaction
 __all__ = [
     "FLOOR_BYTES",
     "Answer",
+    "Changes",
     "ContentRow",
     "ContentState",
     "Ledger",
@@ -26,6 +28,7 @@ __all__ = [
     "Want",
     "automatic_budget",
     "free_bytes",
+    "growing_pause_s",
     "is_worth_room",
     "prepare_ledger_folder",
     "too_large",

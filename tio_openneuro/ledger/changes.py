@@ -1,6 +1,6 @@
 """What changes in this process or in another one, and waiting for it.
 
-Owns the one number that every wait of this room looks at. No wait is longer than its deadline,
+Owns the one number that every wait for room or content looks at. No wait outlasts its deadline,
 and dead owners are reaped meanwhile.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 
-from tio_openneuro.ledger import Ledger
+from tio_openneuro.ledger.ledger import Ledger
 
 Moment = tuple[int, int]
 
