@@ -61,14 +61,6 @@ def server(_training: None, openneuro: LoopbackOpenNeuro) -> Iterator[LoopbackOp
     openneuro.set_connection_rate(None)
 
 
-@pytest.fixture
-def nursery(server: LoopbackOpenNeuro, tmp_path: Path) -> Iterator[Nursery]:
-    """Return a process that forks trainings."""
-    (tmp_path / "results").mkdir()
-    with Nursery(tmp_path / "results") as started:
-        yield started
-
-
 class Clone:
     """The clone as an outsider sees it: keys, sizes, what is whole, what was asked for."""
 
@@ -321,6 +313,7 @@ def side_by_side(
     return peak_bytes, found
 
 
+@pytest.mark.usefixtures("server")
 def test_two_trainings_fetch_each_file_once(nursery: Nursery, root: Path) -> None:
     """With room for all, every file is fetched by one of them, and used by both.
 

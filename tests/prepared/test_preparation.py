@@ -397,13 +397,12 @@ def train_and_check(root: Path, budget_bytes: int) -> tuple[str, int, list[str]]
 
 
 def test_trainings_that_share_volumes_stay_within_the_budget(
-    make: Make, root: Path, tmp_path: Path
+    make: Make, root: Path, nursery: Nursery
 ) -> None:
     """Two at once, whose files alone pass the budget: no byte too many, and the same patches."""
     nbytes = make().nbytes
-    (tmp_path / "results").mkdir()
     budget_bytes = nbytes * 7 // 10
-    with Nursery(tmp_path / "results") as nursery, DiskWatch(root, interval_s=0.002) as watch:
+    with DiskWatch(root, interval_s=0.002) as watch:
         workers = [nursery.start(train_and_check, root, budget_bytes) for _ in range(2)]
         results = [worker.result(timeout_s=120) for worker in workers]
     peak_bytes = max(sample.held_bytes for sample in watch.samples())
