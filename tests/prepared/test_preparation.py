@@ -3,7 +3,6 @@
 Real git-annex over the loopback OpenNeuro, real files; damage and deaths are real too.
 """
 
-import copy
 import hashlib
 import itertools
 import logging
@@ -27,7 +26,7 @@ from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.prepared.file import DamagedVolumeError, encode, opened
 from tio_openneuro.torchio_seams import sampler_maps
 from tio_openneuro.torchio_seams.box_crop import with_box_crop
-from tio_openneuro.torchio_seams.pinning import UnpinnedError, pin, refuse_random
+from tio_openneuro.torchio_seams.randomness import refuse_random
 
 Make = Callable[..., tno.DataladSubjectsDataset]
 
@@ -468,80 +467,6 @@ def test_functions_need_an_id_to_be_kept(
     renamed = make(preprocess=transform, preprocess_id="halve 2")
     assert_same(renamed[0], expected)
     assert len(prepared_files(root)) == 2
-
-
-def image(value: int) -> tio.ScalarImage:
-    return tio.ScalarImage(tensor=torch.full((1, 3, 3, 3), float(value)))
-
-
-DIFFERENT = [
-    (lambda: tio.Resample(2), lambda: tio.Resample(2, include=["t1"])),
-    (lambda: tio.Resample(2), lambda: tio.Resample(2, exclude=["t1"])),
-    (lambda: tio.Resample(2), lambda: tio.Resample(2, keep={"t1": "u1"})),
-    (lambda: tio.Resample(2), lambda: tio.Resample(2, copy=False)),
-    (lambda: tio.Resample(2), lambda: tio.Resample(2.5)),
-    (lambda: tio.Resample("t1"), lambda: tio.Resample("t2")),
-    (lambda: tio.Mask("m"), lambda: tio.Mask("m", outside_value=3)),
-    (lambda: tio.Mask("m"), lambda: tio.Mask("m", labels=[1])),
-    (lambda: tio.ToReferenceSpace(image(1)), lambda: tio.ToReferenceSpace(image(2))),
-    (lambda: tio.Compose([tio.OneHot()]), lambda: tio.Compose([tio.OneHot(num_classes=9)])),
-    (tio.ZNormalization, lambda: tio.ZNormalization(tio.ZNormalization.mean)),
-    (
-        lambda: tio.HistogramStandardization({"t1": np.arange(13.0)}),
-        lambda: tio.HistogramStandardization({"t1": np.arange(13.0) * 1.5}),
-    ),
-    (lambda: tio.Clamp(np.float32(1), 2), lambda: tio.Clamp(np.float32(1.5), 2)),
-    (lambda: tio.CropOrPad(9), lambda: tio.CropOrPad(9, padding_mode="mean")),
-]
-
-
-@pytest.mark.parametrize("number", range(len(DIFFERENT)))
-def test_every_attribute_names_a_transform(number: int) -> None:
-    """Equal transforms have one name, also nested; whatever differs gives another."""
-    one, other = DIFFERENT[number]
-    assert pin(one()) == pin(one()) == pin(copy.deepcopy(one()))
-    assert pin(one()) != pin(other())
-    assert pin(tio.Compose([one()])) == pin(tio.Compose([one()]))
-    assert pin(tio.Compose([one()])) != pin(tio.Compose([other()]))
-    assert pin(one()) != pin(one(), "an id") != pin(one(), "another id")
-
-
-def test_reference_files_count_by_content(tmp_path: Path) -> None:
-    """A file that changes gives another name, though its path is the same; a copy the same."""
-    path = tmp_path / "grid.nii"
-    image(1).save(path)
-    before = pin(tio.Resample(path))
-    (tmp_path / "copy").mkdir()
-    twin = tmp_path / "copy" / "grid.nii"
-    twin.write_bytes(path.read_bytes())
-    assert pin(tio.Resample(twin)) == before == pin(tio.Resample(str(path)))
-    image(2).save(path)
-    assert pin(tio.Resample(path)) != before
-
-
-class Own(tio.transforms.IntensityTransform):
-    """A class of the user's, whose code nobody can pin down."""
-
-    def apply_transform(self, subject: tio.Subject) -> tio.Subject:
-        return subject
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda tensor: tensor,
-        tio.Lambda(lambda tensor: tensor),
-        tio.ZNormalization(masking_method=lambda tensor: tensor > 0),
-        tio.Compose([tio.ToCanonical(), tio.Lambda(lambda tensor: tensor)]),
-        Own(),
-    ],
-    ids=["function", "Lambda", "mask", "nested", "class"],
-)
-def test_code_of_the_users_is_not_pinned_down(transform: Callable[..., object]) -> None:
-    """A function or class outside of TorchIO has no name but the one that the user gives."""
-    with pytest.raises(UnpinnedError):
-        pin(transform)
-    assert pin(transform, "1") == pin(transform, "1") != pin(transform, "2")
 
 
 with warnings.catch_warnings():

@@ -5,7 +5,7 @@ and the identity of a transform. Promises TorchIO's own bits. Never schedules.
 """
 
 from tio_openneuro.torchio_seams.box_crop import reads_boxes, reads_shape_only, with_box_crop
-from tio_openneuro.torchio_seams.identity import identify_parts
+from tio_openneuro.torchio_seams.fingerprint import UnpinnedError, identify_parts, pin
 from tio_openneuro.torchio_seams.images import (
     FetchedImage,
     FetchedLabelMap,
@@ -16,12 +16,12 @@ from tio_openneuro.torchio_seams.images import (
 )
 from tio_openneuro.torchio_seams.in_place import get_subject, transform_in_place
 from tio_openneuro.torchio_seams.lent_images import as_plain, lent, lent_class
-from tio_openneuro.torchio_seams.pinning import UnpinnedError, pin, refuse_random
 from tio_openneuro.torchio_seams.randomness import (
     CancelledWorkError,
     drawing_from,
     find_other_generator,
     install_seed_guard,
+    refuse_random,
 )
 from tio_openneuro.torchio_seams.sampler_maps import (
     KeptMaps,
