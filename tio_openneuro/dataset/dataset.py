@@ -28,7 +28,13 @@ from tio_openneuro.ram import available_bytes, read_budget
 from tio_openneuro.select import select
 from tio_openneuro.sizes import format_size
 from tio_openneuro.sources import open_catalog, read_file, showing
-from tio_openneuro.torchio_seams import FetchedImage, refuse_random, transform_in_place
+from tio_openneuro.torchio_seams import (
+    FetchedImage,
+    refuse_random,
+    share_subjects,
+    transform_in_place,
+    transform_of,
+)
 from tio_openneuro.volumes import announce_files
 
 if TYPE_CHECKING:
@@ -194,7 +200,7 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
             subject = self._preparation.load(row.subject, row.content)
         if subject is None:
             subject = self._make(row)
-        return transform_in_place(self._transform, subject)
+        return transform_in_place(transform_of(self), subject)
 
     def _make(self, row: SubjectRow) -> tio.Subject:
         """Return a subject from its files, preprocessed."""
@@ -215,7 +221,7 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
             index: Number of the subject, whose images are read box by box, as they are asked for.
         """
         preparation = self._own_preparation()
-        if preparation is None or self._transform is not None:
+        if preparation is None or transform_of(self) is not None:
             yield None
             return
         row = self._rows[as_position(index)]
@@ -264,7 +270,7 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
     def _view(self, positions: Sequence[int]) -> Self:
         view = copy.copy(self)
         view._rows = [self._rows[position] for position in positions]  # noqa: SLF001 - itself
-        view._subjects = [row.subject for row in view._rows]  # noqa: SLF001 - itself
+        share_subjects(view, [row.subject for row in view._rows])  # noqa: SLF001 - itself
         return view
 
     def sample(self, seed: int) -> tio.Subject:

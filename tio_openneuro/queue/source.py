@@ -35,10 +35,12 @@ from tio_openneuro.torchio_seams import (
     draw_patches,
     drawing_from,
     get_subject,
+    is_loaded,
     map_bytes,
     map_identity,
     reads_boxes,
     reads_shape_only,
+    transform_of,
     with_box_crop,
 )
 from tio_openneuro.volumes import ImageSize, SubjectSize, listening, measure_header, sum_sizes
@@ -125,7 +127,7 @@ class SubjectSource:
         self.samples_per_volume = samples_per_volume
         self.patch_transform = patch_transform
         self._sample = with_box_crop(sampler)
-        transform = getattr(dataset, "_transform", None)
+        transform = transform_of(dataset)
         self._cost_prepared = measure_cost(transform)
         self._boxes_alone = transform is None and reads_shape_only(sampler)
         self.cost = add_costs(
@@ -369,11 +371,11 @@ def measure_subject(subject: tio.Subject) -> SubjectSize | None:
 
 
 def _in_ram(subject: tio.Subject) -> bool:
-    return all(image._loaded for image in subject.get_images(intensity_only=False))  # noqa: SLF001
+    return all(map(is_loaded, subject.get_images(intensity_only=False)))
 
 
 def _measure_image(image: tio.Image) -> ImageSize | None:
-    if image._loaded:  # noqa: SLF001 - the public attributes would load it
+    if is_loaded(image):
         data = image.data
         return len(data), prod(data.shape[1:]), data.element_size()
     return measure_header(image.path) if isinstance(image.path, Path) else None

@@ -16,6 +16,12 @@ from tio_openneuro.torchio_seams.images import (
 )
 from tio_openneuro.torchio_seams.in_place import get_subject, transform_in_place
 from tio_openneuro.torchio_seams.lent_images import as_plain, lent, lent_class
+from tio_openneuro.torchio_seams.private_names import (
+    is_loaded,
+    leave_unfilled,
+    share_subjects,
+    transform_of,
+)
 from tio_openneuro.torchio_seams.randomness import (
     CancelledWorkError,
     drawing_from,
@@ -49,6 +55,8 @@ __all__ = [
     "get_subject",
     "identify_parts",
     "install_seed_guard",
+    "is_loaded",
+    "leave_unfilled",
     "lent",
     "lent_class",
     "map_bytes",
@@ -57,6 +65,8 @@ __all__ = [
     "reads_boxes",
     "reads_shape_only",
     "refuse_random",
+    "share_subjects",
     "transform_in_place",
+    "transform_of",
     "with_box_crop",
 ]

@@ -1,6 +1,7 @@
 """TorchIO's private names, under names of our own, for whoever else needs what they hold.
 
-Owns the reading and setting of them on its datasets, images and samplers.
+Owns the reading and setting of those that datasets and queues need. The other modules of this room
+touch some themselves; nobody outside of it does.
 """
 # ruff: noqa: SLF001 - that is what this module is for
 
@@ -24,3 +25,8 @@ def transform_of(dataset: tio.SubjectsDataset) -> Callable[[tio.Subject], tio.Su
 def share_subjects(dataset: tio.SubjectsDataset, subjects: Sequence[tio.Subject]) -> None:
     """Give a copy of a dataset other subjects."""
     dataset._subjects = list(subjects)
+
+
+def leave_unfilled(queue: tio.Queue) -> None:
+    """Set what the constructor of a queue would set, where it is not to begin by itself."""
+    queue._subjects_iterable = None

@@ -77,7 +77,7 @@ _UNGUIDED = frozenset(
 )
 _LIBRARIES = frozenset({"torch", "torchio", "numpy", "scipy"})
 # Those of a class that its objects' work is done by.
-_METHODS = ("__call__", "apply_transform", "_generate_patches")
+METHODS = ("__call__", "apply_transform", "_generate_patches")
 _GUARD = "_tio_openneuro_thread_aware"
 _GUARD_LOCK = threading.Lock()
 _active: ContextVar[torch.Generator | None] = ContextVar("tio_openneuro_generator", default=None)
@@ -232,7 +232,7 @@ def _reached_from(value: object) -> list[object]:
     if isinstance(value, FunctionType):
         library = (value.__module__ or "").partition(".")[0]
         return [] if library in _LIBRARIES else [*parts_of(value), *_named_in(value)]
-    methods = [getattr(type(value), name, None) for name in _METHODS]
+    methods = [getattr(type(value), name, None) for name in METHODS]
     own = [method for method in methods if isinstance(method, FunctionType)]
     return [*parts_of(value), *(m for m in own if not m.__module__.startswith("torchio."))]
 
