@@ -35,7 +35,7 @@ from tio_openneuro.torchio_seams import (
     transform_in_place,
     transform_of,
 )
-from tio_openneuro.volumes import announce_files
+from tio_openneuro.volumes import VolumeFile, announce_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -250,12 +250,13 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
     def _load(self, subject: tio.Subject, row: SubjectRow) -> None:
         images = subject.get_images(intensity_only=False)
         if self._engine is None or not row.content.files:
-            announce_files(path for path in row.paths if path.exists())
+            announce_files(VolumeFile(path) for path in row.paths if path.exists())
             _load_leased(images, {})
             return
         with self._engine.lease(row.content) as leased:
-            announce_files(leased.values())
-            _load_leased(images, leased)
+            files = {key: VolumeFile(path) for key, path in leased.items()}
+            announce_files(files.values())
+            _load_leased(images, files)
 
     def _prepare(self, preprocess_id: str | None) -> None:
         """Give each unit the name of its prepared volume."""
@@ -377,7 +378,7 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
         self.close()
 
 
-def _load_leased(images: Sequence[tio.Image], leased: Mapping[AnnexKey, Path]) -> None:
+def _load_leased(images: Sequence[tio.Image], leased: Mapping[AnnexKey, VolumeFile]) -> None:
     for image in images:
         if isinstance(image, FetchedImage):
             image.load_leased(leased)

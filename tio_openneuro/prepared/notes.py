@@ -15,7 +15,7 @@ import torchio as tio
 from torchio.constants import AFFINE, DATA
 
 from tio_openneuro.prepared.file import PreparedArray
-from tio_openneuro.torchio_seams import FetchedLabelMap, FetchedScalarImage, lent_class
+from tio_openneuro.torchio_seams import FetchedImage, FetchedLabelMap, FetchedScalarImage
 
 _KINDS: dict[str, type[tio.Image]] = {
     "fetched scalar": FetchedScalarImage,
@@ -102,18 +102,12 @@ def _same(one: object, other: object) -> bool:
 def rebuild(note: ImageNote, base: tio.Image | None, array: PreparedArray) -> tio.Image:
     """Return a prepared image, unread where its class allows it."""
     kind = _KINDS[note.kind]
-    lendable = lent_class(kind)
-    if lendable is None or base is None:
+    image: tio.Image
+    if base is not None and issubclass(kind, FetchedImage):
+        image = kind.lent(base, array, note.affine, sourced=note.sourced)
+    else:
         tensor = torch.from_numpy(array.read())
         image = kind(tensor=tensor, affine=note.affine, path=note.changed.get("path") or None)
-    else:
-        made = lendable(base.path)
-        for key, value in _items(base).items():
-            made[key] = value
-        if note.sourced:
-            made._source = getattr(base, "_source", None)  # noqa: SLF001 - of our own class
-        made.lend(array, note.affine)
-        image = made
     for key in note.removed:
         image.pop(key, None)
     for key, value in note.changed.items():

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import torch
 import torchio as tio
 
-from tio_openneuro.disk import PreparedRepo
+from tio_openneuro.content import ContentFile, ContentUnit
+from tio_openneuro.disk import Engine, PreparedRepo
 from tio_openneuro.prepared.file import (
     FORMAT,
     DamagedVolumeError,
@@ -34,23 +35,16 @@ from tio_openneuro.prepared.file import (
 )
 from tio_openneuro.prepared.notes import SubjectNote, describe, rebuild
 from tio_openneuro.torchio_seams import (
+    FetchedImage,
+    ImageFiles,
     UnpinnedError,
-    as_plain,
     drawing_from,
-    lent,
     pin,
     refuse_random,
     transform_in_place,
+    walk_parts,
 )
-from tio_openneuro.volumes import sum_sizes
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tio_openneuro.content import ContentFile, ContentUnit
-    from tio_openneuro.disk import Engine
-    from tio_openneuro.torchio_seams import ImageFiles
-    from tio_openneuro.volumes import SubjectSize
+from tio_openneuro.volumes import SubjectSize, sum_sizes
 
 _LOGGER = logging.getLogger(__name__)
 _LAYOUT = 1
@@ -122,10 +116,8 @@ class Preparation:
             with self.opened(template, content) as subject:
                 if subject is None:
                     return None
-                for name, image in subject.get_images_dict(intensity_only=False).items():
+                for image in subject.get_images(intensity_only=False):
                     image.load()
-                    subject[name] = as_plain(image)
-                subject.update_attributes()
                 return subject
         except DamagedVolumeError:
             return None
@@ -151,13 +143,14 @@ class Preparation:
                 if path is None:
                     yield None
                     return
-                with (
-                    opened(path, self._sound_of(path)) as file,
-                    lent(self._assemble(template, file)) as subject,
-                ):
+                with opened(path, self._sound_of(path)) as file:
+                    subject = self._assemble(template, file)
                     del file
-                    yield subject
-                    del subject
+                    try:
+                        yield subject
+                    finally:
+                        _take_back(subject)
+                        del subject
         except DamagedVolumeError:
             _LOGGER.warning("The prepared volume of %s is damaged: made again.", content.name)
             self._damaged.add(content.prepared)
@@ -264,21 +257,17 @@ class Preparation:
         return note
 
 
-def _callables(value: object, depth: int = 0) -> list[object]:
+def _take_back(subject: tio.Subject) -> None:
+    """Let go of the file, whose bytes are free once nobody maps it."""
+    for image in subject.get_images(intensity_only=False):
+        if isinstance(image, FetchedImage):
+            image.take_back()
+
+
+def _callables(transform: object) -> list[object]:
     """Return the functions in a transform, which are named by their place in it."""
-    if depth > 8:  # noqa: PLR2004 - deeper than transforms nest
-        return []
-    if isinstance(value, dict):
-        children: list[object] = [*value, *value.values()]
-    elif isinstance(value, list | tuple):
-        children = list(value)
-    elif isinstance(value, tio.Transform):
-        children = [vars(value)[name] for name in sorted(vars(value))]
-    elif callable(value) and not isinstance(value, type):
-        return [value]
-    else:
-        return []
-    return [found for child in children for found in _callables(child, depth + 1)]
+    parts = filter(callable, walk_parts(transform))
+    return [part for part in parts if not isinstance(part, type | tio.Transform)]
 
 
 def _origin(source: ImageFiles | None) -> object:

@@ -21,14 +21,7 @@ from torchio.constants import NUM_SAMPLES
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.prepared import DamagedVolumeError
 from tio_openneuro.queue.draw import derive_seed
-from tio_openneuro.ram import (
-    BASE_BYTES,
-    FLOAT_BYTES,
-    THREAD_BYTES,
-    add_costs,
-    bound_subject,
-    measure_cost,
-)
+from tio_openneuro.ram import BASE_BYTES, FLOAT_BYTES, THREAD_BYTES, bound_subject
 from tio_openneuro.torchio_seams import (
     KeptMaps,
     SamplerMap,
@@ -38,12 +31,13 @@ from tio_openneuro.torchio_seams import (
     is_loaded,
     map_bytes,
     map_identity,
+    measure_cost,
     reads_boxes,
     reads_shape_only,
     transform_of,
     with_box_crop,
 )
-from tio_openneuro.volumes import ImageSize, SubjectSize, listening, measure_header, sum_sizes
+from tio_openneuro.volumes import ImageSize, SubjectSize, VolumeFile, listening, sum_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -130,9 +124,8 @@ class SubjectSource:
         transform = transform_of(dataset)
         self._cost_prepared = measure_cost(transform)
         self._boxes_alone = transform is None and reads_shape_only(sampler)
-        self.cost = add_costs(
-            measure_cost(getattr(dataset, "preprocess", None)), self._cost_prepared
-        )
+        preparing = measure_cost(getattr(dataset, "preprocess", None))
+        self.cost = preparing.followed_by(self._cost_prepared)
         self._patch_cost = measure_cost(patch_transform)
         self.cost = replace(self.cost, known=self.cost.known and self._patch_cost.known)
         self._seed = seed
@@ -378,7 +371,7 @@ def _measure_image(image: tio.Image) -> ImageSize | None:
     if is_loaded(image):
         data = image.data
         return len(data), prod(data.shape[1:]), data.element_size()
-    return measure_header(image.path) if isinstance(image.path, Path) else None
+    return VolumeFile(image.path).size if isinstance(image.path, Path) else None
 
 
 def subject_bytes(subject: tio.Subject) -> int:

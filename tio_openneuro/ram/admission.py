@@ -33,6 +33,14 @@ class TransformCost:
     voxel_bytes: int = 0
     known: bool = True
 
+    def followed_by(self, other: TransformCost) -> TransformCost:
+        """Return the bound of two transforms that follow one another."""
+        return TransformCost(
+            copies=max(self.copies, other.copies),
+            voxel_bytes=max(self.voxel_bytes, other.voxel_bytes),
+            known=self.known and other.known,
+        )
+
 
 def read_budget(ram_budget: int | str, available_bytes: int) -> int:
     """Return the RAM budget in bytes.

@@ -5,6 +5,7 @@ and the identity of a transform. Promises TorchIO's own bits. Never schedules.
 """
 
 from tio_openneuro.torchio_seams.box_crop import reads_boxes, reads_shape_only, with_box_crop
+from tio_openneuro.torchio_seams.costs import measure_cost
 from tio_openneuro.torchio_seams.fingerprint import UnpinnedError, identify_parts, pin
 from tio_openneuro.torchio_seams.images import (
     FetchedImage,
@@ -15,7 +16,7 @@ from tio_openneuro.torchio_seams.images import (
     Metadata,
 )
 from tio_openneuro.torchio_seams.in_place import get_subject, transform_in_place
-from tio_openneuro.torchio_seams.lent_images import as_plain, lent, lent_class
+from tio_openneuro.torchio_seams.parts import walk_parts
 from tio_openneuro.torchio_seams.private_names import (
     is_loaded,
     leave_unfilled,
@@ -48,7 +49,6 @@ __all__ = [
     "Metadata",
     "SamplerMap",
     "UnpinnedError",
-    "as_plain",
     "draw_patches",
     "drawing_from",
     "find_other_generator",
@@ -57,10 +57,9 @@ __all__ = [
     "install_seed_guard",
     "is_loaded",
     "leave_unfilled",
-    "lent",
-    "lent_class",
     "map_bytes",
     "map_identity",
+    "measure_cost",
     "pin",
     "reads_boxes",
     "reads_shape_only",
@@ -68,5 +67,6 @@ __all__ = [
     "share_subjects",
     "transform_in_place",
     "transform_of",
+    "walk_parts",
     "with_box_crop",
 ]

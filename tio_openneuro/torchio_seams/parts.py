@@ -72,3 +72,10 @@ def walk_parts(
         yield found
         if depth < DEEPEST and (callable(found) or isinstance(found, _ENTERED)):
             waiting += [(part, depth + 1) for part in reversed(parts(found))]
+
+
+def inner_transforms(transform: object) -> list[object]:
+    """Return the transforms that a compound holds, as TorchIO's ``Compose`` and ``OneOf`` do."""
+    inner = getattr(transform, "transforms", None)
+    found = list(inner) if isinstance(inner, list | tuple) else []
+    return [*found, *getattr(transform, "transforms_dict", ())]

@@ -56,7 +56,7 @@ _DRAWS = frozenset(
         "kaiming_normal_",
         "_standard_gamma",
         "_sample_dirichlet",
-    },
+    }
 )
 _UNGUIDED = frozenset(
     {
@@ -73,7 +73,7 @@ _UNGUIDED = frozenset(
         "gumbel_softmax",
         "fractional_max_pool2d",
         "fractional_max_pool3d",
-    },
+    }
 )
 _LIBRARIES = frozenset({"torch", "torchio", "numpy", "scipy"})
 # Those of a class that its objects' work is done by.
@@ -117,9 +117,7 @@ class _Redirect(TorchFunctionMode):
 
 
 def _choose_generator(
-    name: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Generator | None:
     device = kwargs.get("device")
     if device is None:
@@ -135,8 +133,7 @@ def _choose_generator(
 
 @contextmanager
 def drawing_from(
-    seed: int,
-    cancelled: Callable[[], bool] = lambda: False,
+    seed: int, cancelled: Callable[[], bool] = lambda: False
 ) -> Iterator[torch.Generator]:
     """Let torch's draws in this thread come from a generator of their own.
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import io
 import platform
-import struct
 import sys
-import zlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import SimpleITK
@@ -29,16 +27,7 @@ from torchio.data.io import get_ras_affine_from_sitk
 
 from tio_openneuro.errors import DamagedImageError
 from tio_openneuro.sizes import format_size
-from tio_openneuro.volumes.headers import (
-    GZIP,
-    PLAIN_EXTENSION_BYTES,
-    NiftiHeader,
-    first_bytes,
-    parse_nifti,
-)
-
-if TYPE_CHECKING:
-    from typing import Self
+from tio_openneuro.volumes.headers import GZIP, PLAIN_EXTENSION_BYTES, NiftiHeader, VolumeFile
 
 # 64 kB to 1 MB make no difference (2026-11-21).
 _CHUNK_BYTES = 1 << 18
@@ -192,14 +181,14 @@ class _Inflated(io.RawIOBase):
             beyond = beyond[self.readinto(beyond) :]
 
 
-def read_nifti(path: Path, name: str) -> tuple[torch.Tensor, Any] | None:
+def read_nifti(volume: VolumeFile, name: str) -> tuple[torch.Tensor, Any] | None:
     """Read a NIfTI file as TorchIO does, or return None where that is not certain.
 
     What follows the voxels that the header states is not read, as SimpleITK does; the checksum of
     a gzip member that goes on for more than 64 KiB behind them is therefore not checked.
 
     Args:
-        path: A local file, whose header states no more than there is RAM for.
+        volume: A local file, whose header states no more than there is RAM for.
         name: What the file is called, for messages.
 
     Returns:
@@ -210,14 +199,10 @@ def read_nifti(path: Path, name: str) -> tuple[torch.Tensor, Any] | None:
         DamagedImageError: The file holds less than its header states, or its compressed data are
             damaged. Also said of a file that TorchIO is to read, as far as its type is known.
     """
-    try:
-        first = first_bytes(path)
-        header = parse_nifti(first) if path.name.endswith((".nii", ".nii.gz")) else None
-    except (OSError, EOFError, zlib.error, struct.error):
-        return None
-    layout = _Layout.of(header) if header is not None else None
+    layout = _Layout.of(volume.nifti) if volume.nifti is not None else None
     if layout is None:
         return None
+    path = volume.path
     with path.open("rb", buffering=0) as file:
         compressed = file.read(len(GZIP)) == GZIP
         file.seek(0)
