@@ -28,7 +28,7 @@ def test_charges_never_pass_the_budget_while_bounds_hold(requests):
                 admission.charge(size)
             if held:
                 admission.release(held.pop())
-            admission.returned()
+            admission.measured(0)
             continue
         admission.charge(size)
         kept = int(size * kept_share)
@@ -56,7 +56,7 @@ def test_freed_memory_counts_until_it_is_returned():
     admission.settle(8, 3)
     assert (admission.charged_bytes, admission.retained_bytes) == (5, 5)
     assert not admission.fits(1)
-    admission.returned()
+    admission.measured(0)
     assert admission.fits(5)
     assert not admission.fits(6)
     assert not admission.idle

@@ -29,7 +29,7 @@ from tio_openneuro.prepared.file import (
     FORMAT,
     DamagedVolumeError,
     PreparedFile,
-    Sound,
+    SoundChunks,
     encode,
     opened,
 )
@@ -75,7 +75,7 @@ class Preparation:
         self._engine = engine
         self._repo: PreparedRepo | None = None
         self._name = ""
-        self._sound: dict[str, tuple[tuple[int, ...], Sound]] = {}
+        self._sound: dict[str, tuple[tuple[int, ...], SoundChunks]] = {}
         self._damaged: set[ContentFile | None] = set()
         if engine is None:
             return
@@ -157,7 +157,7 @@ class Preparation:
             self._engine.drop_prepared(content, f"of {content.name}, damaged")
             raise
 
-    def _sound_of(self, path: Path) -> Sound:
+    def _sound_of(self, path: Path) -> SoundChunks:
         """Return which chunks of a file this process has found sound since it was written.
 
         Checked once, as git-annex checks what it fetches: to check at each use took 0.7 of the
@@ -174,11 +174,9 @@ class Preparation:
         note = self._unpickle(file.note)
         subject = copy.deepcopy(template)
         bases = dict(subject.get_images_dict(intensity_only=False))
-        for name in note.removed:
-            del subject[name]
+        for name in note.items.removed:
             delattr(subject, name)
-        for name, value in note.changed.items():
-            subject[name] = value
+        note.items.apply(subject)
         for name, image_note in note.images.items():
             subject[name] = rebuild(image_note, bases.get(image_note.base), file.array(name))
         subject.applied_transforms = note.applied_transforms
@@ -243,8 +241,8 @@ class Preparation:
     def _pickle(self, note: SubjectNote) -> bytes:
         stream = io.BytesIO()
         pickler = pickle.Pickler(stream, protocol=5)
-        places = {id(part): place for place, part in enumerate(_callables(self._preprocess))}
-        pickler.persistent_id = lambda part: places.get(id(part))  # type: ignore[method-assign]
+        numbers = {id(part): number for number, part in enumerate(_callables(self._preprocess))}
+        pickler.persistent_id = lambda part: numbers.get(id(part))  # type: ignore[method-assign]
         pickler.dump(note)
         return stream.getvalue()
 
@@ -252,7 +250,7 @@ class Preparation:
         # The file lies in a folder of this user's alone, and its checksum was right.
         unpickler = pickle.Unpickler(io.BytesIO(data))  # noqa: S301
         parts = _callables(self._preprocess)
-        unpickler.persistent_load = lambda place: parts[place]  # type: ignore[method-assign]
+        unpickler.persistent_load = lambda number: parts[number]  # type: ignore[method-assign]
         note: SubjectNote = unpickler.load()
         return note
 
@@ -265,7 +263,7 @@ def _take_back(subject: tio.Subject) -> None:
 
 
 def _callables(transform: object) -> list[object]:
-    """Return the functions in a transform, which are named by their place in it."""
+    """Return the functions in a transform, which are named by their numbers in it."""
     parts = filter(callable, walk_parts(transform))
     return [part for part in parts if not isinstance(part, type | tio.Transform)]
 

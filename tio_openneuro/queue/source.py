@@ -28,14 +28,12 @@ from tio_openneuro.torchio_seams import (
     draw_patches,
     drawing_from,
     get_subject,
+    has_map,
     is_loaded,
     map_bytes,
-    map_identity,
     measure_cost,
     reads_boxes,
-    reads_shape_only,
     transform_of,
-    with_box_crop,
 )
 from tio_openneuro.volumes import ImageSize, SubjectSize, VolumeFile, listening, sum_sizes
 
@@ -120,10 +118,9 @@ class SubjectSource:
         self.sampler = sampler
         self.samples_per_volume = samples_per_volume
         self.patch_transform = patch_transform
-        self._sample = with_box_crop(sampler)
         transform = transform_of(dataset)
         self._cost_prepared = measure_cost(transform)
-        self._boxes_alone = transform is None and reads_shape_only(sampler)
+        self._boxes_alone = transform is None and not map_bytes(sampler)
         preparing = measure_cost(getattr(dataset, "preprocess", None))
         self.cost = preparing.followed_by(self._cost_prepared)
         self._patch_cost = measure_cost(patch_transform)
@@ -131,7 +128,7 @@ class SubjectSource:
         self._seed = seed
         self._drop = drop
         self._again = again
-        keeps_maps = map_identity(sampler) is not None and transform is None
+        keeps_maps = has_map(sampler) and transform is None
         keeps_maps = keeps_maps and getattr(dataset, "preprocess", None) is not None
         self._maps = KeptMaps(ram_budget_bytes // _MAPS_SHARE if keeps_maps else 0)
         self._sizes: dict[int, SubjectSize] = {}
@@ -303,7 +300,7 @@ class SubjectSource:
     def _make_patches(self, index: int, count: int) -> list[tio.Subject]:
         try:
             with self._opened(index) as (subject, kept):
-                patches = list(islice(draw_patches(self._sample, subject, kept), count))
+                patches = list(islice(draw_patches(self.sampler, subject, kept), count))
                 del subject
         finally:
             release = getattr(self.dataset, "release_index", None)
@@ -324,7 +321,7 @@ class SubjectSource:
         if callable(opened) and reads_boxes(self.sampler):
             with opened(index) as subject:
                 if subject is not None:
-                    yield subject, self._maps.of(index, self._sample, subject)
+                    yield subject, self._maps.of(index, self.sampler, subject)
                     return
         subject = get_subject(self.dataset, index)
         self._calibrate(index, subject)

@@ -4,7 +4,7 @@ Owns images that are fetched on demand, seeded draws, box crops, sampler maps, t
 and the identity of a transform. Promises TorchIO's own bits. Never schedules.
 """
 
-from tio_openneuro.torchio_seams.box_crop import reads_boxes, reads_shape_only, with_box_crop
+from tio_openneuro.torchio_seams.box_crop import reads_boxes
 from tio_openneuro.torchio_seams.costs import measure_cost
 from tio_openneuro.torchio_seams.fingerprint import UnpinnedError, identify_parts, pin
 from tio_openneuro.torchio_seams.images import (
@@ -34,8 +34,8 @@ from tio_openneuro.torchio_seams.sampler_maps import (
     KeptMaps,
     SamplerMap,
     draw_patches,
+    has_map,
     map_bytes,
-    map_identity,
 )
 
 __all__ = [
@@ -53,20 +53,18 @@ __all__ = [
     "drawing_from",
     "find_other_generator",
     "get_subject",
+    "has_map",
     "identify_parts",
     "install_seed_guard",
     "is_loaded",
     "leave_unfilled",
     "map_bytes",
-    "map_identity",
     "measure_cost",
     "pin",
     "reads_boxes",
-    "reads_shape_only",
     "refuse_random",
     "share_subjects",
     "transform_in_place",
     "transform_of",
     "walk_parts",
-    "with_box_crop",
 ]

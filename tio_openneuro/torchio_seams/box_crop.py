@@ -25,11 +25,6 @@ def reads_boxes(sampler: object) -> bool:
     return type(sampler) in _KNOWN
 
 
-def reads_shape_only(sampler: object) -> bool:
-    """Return whether a patch sampler needs no voxel of a subject to choose where."""
-    return type(sampler) is tio.UniformSampler
-
-
 def with_box_crop(sampler: Any) -> Any:  # noqa: ANN401 - any patch sampler, ours or the user's
     """Return a copy of one of TorchIO's patch samplers that cuts boxes; any other as it is."""
     if not reads_boxes(sampler):

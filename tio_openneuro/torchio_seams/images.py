@@ -369,10 +369,9 @@ class FetchedSubject(tio.Subject):
             )
             raise RuntimeError(
                 f"Cannot cut patches from {self.get('subject_id', 'a subject')}: {reference!r} "
-                f"(shape {first.spatial_shape}, spacing {_millimetres(first)} mm) and {other!r} "
-                f"(shape {second.spatial_shape}, spacing {_millimetres(second)} mm) lie on "
-                f"different grids, as stored in the dataset. Bring them onto one, for example "
-                f"with preprocess=tio.Resample({reference!r})."
+                f"({_grid(first)}) and {other!r} ({_grid(second)}) lie on different grids, as "
+                f"stored in the dataset. Bring them onto one, for example with "
+                f"preprocess=tio.Resample({reference!r})."
             ) from error
 
 
@@ -408,5 +407,6 @@ def _same_grid(first: tio.Image, second: tio.Image) -> bool:
     )
 
 
-def _millimetres(image: tio.Image) -> str:
-    return "(" + ", ".join(f"{size:.3g}" for size in image.spacing) + ")"
+def _grid(image: tio.Image) -> str:
+    spacing = ", ".join(f"{size:.3g}" for size in image.spacing)
+    return f"shape {image.spatial_shape}, spacing ({spacing}) mm"

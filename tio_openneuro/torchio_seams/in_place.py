@@ -9,9 +9,10 @@ are not TorchIO's own.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torchio as tio
@@ -20,9 +21,6 @@ from torchio.data.io import read_image
 from tio_openneuro.torchio_seams.parts import inner_transforms
 from tio_openneuro.torchio_seams.private_names import is_loaded, transform_of
 from tio_openneuro.volumes import VolumeFile, read_nifti
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # False to TorchIO, and told from the False of a user or of TorchIO's own.
 _SPARED = 0

@@ -28,52 +28,21 @@ from tio_openneuro.errors import SelectionError
 from tio_openneuro.torchio_seams.parts import parts_of, walk_parts
 
 _DRAWS = frozenset(
-    {
-        "rand",
-        "rand_like",
-        "randn",
-        "randn_like",
-        "randint",
-        "randint_like",
-        "randperm",
-        "multinomial",
-        "normal",
-        "bernoulli",
-        "poisson",
-        "binomial",
-        "uniform_",
-        "normal_",
-        "random_",
-        "bernoulli_",
-        "exponential_",
-        "cauchy_",
-        "geometric_",
-        "log_normal_",
-        "trunc_normal_",
-        "xavier_uniform_",
-        "xavier_normal_",
-        "kaiming_uniform_",
-        "kaiming_normal_",
-        "_standard_gamma",
-        "_sample_dirichlet",
-    }
+    (
+        *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm"),
+        *("multinomial", "normal", "bernoulli", "poisson", "binomial"),
+        *("uniform_", "normal_", "random_", "bernoulli_", "exponential_", "cauchy_"),
+        *("geometric_", "log_normal_", "_standard_gamma", "_sample_dirichlet"),
+        *("trunc_normal_", "xavier_uniform_", "xavier_normal_"),
+        *("kaiming_uniform_", "kaiming_normal_"),
+    )
 )
 _UNGUIDED = frozenset(
-    {
-        "dropout",
-        "dropout_",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_dropout",
-        "feature_alpha_dropout",
-        "rrelu",
-        "rrelu_",
-        "gumbel_softmax",
-        "fractional_max_pool2d",
-        "fractional_max_pool3d",
-    }
+    (
+        *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
+        *("feature_dropout", "feature_alpha_dropout", "rrelu", "rrelu_", "gumbel_softmax"),
+        *("fractional_max_pool2d", "fractional_max_pool3d"),
+    )
 )
 _LIBRARIES = frozenset({"torch", "torchio", "numpy", "scipy"})
 # Those of a class that its objects' work is done by.
@@ -108,11 +77,10 @@ class _Redirect(TorchFunctionMode):
         if name in _DRAWS and kwargs.get("generator") is None:
             kwargs = {**kwargs, "generator": _choose_generator(name, args, kwargs)}
         elif name in _UNGUIDED and kwargs.get("training", True):
-            message = (
+            raise NotImplementedError(
                 f"Cannot repeat torch's {name}: it draws from the global generator and takes no "
                 f"other. Draw a mask with torch.rand or torch.bernoulli instead."
             )
-            raise NotImplementedError(message)
         return func(*args, **kwargs)
 
 
@@ -123,11 +91,10 @@ def _choose_generator(
     if device is None:
         device = next((value.device for value in args if isinstance(value, torch.Tensor)), "cpu")
     if torch.device(device).type != "cpu":
-        message = (
+        raise NotImplementedError(
             f"Cannot repeat torch's {name} on {device}: subjects are transformed on the CPU. "
             f"Move the transform into the training loop."
         )
-        raise NotImplementedError(message)
     return _active.get()
 
 

@@ -108,7 +108,7 @@ class NiftiHeader:
         single: Whether its magic says that the voxels follow in the same file.
         order: Order of bytes, ``"<"`` or ``">"``.
         shape: Its dimensions, first one fastest; may be zero or negative.
-        datatype: Its code of the voxels' type.
+        stored: The voxels' type in native order, or None where its code is unknown.
         bits: What it says that a voxel has.
         header_bytes: Where the header ends.
         offset_bytes: Where the voxels begin.
@@ -121,7 +121,7 @@ class NiftiHeader:
     single: bool
     order: str
     shape: tuple[int, ...]
-    datatype: int
+    stored: np.dtype[Any] | None
     bits: int
     header_bytes: int
     offset_bytes: float
@@ -129,14 +129,6 @@ class NiftiHeader:
     slope: float
     intercept: float
     intent: int
-
-    @property
-    def stored(self) -> np.dtype[Any] | None:
-        """The voxels' type in native order, or None where its code is unknown."""
-        if self.datatype not in nifti1.data_type_codes:
-            return None
-        stored: np.dtype[Any] = np.dtype(cast("Any", nifti1.data_type_codes.dtype[self.datatype]))
-        return stored
 
 
 class VolumeFile:
@@ -202,11 +194,13 @@ def _parse_nifti(first: bytes) -> NiftiHeader | None:
     rows = [fields["srow_x"], fields["srow_y"], fields["srow_z"]]
     if not second and fields["sform_code"] > 0 and not np.isfinite(rows).all():
         return None
+    code = fields["datatype"].item()
+    types: Any = nifti1.data_type_codes
     return NiftiHeader(
         single=fields["magic"] == (b"n+2" if second else b"n+1"),
         order=order,
         shape=tuple(dims[:count]),
-        datatype=fields["datatype"].item(),
+        stored=np.dtype(types.dtype[code]) if code in types else None,
         bits=fields["bitpix"].item(),
         header_bytes=layout.itemsize,
         offset_bytes=fields["vox_offset"].item(),
@@ -290,19 +284,19 @@ def refuse_bomb(file: VolumeFile, title: str, unit_name: str, free_bytes: int) -
         return
     size = file.size
     if size is None:
-        message = (
+        raise UnsafeDatasetError(
             f"Refused to load {title} of {unit_name}: it has no header of a NIfTI or MGH image, "
             f"though its name says so ({format_size(file.path.stat().st_size)}). Likely it is "
-            f"damaged: leave the unit out."
+            f"damaged: leave the unit out.",
+            unit=unit_name,
         )
-        raise UnsafeDatasetError(message, unit=unit_name)
     need_bytes = prod(size)
     if need_bytes > free_bytes:
         channels, voxels, item_bytes = size
-        message = (
+        raise RamBudgetError(
             f"Cannot load {title} of {unit_name}: its header states {channels} x {voxels} voxels "
             f"of {item_bytes} bytes, {format_size(need_bytes)} ({need_bytes} bytes), and "
             f"{format_size(free_bytes)} of RAM are available. Likely the file, of "
-            f"{format_size(file.path.stat().st_size)}, is damaged: leave the unit out."
+            f"{format_size(file.path.stat().st_size)}, is damaged: leave the unit out.",
+            unit=unit_name,
         )
-        raise RamBudgetError(message, unit=unit_name)

@@ -47,14 +47,14 @@ _VECTOR_INTENT = 1007
 # Not uint64, of which torch knows little, nor complex numbers, colours and float128.
 _PIXELS = {
     "u1": "UInt8",
-    "i1": "Int8",
     "u2": "UInt16",
-    "i2": "Int16",
     "u4": "UInt32",
-    "i4": "Int32",
-    "i8": "Int64",
     "f4": "Float32",
     "f8": "Float64",
+    "i1": "Int8",
+    "i2": "Int16",
+    "i4": "Int32",
+    "i8": "Int64",
 }
 # isal's stubs have its error for an instance.
 _DAMAGES: tuple[type[Exception], ...] = (EOFError, cast("type[Exception]", igzip_lib.error))
@@ -156,8 +156,7 @@ class _Inflated(io.RawIOBase):
             if not self._input and self._member.needs_input:
                 self._input = self._file.read(_CHUNK_BYTES)
                 if not self._input:
-                    message = "its compressed data are cut off"
-                    raise EOFError(message)
+                    raise EOFError("its compressed data are cut off")
             found = self._member.decompress(self._input, len(buffer))
             self._input = b""
             if found:
@@ -275,8 +274,8 @@ def _read_voxels(source: io.RawIOBase, layout: _Layout) -> torch.Tensor:
             turned = _convert(signed.t().contiguous(), layout)
             if voxels is None:
                 voxels = torch.empty(layout.shape, dtype=turned.dtype)
-            place = voxels[channel, :, :, begin : begin + len(part)]
-            place.copy_(turned.view(columns, rows, len(part)).permute(1, 0, 2))
+            target = voxels[channel, :, :, begin : begin + len(part)]
+            target.copy_(turned.view(columns, rows, len(part)).permute(1, 0, 2))
     assert voxels is not None  # noqa: S101 - there is no dimension below one
     return voxels
 
@@ -305,8 +304,7 @@ def _fill(source: io.RawIOBase, buffer: memoryview) -> None:
     while buffer:
         count = source.readinto(buffer)
         if not count:
-            message = f"its voxels end early: {len(buffer)} of {wanted} bytes are missing"
-            raise EOFError(message)
+            raise EOFError(f"its voxels end early: {len(buffer)} of {wanted} bytes are missing")
         buffer = buffer[count:]
 
 
