@@ -3,9 +3,12 @@
 Real git-annex over the loopback OpenNeuro, real files; damage and deaths are real too.
 """
 
+import copy
+import gzip
 import hashlib
 import itertools
 import logging
+import pickle
 import subprocess
 import sys
 import warnings
@@ -27,6 +30,7 @@ from tio_openneuro.prepared.file import DamagedVolumeError, encode, opened
 from tio_openneuro.torchio_seams import sampler_maps
 from tio_openneuro.torchio_seams.box_crop import with_box_crop
 from tio_openneuro.torchio_seams.randomness import refuse_random
+from tio_openneuro.volumes import listening
 
 Make = Callable[..., tno.DataladSubjectsDataset]
 
@@ -146,6 +150,35 @@ def test_patches_read_by_boxes_are_those_cut_from_the_whole(sampler: str, make: 
             assert_same(patch, twin)
         assert torch.equal(patch["t1"].data, twin["t1"].data)
         assert torch.equal(patch[tio.LOCATION], twin[tio.LOCATION])
+
+
+def pickled(image: tio.Image) -> tio.Image:
+    return pickle.loads(pickle.dumps(image))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_copies_of_an_open_volume_have_its_voxels(
+    copied: Callable[[tio.Image], tio.Image], make: Make
+) -> None:
+    """An image that is read by boxes is read whole for a copy, which outlives the open file."""
+    dataset = make(preprocess=PIPELINES["canonical, z"]())
+    whole = dataset[2]
+    with dataset.opened(2) as lazy:
+        twin = copied(lazy["t1"])
+    assert type(twin) is type(whole["t1"])
+    assert torch.equal(twin.data, whole["t1"].data)
+    np.testing.assert_array_equal(twin.affine, whole["t1"].affine)
+
+
+def test_each_header_is_read_once_for_a_load(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the RAM that is announced, what is refused and the reader: two files, two reads."""
+    read: list[object] = []
+    real = gzip.open
+    monkeypatch.setattr(gzip, "open", lambda file: real(read.append(file) or file))
+    announced: list[object] = []
+    with listening(announced.append):
+        assert make()[0]["t1"].shape == (1, 24, 20, 16)
+    assert (len(read), len(announced)) == (2, 1)
 
 
 def digest(
