@@ -535,3 +535,24 @@ def test_consumers_generator_is_left_alone(make: Make) -> None:
     assert dataset[0] is not None
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
+
+
+def test_preprocess_computes_on_one_thread(make: Make) -> None:
+    """Whatever the consumer's number is, which holds again afterwards, also after an error."""
+    found: list[int] = []
+
+    def observe(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(torch.get_num_threads())
+        return tensor if len(found) < 2 else tensor[0]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        dataset = make(preprocess=tio.Lambda(observe, types_to_apply=[tio.INTENSITY]))
+        assert dataset[0] is not None
+        with pytest.raises(Exception, match=r"4D|dimension"):
+            dataset[0]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert found == [1, 1]

@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -147,6 +148,8 @@ TOLD_APART: dict[str, Callable[[int], object]] = {
     "set in the code": lambda n: (lambda t: t in {1, 2}) if n == 1 else (lambda t: t in {1, 3}),
     "name of a global": lambda n: (lambda t: len(t) + 1) if n == 1 else (lambda t: max(t) + 1),
     "caught error": lambda n: catching if n == 1 else not_catching,
+    "where an error leads": lambda n: catching if n == 1 else never_caught(catching),
+    "names of arguments": lambda n: (lambda a, b: (a, b)) if n == 1 else (lambda b, a: (b, a)),
     "partial": lambda n: functools.partial(named_one, n),
     "keyword of a partial": lambda n: functools.partial(named_one, tensor=n),
     "bound method": lambda n: Slotted(n).__call__,
@@ -178,6 +181,7 @@ TOLD_APART: dict[str, Callable[[int], object]] = {
     "key and value": lambda n: {"a": "b"} if n == 1 else {"b": "a"},
     "pairs and a mapping": lambda n: ["a", "b"] if n == 1 else {"a": "b"},
     "set": lambda n: {1, n + 5},
+    "set of names": lambda n: {"t1", "t2", "label", "mask", f"{n}"},
     "queue": lambda n: deque([n]),
     "pattern": lambda n: re.compile(f"{n}"),
     "slice": slice,
@@ -193,6 +197,10 @@ def catching(tensor: torch.Tensor) -> object:
         return int(tensor)
     except ValueError:
         return None
+
+
+def never_caught(function: FunctionType) -> FunctionType:
+    return FunctionType(function.__code__.replace(co_exceptiontable=b""), function.__globals__)
 
 
 def not_catching(tensor: torch.Tensor) -> object:
@@ -217,6 +225,19 @@ def test_a_state_has_a_digest_of_everything() -> None:
     with open(__file__) as file:  # noqa: PTH123 - any object that cannot be saved
         for value in (object(), file, iter([1]), deep, np.random.default_rng(0), sys):
             assert identify(value) == identify(value)
+
+
+def test_a_state_reads_no_file(tmp_path: Path) -> None:
+    """An image that is not loaded stays so, and a log that grows makes no other transform."""
+    path = tmp_path / "grid.nii"
+    image(1).save(path)
+    reference = tio.ScalarImage(path)
+    found = [identify(value) for value in (reference, path, str(path))]
+    image(2).save(path)
+    assert [identify(value) for value in (reference, path, str(path))] == found
+    assert not reference._loaded
+    reference.load()
+    assert identify(reference) != found[0]
 
 
 _TOLD = """
