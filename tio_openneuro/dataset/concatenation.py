@@ -14,7 +14,7 @@ from tio_openneuro.dataset.dataset import DataladSubjectsDataset
 from tio_openneuro.dataset.rows import SubjectRow
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.torchio_seams import FetchedImage
+from tio_openneuro.torchio_seams import FetchedImage, share_subjects, transform_of
 
 
 def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset:
@@ -46,7 +46,7 @@ def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset
     result = copy.copy(first)
     result._engine = engine  # noqa: SLF001
     result._rows = [_adapted(row, engine, missing) for row in rows]  # noqa: SLF001
-    result._subjects = [row.subject for row in result._rows]  # noqa: SLF001
+    share_subjects(result, [row.subject for row in result._rows])  # noqa: SLF001
     result.skipped = [skip for dataset in datasets for skip in dataset.skipped]
     result.dataset_id = "+".join(dict.fromkeys(dataset.dataset_id for dataset in datasets))
     result.version = "+".join(dict.fromkeys(dataset.version for dataset in datasets))
@@ -70,7 +70,7 @@ def _check_alike(first: DataladSubjectsDataset, other: DataladSubjectsDataset) -
             f"Cannot concatenate {names}: their roots are {first._root} and {other._root}, and "  # noqa: SLF001
             f"one budget covers one root. Open both with the same root."
         )
-    if first.preprocess is not other.preprocess or first._transform is not other._transform:  # noqa: SLF001
+    if first.preprocess is not other.preprocess or transform_of(first) is not transform_of(other):
         raise SelectionError(
             f"Cannot concatenate {names}: they have different preprocess or transform objects. "
             f"Give both the same ones, or set the transform on the result."

@@ -28,8 +28,14 @@ from tio_openneuro.ram import available_bytes, read_budget
 from tio_openneuro.select import select
 from tio_openneuro.sizes import format_size
 from tio_openneuro.sources import open_catalog, read_file, showing
-from tio_openneuro.torchio_seams import FetchedImage, refuse_random, transform_in_place
-from tio_openneuro.volumes import announce_files
+from tio_openneuro.torchio_seams import (
+    FetchedImage,
+    refuse_random,
+    share_subjects,
+    transform_in_place,
+    transform_of,
+)
+from tio_openneuro.volumes import VolumeFile, announce_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -194,7 +200,7 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
             subject = self._preparation.load(row.subject, row.content)
         if subject is None:
             subject = self._make(row)
-        return transform_in_place(self._transform, subject)
+        return transform_in_place(transform_of(self), subject)
 
     def _make(self, row: SubjectRow) -> tio.Subject:
         """Return a subject from its files, preprocessed."""
@@ -215,7 +221,7 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
             index: Number of the subject, whose images are read box by box, as they are asked for.
         """
         preparation = self._own_preparation()
-        if preparation is None or self._transform is not None:
+        if preparation is None or transform_of(self) is not None:
             yield None
             return
         row = self._rows[as_position(index)]
@@ -244,12 +250,13 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
     def _load(self, subject: tio.Subject, row: SubjectRow) -> None:
         images = subject.get_images(intensity_only=False)
         if self._engine is None or not row.content.files:
-            announce_files(path for path in row.paths if path.exists())
+            announce_files(VolumeFile(path) for path in row.paths if path.exists())
             _load_leased(images, {})
             return
         with self._engine.lease(row.content) as leased:
-            announce_files(leased.values())
-            _load_leased(images, leased)
+            files = {key: VolumeFile(path) for key, path in leased.items()}
+            announce_files(files.values())
+            _load_leased(images, files)
 
     def _prepare(self, preprocess_id: str | None) -> None:
         """Give each unit the name of its prepared volume."""
@@ -264,7 +271,7 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
     def _view(self, positions: Sequence[int]) -> Self:
         view = copy.copy(self)
         view._rows = [self._rows[position] for position in positions]  # noqa: SLF001 - itself
-        view._subjects = [row.subject for row in view._rows]  # noqa: SLF001 - itself
+        share_subjects(view, [row.subject for row in view._rows])  # noqa: SLF001 - itself
         return view
 
     def sample(self, seed: int) -> tio.Subject:
@@ -371,7 +378,7 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
         self.close()
 
 
-def _load_leased(images: Sequence[tio.Image], leased: Mapping[AnnexKey, Path]) -> None:
+def _load_leased(images: Sequence[tio.Image], leased: Mapping[AnnexKey, VolumeFile]) -> None:
     for image in images:
         if isinstance(image, FetchedImage):
             image.load_leased(leased)

@@ -29,7 +29,7 @@ from tio_openneuro.queue.state import (
 )
 from tio_openneuro.queue.view import QueueView
 from tio_openneuro.ram import FLOAT_BYTES, Admission, available_bytes, read_budget
-from tio_openneuro.torchio_seams import identify_parts, install_seed_guard
+from tio_openneuro.torchio_seams import identify_parts, install_seed_guard, leave_unfilled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -123,7 +123,7 @@ class BudgetedQueue(QueueView):
         self.ram_budget_bytes = read_budget(ram_budget, available_bytes())
         self.max_length = self._choose_length() if max_length is None else int(max_length)
         self.skipped: list[SkippedSubject] = []
-        self._subjects_iterable = None
+        leave_unfilled(self)
         self._chosen_length = max_length is None
         self._start_background = start_background
         self._pid = os.getpid()

@@ -21,27 +21,21 @@ from torchio.constants import NUM_SAMPLES
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.prepared import DamagedVolumeError
 from tio_openneuro.queue.draw import derive_seed
-from tio_openneuro.ram import (
-    BASE_BYTES,
-    FLOAT_BYTES,
-    THREAD_BYTES,
-    add_costs,
-    bound_subject,
-    measure_cost,
-)
+from tio_openneuro.ram import BASE_BYTES, FLOAT_BYTES, THREAD_BYTES, bound_subject
 from tio_openneuro.torchio_seams import (
     KeptMaps,
     SamplerMap,
     draw_patches,
     drawing_from,
     get_subject,
+    has_map,
+    is_loaded,
     map_bytes,
-    map_identity,
+    measure_cost,
     reads_boxes,
-    reads_shape_only,
-    with_box_crop,
+    transform_of,
 )
-from tio_openneuro.volumes import ImageSize, SubjectSize, listening, measure_header, sum_sizes
+from tio_openneuro.volumes import ImageSize, SubjectSize, VolumeFile, listening, sum_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -124,19 +118,17 @@ class SubjectSource:
         self.sampler = sampler
         self.samples_per_volume = samples_per_volume
         self.patch_transform = patch_transform
-        self._sample = with_box_crop(sampler)
-        transform = getattr(dataset, "_transform", None)
+        transform = transform_of(dataset)
         self._cost_prepared = measure_cost(transform)
-        self._boxes_alone = transform is None and reads_shape_only(sampler)
-        self.cost = add_costs(
-            measure_cost(getattr(dataset, "preprocess", None)), self._cost_prepared
-        )
+        self._boxes_alone = transform is None and not map_bytes(sampler)
+        preparing = measure_cost(getattr(dataset, "preprocess", None))
+        self.cost = preparing.followed_by(self._cost_prepared)
         self._patch_cost = measure_cost(patch_transform)
         self.cost = replace(self.cost, known=self.cost.known and self._patch_cost.known)
         self._seed = seed
         self._drop = drop
         self._again = again
-        keeps_maps = map_identity(sampler) is not None and transform is None
+        keeps_maps = has_map(sampler) and transform is None
         keeps_maps = keeps_maps and getattr(dataset, "preprocess", None) is not None
         self._maps = KeptMaps(ram_budget_bytes // _MAPS_SHARE if keeps_maps else 0)
         self._sizes: dict[int, SubjectSize] = {}
@@ -308,7 +300,7 @@ class SubjectSource:
     def _make_patches(self, index: int, count: int) -> list[tio.Subject]:
         try:
             with self._opened(index) as (subject, kept):
-                patches = list(islice(draw_patches(self._sample, subject, kept), count))
+                patches = list(islice(draw_patches(self.sampler, subject, kept), count))
                 del subject
         finally:
             release = getattr(self.dataset, "release_index", None)
@@ -329,7 +321,7 @@ class SubjectSource:
         if callable(opened) and reads_boxes(self.sampler):
             with opened(index) as subject:
                 if subject is not None:
-                    yield subject, self._maps.of(index, self._sample, subject)
+                    yield subject, self._maps.of(index, self.sampler, subject)
                     return
         subject = get_subject(self.dataset, index)
         self._calibrate(index, subject)
@@ -369,14 +361,14 @@ def measure_subject(subject: tio.Subject) -> SubjectSize | None:
 
 
 def _in_ram(subject: tio.Subject) -> bool:
-    return all(image._loaded for image in subject.get_images(intensity_only=False))  # noqa: SLF001
+    return all(map(is_loaded, subject.get_images(intensity_only=False)))
 
 
 def _measure_image(image: tio.Image) -> ImageSize | None:
-    if image._loaded:  # noqa: SLF001 - the public attributes would load it
+    if is_loaded(image):
         data = image.data
         return len(data), prod(data.shape[1:]), data.element_size()
-    return measure_header(image.path) if isinstance(image.path, Path) else None
+    return VolumeFile(image.path).size if isinstance(image.path, Path) else None
 
 
 def subject_bytes(subject: tio.Subject) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tio_openneuro.queue.draw import PassStart, Replacement
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 LONGEST_SKIPPED = 500
 _LONGEST_REASON = 300
 _DEEPEST = 20
