@@ -27,6 +27,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.errors import FetchError, RamBudgetError
 from tio_openneuro.queue.queue import BudgetedQueue
+from tio_openneuro.queue.source import InMemory
 from tio_openneuro.ram.admission import BASE_BYTES
 from tio_openneuro.volumes.headers import announce_size, sum_sizes
 
@@ -521,15 +522,15 @@ def test_what_a_patch_transform_holds_is_charged(make_queue):
     dataset, sampler = tio.SubjectsDataset([subject]), tio.UniformSampler(side)
     options = {"sampler": sampler, "max_length": 1, "samples_per_volume": 1}
     # Before a patch is made, whose size would take the place of its bound.
-    need = make_queue(dataset, start_background=False, **options)._source.need(0)
-    budget_bytes = BASE_BYTES + need.work_bytes + 2 * need.patch_bytes
+    bounds = make_queue(dataset, start_background=False, **options)._source.bounds(0)
+    budget_bytes = BASE_BYTES + bounds.work_bytes + 2 * bounds.patch_bytes
     make_queue(dataset, ram_budget=budget_bytes, **options)
     assert len(list(make_queue(dataset, ram_budget=budget_bytes, **options))) == 1
     heavy = tio.RandomSpike()
     with pytest.raises(RamBudgetError, match="sub-00"):
         make_queue(dataset, ram_budget=budget_bytes, patch_transform=heavy, **options)
-    need = make_queue(dataset, patch_transform=heavy, **options)._source.need(0)
-    assert need.work_bytes >= 80 * side**3
+    bounds = make_queue(dataset, patch_transform=heavy, **options)._source.bounds(0)
+    assert bounds.work_bytes >= 80 * side**3
 
 
 def test_a_large_subject_in_a_local_file_is_refused_at_construction(make_queue, tmp_path):
@@ -651,11 +652,11 @@ def test_a_queue_that_idles_gives_freed_memory_back(make_queue):
     queue = make_queue(num_workers=2)
     filler = queue._filler
     deadline_s = time.monotonic() + 30
-    while filler.subjects < 2 or filler._admission.retained_bytes:
+    while filler.subjects < 2 or filler.admission.retained_bytes:
         assert time.monotonic() < deadline_s
         threading.Event().wait(0.02)
     assert filler.buffered()
-    assert filler._admission.charged_bytes > BASE_BYTES
+    assert filler.admission.charged_bytes > BASE_BYTES
 
 
 def test_charges_end_with_the_patches(make_queue):
@@ -674,14 +675,14 @@ def test_charges_end_with_the_patches(make_queue):
 # --- the dataset's side ---
 
 
-class ObservingDataset(tio.SubjectsDataset):
-    """A dataset that offers content hooks and writes down what it is told."""
+class ObservingDataset(InMemory, tio.SubjectsDataset):
+    """A dataset with content, which writes down what it is told."""
 
     def __init__(self):
         """Make four subjects."""
-        super().__init__([make_subject(n) for n in range(4)])
+        tio.SubjectsDataset.__init__(self, [make_subject(n) for n in range(4)])
         self.prefetched = []
-        self.again = []
+        self.likely_later = []
         self.events = []
 
     def __getitem__(self, index):
@@ -689,12 +690,12 @@ class ObservingDataset(tio.SubjectsDataset):
         self.events.append(("load", index))
         return super().__getitem__(index)
 
-    def prefetch_indices(self, indices, *, again=()):
+    def prefetch_indices(self, indices, /, *, likely_later=()):
         """Note the order ahead, and what may follow it."""
         self.prefetched.append(list(indices))
-        self.again.append(list(again))
+        self.likely_later.append(list(likely_later))
 
-    def release_index(self, index, *, drop):
+    def release_index(self, index, /, *, drop):
         """Note the release."""
         self.events.append(("drop" if drop else "keep", index))
 
@@ -709,8 +710,8 @@ def test_content_is_fetched_ahead_and_released_once_sampled(make_queue, on_relea
     assert sorted(first[:4]) == sorted(first[4:]) == [0, 1, 2, 3]
     list(queue)
     queue.close()
-    assert dataset.prefetched[-1] == dataset.again[-1] == []
-    assert dataset.again[:-1] == [[0, 1, 2, 3]] * (len(dataset.again) - 1)
+    assert dataset.prefetched[-1] == dataset.likely_later[-1] == []
+    assert dataset.likely_later[:-1] == [[0, 1, 2, 3]] * (len(dataset.likely_later) - 1)
     events = dataset.events
     assert [index for kind, index in events if kind == "load"][:8] == first
     assert events[1::2] == [(on_release, index) for _, index in events[::2]][: len(events[1::2])]

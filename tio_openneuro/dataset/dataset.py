@@ -332,17 +332,19 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
         """
         return self._engine.adopt([row.content for row in self._rows]) if self._engine else 0
 
-    def prefetch_indices(self, indices: Sequence[int], *, again: Sequence[int] = ()) -> None:
+    def prefetch_indices(self, indices: Sequence[int], *, likely_later: Sequence[int] = ()) -> None:
         """Fetch these units ahead, in that order, in the background; return at once.
 
         Args:
             indices: The next uses, in order.
-            again: Units that come after them in an order that is not known yet, the likeliest
-                first: they stay before all that nobody needs.
+            likely_later: Units that come after them in an order that is not known yet, the
+                likeliest first: they stay before all that nobody needs.
         """
         if self._engine is not None:
             units = [self._rows[index].content for index in indices]
-            self._engine.prefetch(units, again=[self._rows[index].content for index in again])
+            self._engine.prefetch(
+                units, again=[self._rows[index].content for index in likely_later]
+            )
 
     def release_index(self, index: int, *, drop: bool) -> None:
         """Let a unit's content go: at once, or when its room is needed."""

@@ -7,20 +7,21 @@ images, the cost of its transforms. It holds nothing of the dataset between two 
 from __future__ import annotations
 
 import traceback
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
-import torch
 import torchio as tio
 from torchio.constants import NUM_SAMPLES
 
+from tio_openneuro.dataset import subject_bytes
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.prepared import DamagedVolumeError
-from tio_openneuro.queue.draw import derive_seed
+from tio_openneuro.queue.draw import Turn, derive_seed
 from tio_openneuro.ram import (
     BASE_BYTES,
     FLOAT_BYTES,
@@ -28,8 +29,10 @@ from tio_openneuro.ram import (
     add_costs,
     bound_subject,
     measure_cost,
+    refuse_subject,
 )
 from tio_openneuro.torchio_seams import (
+    CancelledWorkError,
     KeptMaps,
     SamplerMap,
     draw_patches,
@@ -43,10 +46,6 @@ from tio_openneuro.torchio_seams import (
 )
 from tio_openneuro.volumes import ImageSize, SubjectSize, listening, measure_header, sum_sizes
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-INTRA_OP_THREADS = 1
 _FALLBACK_VOXELS = 256**3
 # Subjects of two images: 0.1 s.
 _HEADERS_AT_ONCE = 256
@@ -54,8 +53,52 @@ _HEADERS_AT_ONCE = 256
 _MAPS_SHARE = 64
 
 
+@runtime_checkable
+class ContentDataset(Protocol):
+    """What the queue asks of a dataset that fetches its subjects' content."""
+
+    def opened(self, index: int, /) -> AbstractContextManager[tio.Subject | None]:
+        """Hold a subject open of which no more is read than patches need; None where none is."""
+
+    def prepared_size(self, index: int, /) -> SubjectSize | None:
+        """Return the size of what :meth:`opened` would hold, or None."""
+
+    def prefetch_indices(
+        self, indices: Sequence[int], /, *, likely_later: Sequence[int] = ()
+    ) -> None:
+        """Hear which subjects come next, and which may come after them."""
+
+    def release_index(self, index: int, /, *, drop: bool) -> None:
+        """Hear that a subject's content has been used."""
+
+    def close(self) -> None:
+        """End the loads under way."""
+
+
+class InMemory:
+    """The answers of a dataset that has no content to fetch, release or close."""
+
+    def opened(self, _index: int, /) -> AbstractContextManager[tio.Subject | None]:
+        """Hold nothing."""
+        return nullcontext()
+
+    def prepared_size(self, _index: int, /) -> SubjectSize | None:
+        """Return None."""
+
+    def prefetch_indices(
+        self, _indices: Sequence[int], /, *, likely_later: Sequence[int] = ()
+    ) -> None:
+        """Do nothing."""
+
+    def release_index(self, _index: int, /, *, drop: bool) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 @dataclass(frozen=True, slots=True)
-class Need:
+class RamBounds:
     """Upper bounds of what one subject holds.
 
     Attributes:
@@ -68,7 +111,7 @@ class Need:
     work_bytes: int
     patch_bytes: int
     known: bool
-    guessed: bool = False
+    guessed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +122,21 @@ class Production:
         patches: Its patches in the order of sampling; empty where it failed.
         patch_bytes: Bytes of the largest patch.
         error: What stopped it, with its traceback, or None.
-        larger: Whether it was stopped at its header, since it is larger than what was charged;
-            its size is known now.
     """
 
-    patches: Sequence[tio.Subject]
+    patches: Sequence[tio.Subject] = ()
     patch_bytes: int = 0
     error: BaseException | None = None
-    larger: bool = False
 
 
-class _LargerSubjectError(RamBudgetError):
+class _UnderchargedError(RamBudgetError):
     """A header says that a subject is larger than what was charged for it."""
+
+
+def count_patches(dataset: tio.SubjectsDataset, samples_per_volume: int) -> list[int]:
+    """Return how many patches each subject gives, without loading it."""
+    subjects = dataset.dry_iter()
+    return [int(getattr(subject, NUM_SAMPLES, samples_per_volume)) for subject in subjects]
 
 
 class SubjectSource:
@@ -101,85 +147,60 @@ class SubjectSource:
         dataset: tio.SubjectsDataset,
         sampler: Callable[[tio.Subject], Any],
         *,
-        samples_per_volume: int,
+        counts: Sequence[int],
         patch_transform: Callable[[tio.Subject], tio.Subject] | None,
         seed: int,
         drop: bool,
-        again: Sequence[int] = (),
-        ram_budget_bytes: int = 0,
+        likely_later: Sequence[int],
+        ram_budget_bytes: int,
     ) -> None:
         """Keep the parts; load nothing.
 
         Args:
             dataset: The subjects.
             sampler: The patch sampler.
-            samples_per_volume: Patches of a subject that has no ``num_samples``.
+            counts: Patches of each subject.
             patch_transform: Applied to each patch, under the subject's generator.
             seed: The queue's seed.
             drop: Whether a subject's content is dropped once its patches are made.
-            again: Subjects of epochs whose order is not known yet, the likeliest first.
+            likely_later: Subjects of epochs whose order is not known yet, the likeliest first.
             ram_budget_bytes: The queue's, of which a part is set aside for sampler maps.
         """
-        self.dataset = dataset
-        self.sampler = sampler
-        self.samples_per_volume = samples_per_volume
-        self.patch_transform = patch_transform
+        self.counts = counts
+        self.ram_budget_bytes = ram_budget_bytes
+        self._dataset = dataset
+        self._content = dataset if isinstance(dataset, ContentDataset) else InMemory()
+        self._sampler = sampler
         self._sample = with_box_crop(sampler)
-        transform = getattr(dataset, "_transform", None)
-        self._cost_prepared = measure_cost(transform)
-        self._boxes_alone = transform is None and reads_shape_only(sampler)
-        self.cost = add_costs(
-            measure_cost(getattr(dataset, "preprocess", None)), self._cost_prepared
-        )
-        self._patch_cost = measure_cost(patch_transform)
-        self.cost = replace(self.cost, known=self.cost.known and self._patch_cost.known)
+        self._patch_transform = patch_transform
         self._seed = seed
         self._drop = drop
-        self._again = again
+        self._likely_later = likely_later
+        preprocess = getattr(dataset, "preprocess", None)
+        transform = getattr(dataset, "_transform", None)
+        self._cost_prepared = measure_cost(transform)
+        self._cost = add_costs(measure_cost(preprocess), self._cost_prepared)
+        self._patch_cost = measure_cost(patch_transform)
+        self.costs_known = self._cost.known and self._patch_cost.known
+        self._boxes_alone = transform is None and reads_shape_only(sampler)
         keeps_maps = map_identity(sampler) is not None and transform is None
-        keeps_maps = keeps_maps and getattr(dataset, "preprocess", None) is not None
+        keeps_maps = keeps_maps and preprocess is not None
         self._maps = KeptMaps(ram_budget_bytes // _MAPS_SHARE if keeps_maps else 0)
+        self.base_bytes = BASE_BYTES + self._maps.most_bytes
         self._sizes: dict[int, SubjectSize] = {}
         self._largest_patch_bytes = 0
         self._growth = 1.0
 
-    @property
-    def base_bytes(self) -> int:
-        """Bytes that are set aside for as long as the queue lives."""
-        return BASE_BYTES + self._maps.most_bytes
+    # --- sizes ---
 
     @property
     def knows_sizes(self) -> bool:
         """Whether the size of any subject is known."""
         return bool(self._sizes)
 
-    def __len__(self) -> int:
-        """Return the number of subjects."""
-        return len(self.dataset)
-
-    def count(self, index: int) -> int:
-        """Return how many patches a subject gives, without loading it."""
-        subject = self.dataset.dry_iter()[index]
-        return int(getattr(subject, NUM_SAMPLES, self.samples_per_volume))
-
-    def images(self, index: int) -> int:
-        """Return how many images a subject has, without loading it."""
-        return len(self.dataset.dry_iter()[index].get_images(intensity_only=False))
-
-    def sized(self) -> list[int]:
-        """Return the indices of subjects whose size is known now.
-
-        Those in RAM are, and those in local files, of which a few hundred headers are read.
-        """
-        return [
-            index
-            for index, subject in enumerate(self.dataset.dry_iter())
-            if (index < _HEADERS_AT_ONCE or _in_ram(subject)) and self.size(index) is not None
-        ]
-
     def name(self, index: int) -> str:
         """Return what a subject is called, for messages."""
-        subject = self.dataset.dry_iter()[index]
+        subject = self._dataset.dry_iter()[index]
         for attribute in ("name", "subject_id"):
             value = subject.get(attribute)
             if isinstance(value, str) and value:
@@ -187,151 +208,181 @@ class SubjectSource:
                 return f"{value} {session}" if isinstance(session, str) and session else value
         return f"subject {index}"
 
-    def size(self, index: int) -> SubjectSize | None:
-        """Return the size of a subject's images, or None where it is not known yet.
+    def images(self, index: int) -> int:
+        """Return how many images a subject has, at least one, without loading it."""
+        return max(len(self._dataset.dry_iter()[index].get_images(intensity_only=False)), 1)
 
-        Reads headers of local files at most.
-        """
-        if index not in self._sizes:
-            size = measure_subject(self.dataset.dry_iter()[index])
-            if size is None:
-                return None
-            self._sizes[index] = size
-        return self._sizes[index]
+    def channels(self, index: int) -> int:
+        """Return a subject's channels, one for each image where its size is not known."""
+        size = self._size(index)
+        return self.images(index) if size is None else size.channels
 
-    def need(self, index: int) -> Need:
-        """Return upper bounds of what a subject holds.
+    def patch_bytes(self, channels: int) -> int:
+        """Return the bytes of one patch, with float voxels."""
+        voxels = prod(int(n) for n in cast("Any", self._sampler).patch_size)
+        return voxels * channels * FLOAT_BYTES
+
+    def bounds(self, index: int) -> RamBounds:
+        """Return upper bounds of what a subject holds; read headers of local files at most.
 
         Where its size is not known yet, that of the largest subject so far, or a volume of
         256**3 for each image, is taken. Patches of all subjects are taken for equal once some
         were made.
         """
-        prepared = self._prepared_size(index)
-        if prepared is not None:
-            patch_bytes = self._largest_patch_bytes or self.patch_bytes(prepared.channels)
-            return Need(self._bound_prepared(index, prepared), patch_bytes, known=True)
-        size = self.size(index)
+        prepared = self._content.prepared_size(index)
+        size = prepared or self._size(index)
         known = size is not None
         if size is None:
-            image = (1, _FALLBACK_VOXELS, FLOAT_BYTES)
-            guess = sum_sizes([image] * max(self.images(index), 1))
+            guess = sum_sizes([(1, _FALLBACK_VOXELS, FLOAT_BYTES)] * self.images(index))
             size = max(self._sizes.values(), key=lambda s: s.stored_bytes, default=guess)
+        work_bytes = self._bound_prepared(index, size) if prepared else self._bound(size)
         patch_bytes = self._largest_patch_bytes or self.patch_bytes(size.channels)
-        return Need(self._bound(size), patch_bytes, known, guessed=not known and not self._sizes)
+        guessed = not known and not self.knows_sizes
+        return RamBounds(work_bytes, patch_bytes, known, guessed)
+
+    def require_room(self, waiting_patches: int) -> None:
+        """Refuse a budget that cannot hold the largest subject whose size is known now.
+
+        Known are those in RAM, and those in local files, of which a few hundred headers are read.
+
+        Args:
+            waiting_patches: Patches that wait for delivery beside it.
+
+        Raises:
+            RamBudgetError: It cannot; the message names the subject and the bytes.
+        """
+        sized = [
+            (self.bounds(index), index)
+            for index, subject in enumerate(self._dataset.dry_iter())
+            if (index < _HEADERS_AT_ONCE or _in_ram(subject)) and self._size(index) is not None
+        ]
+        if not sized:
+            return
+        bounds, index = max(sized, key=lambda pair: pair[0].work_bytes + pair[0].patch_bytes)
+        own_bytes = bounds.work_bytes + bounds.patch_bytes * self.counts[index]
+        held_bytes = bounds.patch_bytes * waiting_patches + self.base_bytes
+        if own_bytes + held_bytes > self.ram_budget_bytes:
+            raise self.too_large(index, own_bytes, held_bytes)
+
+    def too_large(self, index: int, own_bytes: int, held_bytes: int) -> RamBudgetError:
+        """Return the error for a subject that the budget cannot hold.
+
+        Args:
+            index: Its index in the dataset.
+            own_bytes: Bound of its own work and patches.
+            held_bytes: What is held beside it.
+        """
+        advice = (
+            f"Its own work and patches need {own_bytes} bytes; patches that wait for delivery, "
+            f"libraries and maps need {held_bytes} bytes. Raise ram_budget, or lower max_length, "
+            f"the patch size or samples_per_volume."
+        )
+        need_bytes = own_bytes + held_bytes
+        return refuse_subject(self.name(index), need_bytes, self.ram_budget_bytes, advice)
+
+    def _size(self, index: int) -> SubjectSize | None:
+        if index not in self._sizes:
+            size = measure_subject(self._dataset.dry_iter()[index])
+            if size is None:
+                return None
+            self._sizes[index] = size
+        return self._sizes[index]
 
     def _bound(self, size: SubjectSize) -> int:
         grown = size.scaled(self._growth)
-        subject_bytes = bound_subject(grown, self.cost, map_bytes(self.sampler))
-        return max(subject_bytes, self._bound_patch(size))
+        work_bytes = bound_subject(grown, self._cost, map_bytes(self._sampler))
+        return max(work_bytes, self._bound_patch(size))
+
+    def _bound_prepared(self, index: int, size: SubjectSize) -> int:
+        work_bytes = THREAD_BYTES
+        if not self._boxes_alone and index not in self._maps:
+            work_bytes = bound_subject(size, self._cost_prepared, map_bytes(self._sampler))
+        return max(work_bytes, self._bound_patch(size))
 
     def _bound_patch(self, size: SubjectSize) -> int:
         # The subject is gone by the time its patches are transformed, one after another.
-        return bound_subject(self._patch_size(size), self._patch_cost, 0)
+        patch_bytes = max(self.patch_bytes(size.channels), self._largest_patch_bytes)
+        voxels = patch_bytes // FLOAT_BYTES
+        patch = SubjectSize(voxels, voxels, voxels * FLOAT_BYTES, size.channels)
+        return bound_subject(patch, self._patch_cost, 0)
 
-    def _patch_size(self, size: SubjectSize) -> SubjectSize:
-        """Return the size of one patch of a subject, or of the largest that came out so far."""
-        voxels = self.patch_bytes(1) // FLOAT_BYTES
-        total = max(voxels * size.channels, self._largest_patch_bytes // FLOAT_BYTES)
-        return SubjectSize(total, total, total * FLOAT_BYTES, size.channels)
-
-    def _prepared_size(self, index: int) -> SubjectSize | None:
-        """Return the size of a subject whose prepared volume is there, where the dataset knows."""
-        tell = getattr(self.dataset, "prepared_size", None)
-        return tell(index) if callable(tell) else None
-
-    def _bound_prepared(self, index: int, size: SubjectSize) -> int:
-        subject_bytes = THREAD_BYTES
-        if not self._boxes_alone and index not in self._maps:
-            subject_bytes = bound_subject(size, self._cost_prepared, map_bytes(self.sampler))
-        return max(subject_bytes, self._bound_patch(size))
-
-    def patch_bytes(self, channels: int) -> int:
-        """Return the bytes of one patch, with float voxels."""
-        voxels = prod(int(n) for n in cast("Any", self.sampler).patch_size)
-        return voxels * channels * FLOAT_BYTES
+    # --- the dataset's content ---
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Tell the dataset which subjects come next, where it wants to know."""
-        tell = getattr(self.dataset, "prefetch_indices", None)
-        if callable(tell):
-            tell(indices, again=self._again if indices else ())
+        """Tell the dataset which subjects come next; none where nothing will."""
+        self._content.prefetch_indices(indices, likely_later=self._likely_later if indices else ())
 
     def close_dataset(self) -> None:
-        """End the loads under way, where the dataset can be closed."""
-        close = getattr(self.dataset, "close", None)
-        if callable(close):
-            close()
+        """End the loads under way."""
+        self._content.close()
+
+    # --- patches ---
 
     def produce(
         self,
-        index: int,
-        seed_parts: tuple[int, int],
+        turn: Turn,
         granted_bytes: int,
         cancelled: Callable[[], bool],
         announced: Callable[[], None] = lambda: None,
-    ) -> Production:
+    ) -> Production | None:
         """Load a subject and make its patches; what goes wrong is part of the result.
 
         Args:
-            index: Index in the dataset.
-            seed_parts: Number of the epoch, and how often it had the subject before.
+            turn: The subject's, on which its draws depend.
             granted_bytes: What was charged for the work, beside the patches.
             cancelled: Whether the patches are no longer wanted.
             announced: Called once the subject's size is known, where it was not.
 
-        Raises:
-            CancelledWorkError: They are not.
+        Returns:
+            None where it was cancelled, or has to be made anew: with a larger charge, since its
+            header told its true size, or from its files, since its prepared volume was damaged.
         """
 
         def admit(size: SubjectSize) -> None:
-            self._sizes[index] = size
+            self._sizes[turn.index] = size
             announced()
             if self._bound(size) > granted_bytes:
-                message = f"{self.name(index)} is larger than what was charged for it."
-                raise _LargerSubjectError(message)
+                raise _UnderchargedError(f"{self.name(turn.index)} was charged too little.")
 
-        count = self.count(index)
         try:
-            seed = derive_seed(self._seed, "subject", index, *seed_parts)
+            parts = turn.index, turn.epoch, turn.occurrence
+            seed = derive_seed(self._seed, "subject", *parts)
             with drawing_from(seed, cancelled), listening(admit):
-                patches = self._make_patches(index, count)
-        except (_LargerSubjectError, DamagedVolumeError) as error:
-            forget_locals(error)
-            return Production((), error=error, larger=True)
+                patches = self._make_patches(turn.index)
+        except CancelledWorkError:
+            return None
         except Exception as error:  # noqa: BLE001 - raised in the training loop, whole
             forget_locals(error)
-            return Production((), error=error)
+            anew = isinstance(error, _UnderchargedError | DamagedVolumeError)
+            return None if anew else Production(error=error)
         patch_bytes = max(map(subject_bytes, patches), default=0)
         self._largest_patch_bytes = max(self._largest_patch_bytes, patch_bytes)
         return Production(patches, patch_bytes)
 
-    def _make_patches(self, index: int, count: int) -> list[tio.Subject]:
+    def _make_patches(self, index: int) -> list[tio.Subject]:
+        count = self.counts[index]
         try:
             with self._opened(index) as (subject, kept):
                 patches = list(islice(draw_patches(self._sample, subject, kept), count))
                 del subject
         finally:
-            release = getattr(self.dataset, "release_index", None)
-            if callable(release):
-                release(index, drop=self._drop)
+            self._content.release_index(index, drop=self._drop)
         if len(patches) < count:
-            message = f"The patch sampler gave {len(patches)} of {count} patches."
-            raise RuntimeError(message)
-        if self.patch_transform is not None:
-            for place, patch in enumerate(patches):
-                patches[place] = self.patch_transform(patch)
+            raise RuntimeError(f"The patch sampler gave {len(patches)} of {count} patches.")
+        if self._patch_transform is not None:
+            for number, patch in enumerate(patches):
+                patches[number] = self._patch_transform(patch)
         return patches
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[tuple[tio.Subject, SamplerMap | None]]:
         """Yield a subject, of which a prepared one reads no more than is asked for, and its map."""
-        opened = getattr(self.dataset, "opened", None)
-        if callable(opened) and reads_boxes(self.sampler):
-            with opened(index) as subject:
+        if reads_boxes(self._sampler):
+            with self._content.opened(index) as subject:
                 if subject is not None:
                     yield subject, self._maps.of(index, self._sample, subject)
                     return
-        subject = get_subject(self.dataset, index)
+        subject = get_subject(self._dataset, index)
         self._calibrate(index, subject)
         yield subject, None
 
@@ -377,19 +428,3 @@ def _measure_image(image: tio.Image) -> ImageSize | None:
         data = image.data
         return len(data), prod(data.shape[1:]), data.element_size()
     return measure_header(image.path) if isinstance(image.path, Path) else None
-
-
-def subject_bytes(subject: tio.Subject) -> int:
-    """Return the bytes of a loaded subject's voxels."""
-    images = subject.get_images(intensity_only=False)
-    return sum(image.data.numel() * image.data.element_size() for image in images)
-
-
-def fix_intra_op_threads() -> int:
-    """Fix torch's intra-op threads in this thread, and return how many it had.
-
-    Results such as the mean of a volume depend on the number (TorchIO 1.2.1, torch 2.13).
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(INTRA_OP_THREADS)
-    return before
