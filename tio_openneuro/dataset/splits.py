@@ -1,4 +1,4 @@
-"""Divide units into parts or folds, without dividing what belongs together. Pure.
+"""Divide units into parts or folds, without dividing what belongs together; keep them as JSON.
 
 Units of one participant, units that share the annex key of an intensity image, and units with one
 value of the user's own group form a group, which is never divided. Where every group is one unit,
@@ -6,30 +6,32 @@ folds are scikit-learn's. Else each part gets a whole number of units of each cl
 its exact share so that no cell, row or column of that table is off by one; groups, the largest
 first, go where the most of their units are still wanted, and are then moved and exchanged while
 that brings the parts closer to the table. All draws come from the seed, alike on every machine.
+Saved parts are bound to the commit that they were made of.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import random
+import tempfile
 from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations, product
 from math import ceil, floor, isclose, isnan
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from tio_openneuro.content import AnnexKey
 from tio_openneuro.errors import SplitError
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
-
-    from tio_openneuro.content import AnnexKey
 
 _LOG = logging.getLogger(__name__)
 _MOST_CLASSES = 10
 _FEWEST_FOLDS = 2
 _MOST_EXCHANGES = 2_000
+_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,7 @@ def split(
     """
     shares = list(parts.values())
     if not shares or min(shares) <= 0 or not isclose(sum(shares), 1, abs_tol=1e-6):
-        message = f"Cannot split by {dict(parts)}: shares must be positive and sum to 1."
-        raise SplitError(message)
+        raise SplitError(f"Cannot split by {dict(parts)}: shares must be positive and sum to 1.")
     groups = _groups(units, len(parts), "parts")
     exact = [Fraction(share).limit_denominator(1_000_000) for share in shares]
     total = sum(exact)
@@ -118,12 +119,11 @@ def split(
     empty = [name for name, indices in found.items() if not indices]
     if empty:
         largest = max(len(group) for group in groups)
-        message = (
+        raise SplitError(
             f"Cannot split {len(units)} units: {empty[0]!r} with a share of {parts[empty[0]]}"
             f" would get none. They form {len(groups)} groups that stay together, the largest"
             f" of {largest} units. Give {empty[0]!r} a larger share."
         )
-        raise SplitError(message)
     return found
 
 
@@ -150,8 +150,7 @@ def k_fold(
         SplitError: Fewer than 2 folds, or fewer groups than folds.
     """
     if folds < _FEWEST_FOLDS:
-        message = f"Cannot make {folds} folds: at least {_FEWEST_FOLDS} are needed."
-        raise SplitError(message)
+        raise SplitError(f"Cannot make {folds} folds: at least {_FEWEST_FOLDS} are needed.")
     groups = _groups(units, folds, "folds")
     classes = _classes(stratify, len(units))
     if len(groups) == len(units) and min(Counter(classes).values()) >= folds:
@@ -160,6 +159,61 @@ def k_fold(
         validation = _assign(groups, classes, [Fraction(1, folds)] * folds, seed)
     everything = set(range(len(units)))
     return [(tuple(sorted(everything - set(fold))), fold) for fold in validation]
+
+
+def save_split(
+    path: str | os.PathLike[str], parts: Mapping[str, Sequence[str]], *, commit: str
+) -> None:
+    """Write a split as JSON, whole or not at all.
+
+    Args:
+        path: The file.
+        parts: Names of the units of each part.
+        commit: The dataset's commit; with several datasets, all of them as one text.
+    """
+    content = {"format": _FORMAT, "commit": commit, "parts": {n: list(u) for n, u in parts.items()}}
+    target = Path(path)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=target.parent, prefix=target.name, suffix=".tmp", delete=False
+    ) as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+    Path(file.name).replace(target)
+
+
+def read_split(
+    path: str | os.PathLike[str], units: Sequence[str], *, commit: str
+) -> dict[str, tuple[int, ...]]:
+    """Read a split that was saved.
+
+    Args:
+        path: The file.
+        units: Names of the dataset's units.
+        commit: The dataset's commit, which must be the split's.
+
+    Returns:
+        Indices of units by part, in the order saved.
+
+    Raises:
+        SplitError: The file is no split, is of another commit, or names units that are not there.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved, parts = content["commit"], dict(content["parts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SplitError(f"{path} holds no split: {error}. Save one with save_split.") from error
+    if saved != commit:
+        raise SplitError(
+            f"Cannot use the split in {path}: it was made of commit {saved}, the dataset is at"
+            f" {commit}. Open the dataset with version={saved!r}, or make a new split."
+        )
+    index = {name: number for number, name in enumerate(units)}
+    unknown = [name for names in parts.values() for name in names if name not in index]
+    if unknown:
+        raise SplitError(
+            f"Cannot use the split in {path}: {len(unknown)} of its units are not selected, the"
+            f" first {unknown[0]}. Select the images that it was made with."
+        )
+    return {part: tuple(index[name] for name in names) for part, names in parts.items()}
 
 
 def _groups(units: Sequence[SplitUnit], wanted: int, what: str) -> list[tuple[int, ...]]:
@@ -191,17 +245,12 @@ def _classes(values: Sequence[object] | None, count: int) -> list[int]:
     if values is None:
         return [0] * count
     if len(values) != count:
-        message = f"stratify has {len(values)} values for {count} units."
-        raise SplitError(message)
+        raise SplitError(f"stratify has {len(values)} values for {count} units.")
     numbers = sorted(v for v in values if isinstance(v, int | float) and not _is_missing(v))
     if len(set(numbers)) > _MOST_CLASSES:
         cuts = [numbers[len(numbers) * quarter // 4] for quarter in (1, 2, 3)]
-        values = [
-            sum(value >= cut for cut in cuts)
-            if isinstance(value, int | float) and not _is_missing(value)
-            else value
-            for value in values
-        ]
+        quartiles: dict[object, int] = {n: sum(n >= cut for cut in cuts) for n in numbers}
+        values = [quartiles.get(value, value) for value in values]
     names = [str(value) for value in values]
     order = {name: number for number, name in enumerate(sorted(set(names)))}
     return [order[name] for name in names]
