@@ -27,7 +27,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.errors import FetchError, RamBudgetError
 from tio_openneuro.queue.queue import BudgetedQueue
-from tio_openneuro.queue.source import InMemory
+from tio_openneuro.queue.source import NoContent
 from tio_openneuro.ram.admission import BASE_BYTES
 from tio_openneuro.volumes.headers import announce_size, sum_sizes
 
@@ -675,7 +675,7 @@ def test_charges_end_with_the_patches(make_queue):
 # --- the dataset's side ---
 
 
-class ObservingDataset(InMemory, tio.SubjectsDataset):
+class ObservingDataset(NoContent, tio.SubjectsDataset):
     """A dataset with content, which writes down what it is told."""
 
     def __init__(self):

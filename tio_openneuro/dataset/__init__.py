@@ -8,8 +8,4 @@ from tio_openneuro.dataset.batches import subject_bytes
 from tio_openneuro.dataset.concatenation import concat
 from tio_openneuro.dataset.dataset import DataladSubjectsDataset
 
-__all__ = [
-    "DataladSubjectsDataset",
-    "concat",
-    "subject_bytes",
-]
+__all__ = ["DataladSubjectsDataset", "concat", "subject_bytes"]

@@ -230,13 +230,9 @@ def _groups(units: Sequence[SplitUnit], wanted: int, what: str) -> list[tuple[in
             message += f" The largest is {len(largest)} units of {units[largest[0]].participant}."
         raise SplitError(message)
     if len(largest) > 1:
-        _LOG.info(
-            "%d units form %d groups; the largest has %d units, the first of %s",
-            len(units),
-            len(groups),
-            len(largest),
-            units[largest[0]].participant,
-        )
+        text = "%d units form %d groups; the largest has %d units, the first of %s"
+        first = units[largest[0]].participant
+        _LOG.info(text, len(units), len(groups), len(largest), first)
     return groups
 
 
@@ -270,10 +266,7 @@ def _singles(classes: Sequence[int], folds: int, seed: int) -> list[tuple[int, .
 
 
 def _assign(
-    groups: Sequence[tuple[int, ...]],
-    classes: Sequence[int],
-    shares: Sequence[Fraction],
-    seed: int,
+    groups: Sequence[tuple[int, ...]], classes: Sequence[int], shares: Sequence[Fraction], seed: int
 ) -> list[tuple[int, ...]]:
     """Give each group to a part, so that classes and sizes come close to their shares."""
     kinds = max(classes) + 1
@@ -286,8 +279,8 @@ def _assign(
     order.sort(key=lambda group: -len(groups[group]))
     held: list[list[int]] = [[] for _ in shares]
     for group in order:
-        falls = [_cost(_less(missing, counts[group])) - _cost(missing) for missing in wanted]
-        part = min(range(len(shares)), key=lambda n: (falls[n].classes, falls[n].size, n))
+        falls = [_less(_cost(_less(missing, counts[group])), _cost(missing)) for missing in wanted]
+        part = min(range(len(shares)), key=lambda n: (*reversed(falls[n]), n))
         held[part].append(group)
         wanted[part] = _less(wanted[part], counts[group])
     _improve(held, counts, wanted)
@@ -297,28 +290,20 @@ def _assign(
 _Counts = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Cost:
-    """How far parts are from what they should have: the size goes before the classes."""
+def _cost(missing: _Counts) -> _Counts:
+    """Return how far a part that misses these numbers of each class is from its size and classes.
 
-    size: int
-    classes: int
-
-    def __add__(self, other: _Cost) -> _Cost:
-        return _Cost(self.size + other.size, self.classes + other.classes)
-
-    def __sub__(self, other: _Cost) -> _Cost:
-        return _Cost(self.size - other.size, self.classes - other.classes)
+    Sizes go before classes where costs are compared.
+    """
+    return sum(missing) ** 2, sum(number**2 for number in missing)
 
 
-def _cost(missing: _Counts) -> _Cost:
-    """Return the cost of a part that still misses these numbers of each class."""
-    return _Cost(sum(missing) ** 2, sum(number**2 for number in missing))
+def _plus(counts: _Counts, more: _Counts) -> _Counts:
+    return tuple(a + b for a, b in zip(counts, more, strict=True))
 
 
-def _less(missing: _Counts, count: _Counts) -> _Counts:
-    """Return what a part still misses after a group has come."""
-    return tuple(a - b for a, b in zip(missing, count, strict=True))
+def _less(counts: _Counts, fewer: _Counts) -> _Counts:
+    return tuple(a - b for a, b in zip(counts, fewer, strict=True))
 
 
 def _improve(held: list[list[int]], counts: Sequence[_Counts], wanted: list[_Counts]) -> None:
@@ -330,13 +315,13 @@ def _improve(held: list[list[int]], counts: Sequence[_Counts], wanted: list[_Cou
     nothing = (0,) * len(wanted[0])
     for _ in range(_MOST_EXCHANGES):
         kinds = [sorted({counts[group] for group in part} | {nothing}) for part in held]
-        best = (_Cost(0, 0), -1, -1, nothing, nothing)
+        best: tuple[_Counts, int, int, _Counts, _Counts] = ((0, 0), -1, -1, nothing, nothing)
         for a, b in combinations(range(len(held)), 2):
-            before = _cost(wanted[a]) + _cost(wanted[b])
+            before = _plus(_cost(wanted[a]), _cost(wanted[b]))
             for given, taken in product(kinds[a], kinds[b]):
-                after = _cost(_less(_less(wanted[a], taken), _opposite(given)))
-                after += _cost(_less(_less(wanted[b], given), _opposite(taken)))
-                best = min(best, (after - before, a, b, given, taken))
+                moved = _less(given, taken)
+                after = _plus(_cost(_plus(wanted[a], moved)), _cost(_less(wanted[b], moved)))
+                best = min(best, (_less(after, before), a, b, given, taken))
         _, a, b, given, taken = best
         if a < 0:
             return
@@ -345,13 +330,8 @@ def _improve(held: list[list[int]], counts: Sequence[_Counts], wanted: list[_Cou
                 group = next(g for g in held[source] if counts[g] == count)
                 held[source].remove(group)
                 held[target].append(group)
-                wanted[source] = _less(wanted[source], _opposite(count))
+                wanted[source] = _plus(wanted[source], count)
                 wanted[target] = _less(wanted[target], count)
-
-
-def _opposite(count: _Counts) -> _Counts:
-    """Return the numbers of a group that leaves."""
-    return tuple(-number for number in count)
 
 
 def _round(exact: Sequence[Sequence[Fraction]]) -> list[list[int]]:

@@ -128,9 +128,7 @@ class SplitViews:
         return [(view["train"], view["val"]) for view in views]
 
     def _named_views(
-        self,
-        parts: Mapping[str, Sequence[int]],
-        transforms: Mapping[str, Transform | None] | None,
+        self, parts: Mapping[str, Sequence[int]], transforms: Mapping[str, Transform | None] | None
     ) -> dict[str, Self]:
         unknown = set(transforms or ()) - set(parts)
         if unknown:

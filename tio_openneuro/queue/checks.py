@@ -69,27 +69,23 @@ def refuse_other_generators(dataset: tio.SubjectsDataset, *targets: object) -> N
             )
 
 
-def count_ranks(subject_sampler: object) -> int:
-    """Return in how many processes the training runs that must have equal numbers of patches."""
+def has_ranks(subject_sampler: object, planner: Planner) -> bool:
+    """Return whether the training runs in several processes, which need equal numbers of patches.
+
+    Raises:
+        ValueError: It does, and subjects differ in their numbers of patches.
+    """
     ranks = 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         ranks = torch.distributed.get_world_size()
     if isinstance(subject_sampler, DistributedSampler):
         ranks = max(ranks, subject_sampler.num_replicas)
-    return ranks
-
-
-def refuse_unequal_ranks(planner: Planner) -> None:
-    """Refuse what would give ranks different numbers of patches.
-
-    Raises:
-        ValueError: Subjects differ in their numbers of patches.
-    """
-    if not planner.uniform:
+    if ranks > 1 and not planner.uniform:
         raise ValueError(
             "Cannot give ranks equal numbers of patches: subjects differ in num_samples. Give "
             "every subject the same."
         )
+    return ranks > 1
 
 
 def name_error(name: str, error: BaseException) -> BaseException:

@@ -138,7 +138,7 @@ class Filler:
         self._source.prefetch(())
         if not threading.main_thread().is_alive():
             # The interpreter ends: nobody else waits for what the threads are loading.
-            self._source.close_dataset()
+            self._source.content.close()
         self._workers.join()
         bound_free_memory()
 

@@ -51,7 +51,7 @@ class Planner:
         """
         self.foreseeable = subject_sampler is None or type(subject_sampler) in _FORESEEABLE
         self.uniform = len(set(counts)) == 1
-        self._counts = counts
+        self.counts = counts
         self._seed = seed
         self._shuffled = shuffled
         self._live = subject_sampler
@@ -67,7 +67,7 @@ class Planner:
             ValueError: The subject sampler has no length.
         """
         if self._live is None:
-            return len(self._counts)
+            return len(self.counts)
         if not isinstance(self._live, Sized):
             raise ValueError(  # noqa: TRY004 - TorchIO's queue raises ValueError
                 f"The subject sampler passed to the queue must have a __len__ method, and "
@@ -79,12 +79,12 @@ class Planner:
     @property
     def largest_total(self) -> int:
         """The most patches that an epoch may have."""
-        subjects = len(self._live if isinstance(self._live, Sized) else self._counts)
-        return max(self._counts) * max(subjects, 1)
+        subjects = len(self._live if isinstance(self._live, Sized) else self.counts)
+        return max(self.counts) * max(subjects, 1)
 
     def total(self, epoch: int) -> int:
         """Return the patches of an epoch; its order is drawn only where subjects differ."""
-        return len(self) * self._counts[0] if self.uniform else self.plan(epoch).total
+        return len(self) * self.counts[0] if self.uniform else self.plan(epoch).total
 
     def plan(self, epoch: int) -> EpochPlan:
         """Return the plan of an epoch; the same one when asked again.
@@ -115,20 +115,20 @@ class Planner:
             ValueError: An index is out of range.
         """
         for index in order:
-            if not 0 <= index < len(self._counts):
+            if not 0 <= index < len(self.counts):
                 raise ValueError(
                     f"The subject sampler gave index {index} in epoch {epoch}, and the dataset "
-                    f"has {len(self._counts)} subjects: indices go from 0 to "
-                    f"{len(self._counts) - 1}."
+                    f"has {len(self.counts)} subjects: indices go from 0 to "
+                    f"{len(self.counts) - 1}."
                 )
         self._plans = {known: plan for known, plan in self._plans.items() if known >= epoch - 1}
-        self._plans[epoch] = EpochPlan(epoch, order, tuple(self._counts[i] for i in order))
+        self._plans[epoch] = EpochPlan(epoch, order, tuple(self.counts[i] for i in order))
 
     def likeliest(self) -> list[int]:
         """Return the subjects that an epoch of unknown order may have, the likeliest first."""
         chosen = getattr(self._live, "indices", None)
         weights = getattr(self._live, "weights", None)
-        count = len(self._counts)
+        count = len(self.counts)
         if chosen is None or not all(0 <= int(index) < count for index in chosen):
             chosen = range(count)
         found = sorted({int(index) for index in chosen})
@@ -161,9 +161,8 @@ class Planner:
             sampler.set_epoch(epoch)
             return sampler
         if getattr(self._first, "generator", self) is None:
-            generator = torch.Generator()
-            generator.manual_seed(derive_seed(self._seed, "subject sampler", epoch))
-            sampler.generator = generator  # type: ignore[attr-defined]
+            seed = derive_seed(self._seed, "subject sampler", epoch)
+            sampler.generator = torch.Generator().manual_seed(seed)  # type: ignore[attr-defined]
             return sampler
         # A generator of the user's own is stateful: epoch n is its n-th pass, counted from the
         # state in which the queue was given it.

@@ -13,12 +13,13 @@ from typing import Any, Self
 
 import torchio as tio
 from torch.utils.data import get_worker_info
+from torchio.constants import NUM_SAMPLES
 
 from tio_openneuro.queue import checks
 from tio_openneuro.queue.draw import Pass, PassStart, choose_window
 from tio_openneuro.queue.filler import Filler
 from tio_openneuro.queue.order import Planner
-from tio_openneuro.queue.source import SubjectSource, count_patches
+from tio_openneuro.queue.source import SubjectSource
 from tio_openneuro.queue.state import (
     LONGEST_SKIPPED,
     QueueState,
@@ -125,26 +126,24 @@ class BudgetedQueue(tio.Queue):
         self._delivered = 0
         install_seed_guard()
         self._build(PassStart())
-        self._has_ranks = checks.count_ranks(subject_sampler) > 1
-        if self._has_ranks:
-            checks.refuse_unequal_ranks(self._planner)
+        self._has_ranks = checks.has_ranks(subject_sampler, self._planner)
         self._source.require_room(min(self.max_length, self._planner.largest_total))
         self._fill_ahead()
 
     def _build(self, start: PassStart) -> None:
         """Make what depends on the seed and the window, to go on from there."""
-        counts = count_patches(self.subjects_dataset, self.samples_per_volume)
+        subjects = self.subjects_dataset.dry_iter()
+        counts = [int(getattr(each, NUM_SAMPLES, self.samples_per_volume)) for each in subjects]
         self._planner = Planner(
             counts, self.subject_sampler, seed=self.seed, shuffled=self.shuffle_subjects
         )
         self._source = SubjectSource(
             self.subjects_dataset,
             self.sampler,
-            counts=counts,
+            planner=self._planner,
             patch_transform=self.patch_transform,
             seed=self.seed,
             drop=self.on_release == "drop",
-            likely_later=self._planner.likeliest(),
             ram_budget_bytes=self.ram_budget_bytes,
         )
         if not self.max_length:
@@ -300,8 +299,9 @@ class BudgetedQueue(tio.Queue):
 
     # --- what it shows ---
 
-    def __len__(self) -> int:
-        """Return the patches of the epoch that index 0 would begin; draw nothing of the user's."""
+    @property
+    def iterations_per_epoch(self) -> int:
+        """Patches of the epoch that index 0 would begin, which ``len`` is; draw nothing."""
         current = None if self._begins(0) else self._pass
         return self._planner.total(self._next.epoch if current is None else current.plan.epoch)
 
@@ -316,19 +316,9 @@ class BudgetedQueue(tio.Queue):
         return len(self._pass_at(self._next).left()) if self._next.step else len(self)
 
     @property
-    def iterations_per_epoch(self) -> int:
-        """Patches of the epoch that index 0 would begin."""
-        return len(self)
-
-    @property
     def num_subjects(self) -> int:
         """Subjects of an epoch."""
         return len(self._planner)
-
-    @property
-    def num_patches(self) -> int:
-        """Patches that can be drawn now."""
-        return len(self.patches_list)
 
     @property
     def patches_list(self) -> list[tio.Subject]:  # type: ignore[override]
@@ -347,11 +337,9 @@ class BudgetedQueue(tio.Queue):
             subject: Decides the number of channels; by default the first of the dataset, where
                 an image that was not loaded counts as one channel unless its header is there.
         """
-        if subject is None:
-            channels = self._source.channels(0)
-        else:
-            channels = sum(len(image.data) for image in subject.get_images(intensity_only=False))
-        return self._source.patch_bytes(channels) * self.max_length
+        if subject is not None:
+            return super().get_max_memory(subject)
+        return self._source.patch_bytes(self._source.channels(0)) * self.max_length
 
     def statistics(self) -> QueueStatistics:
         """Return what was done and what is held."""
@@ -395,12 +383,9 @@ class BudgetedQueue(tio.Queue):
     def _pass_at(self, start: PassStart) -> Pass:
         """Return the pass that begins there; the same one when asked again."""
         if self._ahead is None or self._ahead.start != start:
+            plan, shuffled = self._planner.plan(start.epoch), self.shuffle_patches
             self._ahead = Pass(
-                self._planner.plan(start.epoch),
-                start,
-                seed=self.seed,
-                window=self.max_length,
-                shuffled=self.shuffle_patches,
+                plan, start, seed=self.seed, window=self.max_length, shuffled=shuffled
             )
         return self._ahead
 

@@ -1,7 +1,7 @@
 """From a dataset's index to patches: load, transform, sample, in one thread, under one seed.
 
-Owns what TorchIO must be asked about a subject: its name, its number of patches, the size of its
-images, the cost of its transforms. It holds nothing of the dataset between two subjects.
+Owns what TorchIO must be asked about a subject: its name, the size of its images, the cost of its
+transforms. It holds nothing of the dataset between two subjects.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torchio as tio
-from torchio.constants import NUM_SAMPLES
 
 from tio_openneuro.dataset import subject_bytes
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.prepared import DamagedVolumeError
 from tio_openneuro.queue.draw import Turn, derive_seed
+from tio_openneuro.queue.order import Planner
 from tio_openneuro.ram import (
     BASE_BYTES,
     FLOAT_BYTES,
@@ -60,41 +60,37 @@ class ContentDataset(Protocol):
     def opened(self, index: int, /) -> AbstractContextManager[tio.Subject | None]:
         """Hold a subject open of which no more is read than patches need; None where none is."""
 
-    def prepared_size(self, index: int, /) -> SubjectSize | None:
+    def prepared_size(self, index: int) -> SubjectSize | None:
         """Return the size of what :meth:`opened` would hold, or None."""
 
-    def prefetch_indices(
-        self, indices: Sequence[int], /, *, likely_later: Sequence[int] = ()
-    ) -> None:
+    def prefetch_indices(self, indices: Sequence[int], *, likely_later: Sequence[int]) -> None:
         """Hear which subjects come next, and which may come after them."""
 
-    def release_index(self, index: int, /, *, drop: bool) -> None:
+    def release_index(self, index: int, *, drop: bool) -> None:
         """Hear that a subject's content has been used."""
 
     def close(self) -> None:
         """End the loads under way."""
 
 
-class InMemory:
-    """The answers of a dataset that has no content to fetch, release or close."""
+class NoContent:
+    """The answers for a dataset that has nothing to fetch, to release or to close."""
 
     def opened(self, _index: int, /) -> AbstractContextManager[tio.Subject | None]:
         """Hold nothing."""
         return nullcontext()
 
-    def prepared_size(self, _index: int, /) -> SubjectSize | None:
-        """Return None."""
+    def prepared_size(self, index: int) -> SubjectSize | None:
+        """Know none."""
 
-    def prefetch_indices(
-        self, _indices: Sequence[int], /, *, likely_later: Sequence[int] = ()
-    ) -> None:
-        """Do nothing."""
+    def prefetch_indices(self, indices: Sequence[int], *, likely_later: Sequence[int]) -> None:
+        """Fetch nothing."""
 
-    def release_index(self, _index: int, /, *, drop: bool) -> None:
-        """Do nothing."""
+    def release_index(self, index: int, *, drop: bool) -> None:
+        """Release nothing."""
 
     def close(self) -> None:
-        """Do nothing."""
+        """Close nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +129,6 @@ class _UnderchargedError(RamBudgetError):
     """A header says that a subject is larger than what was charged for it."""
 
 
-def count_patches(dataset: tio.SubjectsDataset, samples_per_volume: int) -> list[int]:
-    """Return how many patches each subject gives, without loading it."""
-    subjects = dataset.dry_iter()
-    return [int(getattr(subject, NUM_SAMPLES, samples_per_volume)) for subject in subjects]
-
-
 class SubjectSource:
     """Makes patches of a dataset's subjects. Safe to share by threads."""
 
@@ -147,11 +137,10 @@ class SubjectSource:
         dataset: tio.SubjectsDataset,
         sampler: Callable[[tio.Subject], Any],
         *,
-        counts: Sequence[int],
+        planner: Planner,
         patch_transform: Callable[[tio.Subject], tio.Subject] | None,
         seed: int,
         drop: bool,
-        likely_later: Sequence[int],
         ram_budget_bytes: int,
     ) -> None:
         """Keep the parts; load nothing.
@@ -159,23 +148,22 @@ class SubjectSource:
         Args:
             dataset: The subjects.
             sampler: The patch sampler.
-            counts: Patches of each subject.
+            planner: Knows how many patches each subject gives, and which may come later.
             patch_transform: Applied to each patch, under the subject's generator.
             seed: The queue's seed.
             drop: Whether a subject's content is dropped once its patches are made.
-            likely_later: Subjects of epochs whose order is not known yet, the likeliest first.
             ram_budget_bytes: The queue's, of which a part is set aside for sampler maps.
         """
-        self.counts = counts
+        self.counts = planner.counts
         self.ram_budget_bytes = ram_budget_bytes
         self._dataset = dataset
-        self._content = dataset if isinstance(dataset, ContentDataset) else InMemory()
+        self.content = dataset if isinstance(dataset, ContentDataset) else NoContent()
         self._sampler = sampler
         self._sample = with_box_crop(sampler)
         self._patch_transform = patch_transform
         self._seed = seed
         self._drop = drop
-        self._likely_later = likely_later
+        self._likely_later = planner.likeliest()
         preprocess = getattr(dataset, "preprocess", None)
         transform = getattr(dataset, "_transform", None)
         self._cost_prepared = measure_cost(transform)
@@ -229,7 +217,7 @@ class SubjectSource:
         256**3 for each image, is taken. Patches of all subjects are taken for equal once some
         were made.
         """
-        prepared = self._content.prepared_size(index)
+        prepared = self.content.prepared_size(index)
         size = prepared or self._size(index)
         known = size is not None
         if size is None:
@@ -306,15 +294,9 @@ class SubjectSource:
         patch = SubjectSize(voxels, voxels, voxels * FLOAT_BYTES, size.channels)
         return bound_subject(patch, self._patch_cost, 0)
 
-    # --- the dataset's content ---
-
     def prefetch(self, indices: Sequence[int]) -> None:
         """Tell the dataset which subjects come next; none where nothing will."""
-        self._content.prefetch_indices(indices, likely_later=self._likely_later if indices else ())
-
-    def close_dataset(self) -> None:
-        """End the loads under way."""
-        self._content.close()
+        self.content.prefetch_indices(indices, likely_later=self._likely_later if indices else ())
 
     # --- patches ---
 
@@ -366,7 +348,7 @@ class SubjectSource:
                 patches = list(islice(draw_patches(self._sample, subject, kept), count))
                 del subject
         finally:
-            self._content.release_index(index, drop=self._drop)
+            self.content.release_index(index, drop=self._drop)
         if len(patches) < count:
             raise RuntimeError(f"The patch sampler gave {len(patches)} of {count} patches.")
         if self._patch_transform is not None:
@@ -378,7 +360,7 @@ class SubjectSource:
     def _opened(self, index: int) -> Iterator[tuple[tio.Subject, SamplerMap | None]]:
         """Yield a subject, of which a prepared one reads no more than is asked for, and its map."""
         if reads_boxes(self._sampler):
-            with self._content.opened(index) as subject:
+            with self.content.opened(index) as subject:
                 if subject is not None:
                     yield subject, self._maps.of(index, self._sample, subject)
                     return
@@ -410,13 +392,9 @@ def measure_subject(subject: tio.Subject) -> SubjectSize | None:
     Args:
         subject: Loaded or not; it is not loaded.
     """
-    sizes = []
-    for image in subject.get_images(intensity_only=False):
-        size = _measure_image(image)
-        if size is None:
-            return None
-        sizes.append(size)
-    return sum_sizes(sizes) if sizes else None
+    sizes = [_measure_image(image) for image in subject.get_images(intensity_only=False)]
+    known = [size for size in sizes if size is not None]
+    return sum_sizes(known) if 0 < len(known) == len(sizes) else None
 
 
 def _in_ram(subject: tio.Subject) -> bool:
