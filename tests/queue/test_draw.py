@@ -93,6 +93,21 @@ def test_unshuffled_patches_come_in_order():
     assert [_take(current) for _ in range(5)] == [0, 1, 2, 3, 4]
 
 
+def test_each_patch_of_the_window_is_as_likely_as_another_and_no_two_seeds_agree():
+    """Over two thousand seeds the newest candidate is taken as often as one of ten would be."""
+    plan = _plan([4, 6, 10])
+    whole = [_pass(plan, 10, seed=seed) for seed in range(2000)]
+    orders = [tuple(_take(current) for _ in range(plan.total)) for current in whole]
+    assert len(set(orders)) == 2000
+    for step in (0, 7):
+        taken = Counter(order[step] for order in orders)
+        assert set(taken) == set(range(10 + step))
+        assert 150 < taken[9 + step] < 250, "the newest of ten candidates"
+    again, later = (_pass(_plan([4, 6, 10], epoch), 10, seed=3) for epoch in (1, 2))
+    assert tuple(_take(again) for _ in range(plan.total)) == orders[3]
+    assert tuple(_take(later) for _ in range(plan.total)) != orders[3]
+
+
 def test_draws_are_uniform():
     """A hundred thousand draws of ten hit each outcome about ten thousand times."""
     counts = Counter(draw_below(10, 3, "patch", step) for step in range(100_000))
