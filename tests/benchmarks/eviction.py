@@ -28,7 +28,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import tio_openneuro as tno
 from tio_openneuro.demo.watch import DiskWatch
-from tio_openneuro.queue.order import SubjectOrder
+from tio_openneuro.queue.order import Planner
 
 RUNS = 5
 UNITS = 40
@@ -218,8 +218,8 @@ def _rank(rank, accession, root, budget_bytes, seed, ranks, meet, go_on) -> None
 def _orders(units: int, ranks: int, seed: int) -> list[list[int]]:
     """Return the order of each epoch, that of the ranks in turns."""
     if ranks == 1:
-        order = SubjectOrder(units, None, seed=seed, shuffled=True)
-        return [list(order.of(epoch)) for epoch in range(EPOCHS)]
+        planner = Planner([1] * units, None, seed=seed, shuffled=True)
+        return [list(planner.plan(epoch).order) for epoch in range(EPOCHS)]
     found = []
     for epoch in range(EPOCHS):
         parts = []

@@ -6,6 +6,8 @@ import glob
 import math
 import os
 import pickle
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -252,6 +254,50 @@ def test_batches_of_whole_subjects_fit_the_ram_budget(dataset: tno.DataladSubjec
         next(dataset.batches(ram_budget=subject_bytes))
 
 
+def test_the_next_list_is_fetched_while_one_is_used(dataset: tno.DataladSubjectsDataset) -> None:
+    """Of six subjects in lists of two, all are on disk before the second list is asked for."""
+    lists = dataset.batches(2)
+    assert [subject.subject_id for subject in next(lists)] == ["sub-01", "sub-02"]
+    deadline_s = time.monotonic() + 60
+    while dataset.statistics().fetched_files < 12:
+        assert time.monotonic() < deadline_s
+        threading.Event().wait(0.01)
+    assert [len(batch) for batch in lists] == [2, 2]
+
+
+def test_released_content_stays_or_is_dropped_as_told(
+    dataset: tno.DataladSubjectsDataset, root: Path
+) -> None:
+    """One unit is dropped at once and leaves the other, which stays until room is needed."""
+    assert dataset[0].subject_id == "sub-01"
+    assert dataset[1].subject_id == "sub-02"
+    dataset.release_index(0, drop=False)
+    assert held_bytes(root) == dataset[:2].nbytes
+    dataset.release_index(1, drop=True)
+    assert held_bytes(root) == dataset[:1].nbytes
+
+
+def test_preprocess_computes_on_one_thread_whatever_the_users_are(
+    openneuro: LoopbackOpenNeuro,
+) -> None:
+    """Sums depend on the number of threads: what is kept must not depend on the machine."""
+    seen = []
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return tensor
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with tno.DataladSubjectsDataset("ds900001", IMAGES, preprocess=tio.Lambda(look)) as dataset:
+            assert dataset[0].subject_id == "sub-01"
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
+
+
 def test_runs_know_their_events(openneuro: LoopbackOpenNeuro) -> None:
     """A run's events stand in its metadata by path, and are read from git without fetching."""
     volume = heads(1)["sub-01/anat/sub-01_T1w.nii.gz"]
@@ -294,6 +340,26 @@ def test_concat_tells_datasets_apart_under_one_budget(openneuro: LoopbackOpenNeu
             pytest.raises(tno.SelectionError, match="t2"),
         ):
             tno.concat([first, other])
+
+
+def test_concat_refuses_what_one_root_and_one_pipeline_cannot_serve(
+    openneuro: LoopbackOpenNeuro, tmp_path: Path
+) -> None:
+    """Another root, preprocess or transform is named; the same ones are one dataset."""
+    canonical, flip = tio.ToCanonical(), tio.RandomFlip()
+    with contextlib.ExitStack() as stack:
+
+        def opened(**options: object) -> tno.DataladSubjectsDataset:
+            options = {"preprocess": canonical, "transform": flip, **options}
+            return stack.enter_context(tno.DataladSubjectsDataset("ds900001", IMAGES, **options))
+
+        first = opened()
+        assert len(tno.concat([first, opened()])) == 12
+        with pytest.raises(tno.SelectionError, match=r"roots are .*root and .*elsewhere"):
+            tno.concat([first, opened(root=tmp_path / "elsewhere")])
+        for option in ({"preprocess": tio.ToCanonical()}, {"transform": None}):
+            with pytest.raises(tno.SelectionError, match="different preprocess or transform"):
+                tno.concat([first, opened(**option)])
 
 
 def test_weights_balance_a_column(dataset: tno.DataladSubjectsDataset) -> None:

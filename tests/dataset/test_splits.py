@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedKFold
 
 from tio_openneuro.content import AnnexKey
-from tio_openneuro.dataset.split_files import read_split, save_split
-from tio_openneuro.dataset.splits import SplitUnit, find_groups, k_fold, split
+from tio_openneuro.dataset.splits import (
+    SplitUnit,
+    find_groups,
+    k_fold,
+    read_split,
+    save_split,
+    split,
+)
 from tio_openneuro.errors import SplitError
 
 

@@ -227,8 +227,8 @@ def make_queue(cell: Cell, folder: Path, budget: int, *, start: bool) -> Budgete
 def smallest_budget(cell: Cell, folder: Path) -> int:
     """Return what a subject's work, its patches, a full window and the libraries need."""
     with make_queue(cell, folder, 64 * 2**30, start=False) as queue:
-        need = queue._source.need(0)
-    return need.work_bytes + need.patch_bytes * (SAMPLES + WINDOW) + BASE_BYTES
+        bounds = queue._source.bounds(0)
+    return bounds.work_bytes + bounds.patch_bytes * (SAMPLES + WINDOW) + BASE_BYTES
 
 
 if __name__ == "__main__":

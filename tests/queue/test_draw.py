@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tio_openneuro.queue.draw import (
-    Draw,
     EpochPlan,
     Pass,
     PassStart,
@@ -22,6 +21,18 @@ def _plan(counts, epoch=1):
     return EpochPlan(epoch, tuple(range(len(counts))), tuple(counts))
 
 
+def _pass(plan, window, *, seed=0, step=0, shuffled=True):
+    start = PassStart(plan.epoch, step)
+    return Pass(plan, start, seed=seed, window=window, shuffled=shuffled)
+
+
+def _take(current):
+    """Take the next patch, and return its production index."""
+    turn, number = current.next()
+    current.take()
+    return current.plan.start(turn.position) + number
+
+
 @given(
     counts=st.lists(st.integers(1, 9), min_size=1, max_size=12),
     window=st.integers(1, 60),
@@ -32,11 +43,11 @@ def _plan(counts, epoch=1):
 def test_every_patch_is_taken_once_and_from_within_the_window(counts, window, epoch, seed):
     """Each epoch takes every patch once, never one beyond the window at that step."""
     plan = _plan(counts, epoch)
-    draw = Draw(seed, plan, window, shuffled=True)
+    current = _pass(plan, window, seed=seed)
     taken = []
-    while not draw.finished:
-        end = min(draw.step + window, plan.total)
-        taken.append(draw.take())
+    while not current.finished:
+        end = min(current.step + window, plan.total)
+        taken.append(_take(current))
         assert taken[-1] < end
     assert sorted(taken) == list(range(sum(counts)))
 
@@ -48,37 +59,53 @@ def test_every_patch_is_taken_once_and_from_within_the_window(counts, window, ep
 )
 @settings(max_examples=100, deadline=None)
 def test_a_draw_can_be_reached_again_from_a_count(counts, window, data):
-    """A draw that is advanced to a step goes on as the one that took each patch."""
+    """A pass that begins within its epoch goes on as the one that took each patch."""
     plan = _plan(counts)
     step = data.draw(st.integers(0, plan.total))
-    first = Draw(7, plan, window, shuffled=True)
-    before = {first.take() for _ in range(step)}
-    second = Draw(7, plan, window, shuffled=True)
-    second.advance(step)
+    first = _pass(plan, window, seed=7)
+    before = {_take(first) for _ in range(step)}
+    second = _pass(plan, window, seed=7, step=step)
     assert set(second.left()) == set(range(plan.total)) - before
     while not first.finished:
-        assert second.take() == first.take()
+        assert _take(second) == _take(first)
+    assert second.finished
 
 
 def test_the_first_epoch_begins_with_the_first_two_subjects():
     """In epoch 0 training starts when two subjects are made, whatever the window is."""
     plan = EpochPlan(0, tuple(range(50)), (8,) * 50)
-    draw = Draw(0, plan, 300, shuffled=True)
-    assert draw.window_end() == 16
+    current = _pass(plan, 300)
+    assert current.window_end() == 16
     ends = []
-    while not draw.finished:
-        ends.append(draw.window_end() - draw.step)
-        draw.take()
+    while not current.finished:
+        ends.append(current.window_end() - current.step)
+        current.take()
     assert [end + step for step, end in enumerate(ends[:4])] == [16] * 4
     assert ends[100] == 10 + 75
-    later = Draw(0, EpochPlan(1, plan.order, plan.counts), 300, shuffled=True)
+    later = _pass(EpochPlan(1, plan.order, plan.counts), 300)
     assert later.window_end() == 300
 
 
 def test_unshuffled_patches_come_in_order():
     """Without shuffling the window plays no part."""
-    draw = Draw(0, _plan([2, 3]), 2, shuffled=False)
-    assert [draw.take() for _ in range(5)] == [0, 1, 2, 3, 4]
+    current = _pass(_plan([2, 3]), 2, shuffled=False)
+    assert current.candidates() == [0, 1]
+    assert [_take(current) for _ in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_each_patch_of_the_window_is_as_likely_as_another_and_no_two_seeds_agree():
+    """Over two thousand seeds the newest candidate is taken as often as one of ten would be."""
+    plan = _plan([4, 6, 10])
+    whole = [_pass(plan, 10, seed=seed) for seed in range(2000)]
+    orders = [tuple(_take(current) for _ in range(plan.total)) for current in whole]
+    assert len(set(orders)) == 2000
+    for step in (0, 7):
+        taken = Counter(order[step] for order in orders)
+        assert set(taken) == set(range(10 + step))
+        assert 150 < taken[9 + step] < 250, "the newest of ten candidates"
+    again, later = (_pass(_plan([4, 6, 10], epoch), 10, seed=3) for epoch in (1, 2))
+    assert tuple(_take(again) for _ in range(plan.total)) == orders[3]
+    assert tuple(_take(later) for _ in range(plan.total)) != orders[3]
 
 
 def test_draws_are_uniform():
@@ -110,64 +137,76 @@ def test_the_chosen_window_takes_a_quarter_of_the_budget_at_most(budget_bytes, p
 def test_a_skipped_subject_is_passed_over_and_no_other_patch_is_lost():
     """With one subject skipped, all patches of the others are delivered, in the same order."""
     plan = _plan([3, 3, 3])
-    whole = Draw(2, plan, 5, shuffled=True)
-    order = [whole.take() for _ in range(plan.total)]
-    current = Pass(PassStart(1), Draw(2, plan, 5, shuffled=True))
+    whole = _pass(plan, 5, seed=2)
+    order = [_take(whole) for _ in range(plan.total)]
+    current = _pass(plan, 5, seed=2)
     delivered = []
     while not current.finished:
-        index = current.peek()
-        if plan.locate(index)[0] == 1:
+        if current.next()[0].position == 1:
             current.skip(1)
-            continue
-        current.take()
-        delivered.append(index)
+        else:
+            delivered.append(_take(current))
     assert delivered == [index for index in order if plan.locate(index)[0] != 1]
     assert current.here().holes == {1}
 
 
 def _drain(schedule):
-    places = []
-    while (place := schedule.next()) is not None:
-        schedule.claim(place)
-        places.append(place)
-    return places
+    turns = []
+    while (turn := schedule.next()) is not None:
+        schedule.claim(turn)
+        turns.append((turn.epoch, turn.position))
+    return turns
 
 
 def test_a_schedule_reaches_a_window_and_one_subject_per_thread_ahead():
     """Subjects are claimed in order, across the epoch's end, as far as counts allow."""
     schedule = Schedule(window=4, subjects_ahead=2)
-    first, second = _plan([2, 2, 2], epoch=0), _plan([2, 2, 2], epoch=1)
-    schedule.begin(first, range(6), second)
+    second = _plan([2, 2, 2], epoch=1)
+    first = _pass(_plan([2, 2, 2], epoch=0), 4)
+    schedule.begin(first, second)
     assert _drain(schedule) == [(0, 0), (0, 1), (0, 2), (1, 0)]
-    schedule.advance(0, 3)
+    for _ in range(3):
+        first.take()
     assert _drain(schedule) == [(1, 1), (1, 2)]
-    assert schedule.begin(second, range(6), _plan([2, 2, 2], epoch=2))
+    assert schedule.begin(_pass(second, 4), _plan([2, 2, 2], epoch=2))
     assert _drain(schedule) == [(2, 0)]
 
 
-def test_a_place_that_was_given_back_is_the_next_again():
+def test_a_turn_that_was_given_back_is_the_next_again():
     """What was claimed and not made is claimed again before what comes later, once."""
     schedule = Schedule(window=10, subjects_ahead=1)
-    schedule.begin(_plan([2, 2, 2]), range(6), None)
+    plan = _plan([2, 2, 2])
+    schedule.begin(_pass(plan, 10), None)
     assert _drain(schedule) == [(1, 0), (1, 1), (1, 2)]
-    schedule.give_back((1, 1))
+    schedule.give_back(plan.turn(1))
     assert _drain(schedule) == [(1, 1)]
 
 
 def test_a_resumed_epoch_makes_only_subjects_that_are_still_wanted():
-    """Subjects whose patches were all delivered before are not made again."""
+    """Subjects whose patches were all delivered before are not made again, nor fetched."""
     schedule = Schedule(window=10, subjects_ahead=1)
-    schedule.begin(_plan([2, 2, 2]), [3, 4, 5], None)
-    assert schedule.wanted((1, 1)) == {1}
+    plan = _plan([2, 2, 2])
+    current = _pass(plan, 10, step=3, shuffled=False)
+    schedule.begin(current, None)
+    assert set(schedule.wanted(plan.turn(1))) == {1}
+    assert set(schedule.wanted(plan.turn(2))) == {0, 1}
+    assert schedule.ahead() == [1, 2]
     assert _drain(schedule) == [(1, 1), (1, 2)]
+    assert schedule.begin(current, None), "what was made of it before it was asked for is dropped"
+    assert _drain(schedule) == []
 
 
 def test_an_epoch_that_is_begun_again_is_made_again():
-    """Patches taken in an abandoned pass are made anew when the same epoch restarts."""
+    """Patches taken in an abandoned pass, or behind an error, are made anew when it restarts."""
     schedule = Schedule(window=10, subjects_ahead=1)
     plan = _plan([2, 2])
-    schedule.begin(plan, range(4), None)
+    current = _pass(plan, 10)
+    schedule.begin(current, None)
     _drain(schedule)
-    schedule.advance(1, 1)
-    assert not schedule.begin(plan, range(4), None)
+    current.take()
+    current = _pass(plan, 10)
+    assert not schedule.begin(current, None)
+    assert _drain(schedule) == [(1, 0), (1, 1)]
+    current.failed = True
+    assert not schedule.begin(_pass(plan, 10), None)
     assert _drain(schedule) == [(1, 0), (1, 1)]

@@ -3,7 +3,7 @@
 import pytest
 from torch.utils.data import SubsetRandomSampler, WeightedRandomSampler
 
-from tio_openneuro.queue.order import SubjectOrder
+from tio_openneuro.queue.order import Planner
 
 
 class Drifting:
@@ -34,7 +34,7 @@ class Drifting:
 )
 def test_the_likeliest_subjects_come_first(sampler, foreseeable, likeliest):
     """By the sampler's weights where it has one for each subject, else in the dataset's order."""
-    order = SubjectOrder(4, sampler, seed=0, shuffled=True)
+    order = Planner([2] * 4, sampler, seed=0, shuffled=True)
     assert order.foreseeable is foreseeable
     assert order.likeliest() == likeliest
 
@@ -42,8 +42,8 @@ def test_the_likeliest_subjects_come_first(sampler, foreseeable, likeliest):
 def test_weighted_draws_with_replacement_are_foreseen():
     """Asking for a later epoch first changes neither, and the user's sampler is not advanced."""
     sampler = WeightedRandomSampler([1.0, 2.0, 3.0], 12)
-    asked, kept = (SubjectOrder(3, sampler, seed=5, shuffled=False) for _ in range(2))
-    later = asked.of(1)
-    assert (asked.of(0), later) == (kept.of(0), kept.of(1))
-    assert kept.of(0) != kept.of(1)
+    asked, kept = (Planner([2] * 3, sampler, seed=5, shuffled=False) for _ in range(2))
+    later = asked.plan(1)
+    assert (asked.plan(0), later) == (kept.plan(0), kept.plan(1))
+    assert kept.plan(0).order != kept.plan(1).order
     assert sampler.generator is None

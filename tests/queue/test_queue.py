@@ -1,16 +1,16 @@
 """The queue on subjects in RAM and in local files: passes, counts, samplers, errors, RAM, ends.
 
-Resuming and equality of sequences are in test_queue_resume.py.
+Resuming and equality of sequences are in test_state.py.
 """
 
 import gc
-import os
 import pickle
 import subprocess
 import sys
 import threading
 import time
 import traceback
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.errors import FetchError, RamBudgetError
 from tio_openneuro.queue.queue import BudgetedQueue
+from tio_openneuro.queue.source import NoContent
 from tio_openneuro.ram.admission import BASE_BYTES
 from tio_openneuro.volumes.headers import announce_size, sum_sizes
 
@@ -166,14 +167,27 @@ def test_subjects_and_patches_are_shuffled_anew_in_each_epoch(make_queue):
     assert all(len(set(order[12:16])) > 1 for order in orders.values())
 
 
-def test_the_buffer_never_shows_more_than_max_length(make_queue):
-    """patches_list holds what may be drawn next, at most max_length patches."""
-    queue = make_queue(max_length=5)
-    shown = []
-    for _ in queue:
-        assert queue.num_patches == len(queue.patches_list) <= 5
-        shown.append(queue.num_patches)
-    assert max(shown) >= 4  # each draw is from a full window, of which one is handed out
+def test_the_seed_alone_shuffles_patches_where_subjects_come_in_order(make_queue):
+    """With subjects in order, patches of several mix, in another way for each seed and epoch."""
+    orders = []
+    for seed in (0, 1):
+        queue = make_queue(max_length=24, seed=seed, shuffle_subjects=False)
+        orders += [tuple(patch["name"] for patch in queue) for _ in range(2)]
+    assert len({*orders, tuple(sorted(orders[0]))}) == 5
+
+
+def test_the_buffer_shows_what_may_be_drawn_next_and_never_more_than_max_length(make_queue):
+    """Without threads what is left of a subject; with them, a full window once it is made."""
+    plain = {"max_length": 5, "shuffle_subjects": False, "shuffle_patches": False}
+    queue = make_queue(num_workers=0, **plain)
+    assert [queue.num_patches for _ in queue] == [3, 2, 1, 0] * 6
+    queue = make_queue(**plain)
+    for number, _ in enumerate(queue):
+        due = min(5, 23 - number)
+        deadline_s = time.monotonic() + 60
+        while queue.num_patches < due and time.monotonic() < deadline_s:
+            threading.Event().wait(0.001)
+        assert queue.num_patches == len(queue.patches_list) == due
 
 
 def test_a_patch_transform_runs_on_each_patch(make_queue):
@@ -256,26 +270,6 @@ def test_loaders_with_workers_are_told_so(make_queue):
     batches._shutdown_workers()
     with pytest.raises(RuntimeError, match="number of workers"):
         pickle.dumps(queue)
-
-
-def test_torchios_own_hooks_still_answer(make_queue):
-    """_print prints when verbose, and a loader's assertion about children is explained."""
-
-    class BrokenIterator:
-        def __init__(self, text):
-            self.text = text
-
-        def __next__(self):
-            raise AssertionError(self.text)
-
-    queue = make_queue(start_background=False, verbose=True)
-    queue._print("hello")
-    queue._subjects_iterable = BrokenIterator("can only test a child process")
-    with pytest.raises(RuntimeError, match="number of workers"):
-        queue._get_next_subject()
-    queue._subjects_iterable = BrokenIterator("another assertion")
-    with pytest.raises(AssertionError, match="another assertion"):
-        queue._get_next_subject()
 
 
 def test_the_most_memory_is_told_without_loading(make_queue):
@@ -442,6 +436,38 @@ def test_a_failing_subject_raises_in_the_loop_with_its_name(make_queue, num_work
     assert last == {f"sub-{n:02d}": 4 for n in range(6)}
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_that_is_kept_pins_no_volume(make_queue, num_workers):
+    """What was loaded before it, and before its cause, is let go; the lines of both stay."""
+    volumes = []
+
+    def decode():
+        volume = torch.zeros(8)
+        volumes.append(weakref.ref(volume))
+        raise KeyError("x" * len(volume))
+
+    class PinningDataset(tio.SubjectsDataset):
+        def __getitem__(self, index):
+            volume = torch.zeros(8)
+            volumes.append(weakref.ref(volume))
+            try:
+                decode()
+            except KeyError as error:
+                message = f"{len(volume)} voxels are unreadable"
+                raise OSError(message) from error
+
+    queue = make_queue(PinningDataset([make_subject(0)]), num_workers=num_workers)
+    with pytest.raises(OSError, match="unreadable") as raised:
+        list(queue)
+    lines = "".join(traceback.format_exception(raised.value))
+    assert "decode()" in lines
+    assert 'raise KeyError("x"' in lines
+    queue.close()
+    gc.collect()
+    assert len(volumes) >= 2
+    assert [volume() for volume in volumes] == [None] * len(volumes)
+
+
 @pytest.mark.parametrize("error", [KeyError("x"), UnicodeDecodeError("utf8", b"", 0, 1, "bad")])
 def test_errors_of_any_class_are_named(make_queue, error):
     """A class with other parameters than a message becomes RuntimeError, with its cause."""
@@ -521,15 +547,26 @@ def test_what_a_patch_transform_holds_is_charged(make_queue):
     dataset, sampler = tio.SubjectsDataset([subject]), tio.UniformSampler(side)
     options = {"sampler": sampler, "max_length": 1, "samples_per_volume": 1}
     # Before a patch is made, whose size would take the place of its bound.
-    need = make_queue(dataset, start_background=False, **options)._source.need(0)
-    budget_bytes = BASE_BYTES + need.work_bytes + 2 * need.patch_bytes
+    bounds = make_queue(dataset, start_background=False, **options)._source.bounds(0)
+    budget_bytes = BASE_BYTES + bounds.work_bytes + 2 * bounds.patch_bytes
     make_queue(dataset, ram_budget=budget_bytes, **options)
     assert len(list(make_queue(dataset, ram_budget=budget_bytes, **options))) == 1
     heavy = tio.RandomSpike()
     with pytest.raises(RamBudgetError, match="sub-00"):
         make_queue(dataset, ram_budget=budget_bytes, patch_transform=heavy, **options)
-    need = make_queue(dataset, patch_transform=heavy, **options)._source.need(0)
-    assert need.work_bytes >= 80 * side**3
+    bounds = make_queue(dataset, patch_transform=heavy, **options)._source.bounds(0)
+    assert bounds.work_bytes >= 80 * side**3
+
+
+def test_the_growth_of_a_transformed_subject_is_learnt_for_those_to_come(make_queue):
+    """After one subject became 64 times as large, as much more is charged for the others."""
+    dataset = make_dataset(transform=tio.Pad(24))
+    queue = make_queue(dataset, num_workers=0)
+    before = queue._source.bounds(5)
+    queue[0]
+    after = queue._source.bounds(5)
+    assert before.known
+    assert after.work_bytes > before.work_bytes + 3 * 2 * 4 * (64**3 - _SIZE**3)
 
 
 def test_a_large_subject_in_a_local_file_is_refused_at_construction(make_queue, tmp_path):
@@ -651,11 +688,11 @@ def test_a_queue_that_idles_gives_freed_memory_back(make_queue):
     queue = make_queue(num_workers=2)
     filler = queue._filler
     deadline_s = time.monotonic() + 30
-    while filler.subjects < 2 or filler._admission.retained_bytes:
+    while filler.subjects < 2 or filler.admission.retained_bytes:
         assert time.monotonic() < deadline_s
         threading.Event().wait(0.02)
     assert filler.buffered()
-    assert filler._admission.charged_bytes > BASE_BYTES
+    assert filler.admission.charged_bytes > BASE_BYTES
 
 
 def test_charges_end_with_the_patches(make_queue):
@@ -674,14 +711,14 @@ def test_charges_end_with_the_patches(make_queue):
 # --- the dataset's side ---
 
 
-class ObservingDataset(tio.SubjectsDataset):
-    """A dataset that offers content hooks and writes down what it is told."""
+class ObservingDataset(NoContent, tio.SubjectsDataset):
+    """A dataset with content, which writes down what it is told."""
 
     def __init__(self):
         """Make four subjects."""
-        super().__init__([make_subject(n) for n in range(4)])
+        tio.SubjectsDataset.__init__(self, [make_subject(n) for n in range(4)])
         self.prefetched = []
-        self.again = []
+        self.likely_later = []
         self.events = []
 
     def __getitem__(self, index):
@@ -689,12 +726,12 @@ class ObservingDataset(tio.SubjectsDataset):
         self.events.append(("load", index))
         return super().__getitem__(index)
 
-    def prefetch_indices(self, indices, *, again=()):
+    def prefetch_indices(self, indices, /, *, likely_later=()):
         """Note the order ahead, and what may follow it."""
         self.prefetched.append(list(indices))
-        self.again.append(list(again))
+        self.likely_later.append(list(likely_later))
 
-    def release_index(self, index, *, drop):
+    def release_index(self, index, /, *, drop):
         """Note the release."""
         self.events.append(("drop" if drop else "keep", index))
 
@@ -709,8 +746,8 @@ def test_content_is_fetched_ahead_and_released_once_sampled(make_queue, on_relea
     assert sorted(first[:4]) == sorted(first[4:]) == [0, 1, 2, 3]
     list(queue)
     queue.close()
-    assert dataset.prefetched[-1] == dataset.again[-1] == []
-    assert dataset.again[:-1] == [[0, 1, 2, 3]] * (len(dataset.again) - 1)
+    assert dataset.prefetched[-1] == dataset.likely_later[-1] == []
+    assert dataset.likely_later[:-1] == [[0, 1, 2, 3]] * (len(dataset.likely_later) - 1)
     events = dataset.events
     assert [index for kind, index in events if kind == "load"][:8] == first
     assert events[1::2] == [(on_release, index) for _, index in events[::2]][: len(events[1::2])]
@@ -747,25 +784,31 @@ def test_a_closed_queue_says_so(make_queue):
             list(queue)
 
 
-def test_waiting_threads_use_no_processor_time(make_queue):
-    """A full queue sleeps: its threads are not run while nobody takes a patch."""
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_waiting_threads_wake_for_nothing_but_a_patch_that_is_taken(make_queue):
+    """A full queue's threads are parked without a deadline, and one patch sets them to work."""
     queue = make_queue(num_workers=4)
     next(iter(queue))
-    idle = threading.Event()
-    while queue._filler._running:
-        idle.wait(0.01)
 
-    def switches():
-        total = 0
+    def parked():
+        calls = []
         for thread in _threads():
-            with open(f"/proc/{os.getpid()}/task/{thread.native_id}/schedstat") as file:  # noqa: PTH123
-                total += int(file.read().split()[2])
-        return total
+            with open(f"/proc/self/task/{thread.native_id}/syscall") as file:  # noqa: PTH123
+                calls.append(file.read().split())
+        # Number, address, operation, value, deadline; see futex(2), on this processor 202 or 98.
+        return [call[0] in {"202", "98"} and call[4] == "0x0" for call in calls] == [True] * 4
 
-    idle.wait(0.2)
-    before = switches()
-    idle.wait(1.0)
-    assert switches() - before <= 4
+    for taken in (1, 2):
+        deadline_s = time.monotonic() + 60
+        while not parked() or queue._filler._running:
+            assert time.monotonic() < deadline_s
+            threading.Event().wait(0.01)
+        made = queue.statistics().subjects
+        for index in range(4 * taken - 3, 4 * taken + 1):
+            queue[index]
+        while queue.statistics().subjects == made:
+            assert time.monotonic() < deadline_s
+            threading.Event().wait(0.01)
 
 
 def test_the_consumers_random_state_is_neither_read_nor_advanced(make_queue):
@@ -792,11 +835,23 @@ def test_the_consumers_random_state_is_neither_read_nor_advanced(make_queue):
 def test_the_users_intra_op_threads_stay(make_queue):
     """Fills use one intra-op thread; the consumer, and threads started later, keep theirs."""
     before = torch.get_num_threads()
+    filling = []
+
+    def look(tensor):
+        filling.append(torch.get_num_threads())
+        return tensor
+
     try:
         torch.set_num_threads(3)
         for num_workers in (0, 2):
-            queue = make_queue(num_workers=num_workers)
+            queue = make_queue(
+                make_dataset(transform=tio.Lambda(look)),
+                num_workers=num_workers,
+                patch_transform=tio.Lambda(look),
+            )
             list(queue)
+            assert set(filling) == {1}
+            filling.clear()
             found = []
             later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))  # noqa: B023
             later.start()

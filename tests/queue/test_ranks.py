@@ -51,7 +51,7 @@ def test_a_skipped_share_is_taken_by_the_ranks_next_subjects(make_queue, max_len
     """Each rank has its twelve patches in every epoch, all of them of subjects of its own."""
     for queue in make_ranks(make_queue, broken, max_length=max_length):
         for epoch in range(3):
-            own = {f"sub-{index:02d}" for index in queue._order.of(epoch)}
+            own = {f"sub-{index:02d}" for index in queue._planner.plan(epoch).order}
             bad = {f"sub-{index:02d}" for index in broken}
             if own <= bad:
                 with pytest.raises(FetchError, match="no such key"):
@@ -69,7 +69,7 @@ def test_a_skipped_share_is_taken_by_the_ranks_next_subjects(make_queue, max_len
 def test_the_next_subject_in_the_epochs_order_takes_the_share_with_other_patches(make_queue):
     """It follows the skipped one, cyclically, and draws anew."""
     for queue in make_ranks(make_queue, [1], max_length=100):
-        order = queue._order.of(0)
+        order = queue._planner.plan(0).order
         found = list(queue)
         if 1 not in order:
             continue
@@ -96,8 +96,8 @@ def test_shares_are_the_same_for_any_number_of_threads_and_after_a_restart(make_
                     queue.load_state_dict(json.loads(json.dumps(state)))
                 while len(found) < stop:
                     left = min(stop, (len(found) // 12 + 1) * 12) - len(found)
-                    assert len(queue) == 12 - len(found) % 12
                     found += [digest(queue[index]) for index in range(left)]
+                    assert (len(queue), queue.left) == (12, -len(found) % 12)
                 state = queue.state_dict()
             assert found == expected
 
@@ -114,7 +114,7 @@ def test_a_subject_that_fails_after_a_restart_owes_only_what_was_due_of_it(make_
     partly = next(n for n, count in Counter(found).items() if 0 < count < 4)
     dataset.broken = {int(partly.removeprefix("sub-"))}
     other.load_state_dict(state)
-    assert len(other) == 6
+    assert (len(other), other.left) == (12, 6)
     found += [patch["name"] for patch in other]
     assert len(found) == 12
     assert Counter(found)[partly] < 4

@@ -4,11 +4,14 @@ import hashlib
 import json
 import random
 import threading
+import time
+from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
 import torchio as tio
-from torch.utils.data import RandomSampler, WeightedRandomSampler
+from torch.utils.data import RandomSampler, SequentialSampler, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tio_openneuro.queue.queue import BudgetedQueue
@@ -121,10 +124,11 @@ def test_interruptions_change_nothing(make_queue, sampler, stops):
         queue = make_queue(sampler, num_workers=number)
         if state is not None:
             queue.load_state_dict(state)
+            assert (len(queue), queue.left) == (length, length - len(found) % length)
         while len(found) < stop:
             left = min(stop, (len(found) // length + 1) * length) - len(found)
-            assert len(queue) == length - len(found) % length
             found += take(queue, left)
+            assert (len(queue), queue.left) == (length, -len(found) % length)
         state = json.loads(json.dumps(queue.state_dict()))
         assert len(json.dumps(state)) < 1_000_000
         queue.close()
@@ -143,17 +147,87 @@ def test_a_state_taken_before_anything_and_loaded_twice_is_the_beginning(make_qu
 
 
 def test_after_a_resume_the_first_pass_is_short_and_later_ones_whole(make_queue):
-    """len() is what is left until that pass ends, also while it runs."""
+    """len() is that of a whole epoch throughout; left is what remains of the present one."""
     queue = make_queue()
+    assert queue.left == 35
     take(queue, 10)
     other = make_queue()
     other.load_state_dict(queue.state_dict())
-    assert len(other) == 25
-    for _ in other:
-        if not other._pass.finished:
-            assert len(other) == 25
-    assert len(other) == 35
+    assert (len(other), other.iterations_per_epoch, other.left) == (35, 35, 25)
+    for number, _ in enumerate(other):
+        assert (len(other), other.left) == (35, 24 - number)
     assert len(list(other)) == 35
+    assert other.left == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_after_a_resume_the_first_index_is_0_or_the_next_one(make_queue, num_workers):
+    """A loader may count on or anew, in that pass alone; any other index is refused."""
+    queue = make_queue()
+    expected = epochs(make_queue(), 2)
+    take(queue, 10)
+    state = queue.state_dict()
+    for first in (0, 10):
+        other = make_queue(num_workers=num_workers)
+        other.load_state_dict(state)
+        for wrong in (1, 9, 11, 34, 35):
+            with pytest.raises(RuntimeError, match="comes next"):
+                other[wrong]
+        found = [digest(other[index]) for index in range(first, first + 5)]
+        # A state of a resumed pass goes on as its loader counted.
+        third = make_queue(num_workers=num_workers)
+        third.load_state_dict(other.state_dict())
+        found += [digest(third[index]) for index in range(first + 5, first + 25)]
+        with pytest.raises(StopIteration):
+            third[first + 25]
+        with pytest.raises(RuntimeError, match="patch 0 comes next"):
+            make_queue(num_workers=num_workers)[10]
+        assert found == expected[10:35]
+        assert epochs(third, 1) == expected[35:]
+
+
+def test_what_was_made_after_a_load_is_not_made_twice(make_queue):
+    """The subjects that a resumed epoch lacks are made once, ahead of the first index."""
+
+    class Counting(tio.SubjectsDataset):
+        def __init__(self, subjects):
+            super().__init__(subjects)
+            self.loads = []
+
+        def __getitem__(self, index):
+            self.loads.append(index)
+            return super().__getitem__(index)
+
+    dataset = Counting([_subject(number) for number in range(_SUBJECTS)])
+    options = {"max_length": 100, "shuffle_patches": False, "dataset": dataset}
+    sampler = SequentialSampler(range(_SUBJECTS))
+    queue = make_queue(**options, subject_sampler=sampler, shuffle_subjects=False)
+    take(queue, 12)
+    state = queue.state_dict()
+    queue.close()
+    other = make_queue(
+        **options, subject_sampler=sampler, shuffle_subjects=False, start_background=False
+    )
+    dataset.loads.clear()
+    other._start_background = True
+    other.load_state_dict(state)
+    deadline_s = time.monotonic() + 60
+    while len(dataset.loads) < 5 and time.monotonic() < deadline_s:
+        threading.Event().wait(0.01)
+    assert len(list(other)) == 23
+    assert sorted(dataset.loads[:5]) == [2, 3, 4, 5, 6]
+    assert Counter(dataset.loads)[2] <= 2  # the second time for the epoch that follows
+
+
+def test_a_resumed_loop_that_drops_short_batches_takes_what_is_left(make_queue):
+    """With drop_last, left // batch_size whole batches come, and the next epoch is whole."""
+    queue = make_queue()
+    take(queue, 12)
+    queue.load_state_dict(queue.state_dict())
+    loader = tio.SubjectsLoader(queue, batch_size=4, drop_last=True)
+    sizes = [len(batch["name"]) for batch in islice(loader, queue.left // 4)]
+    assert sizes == [4] * 5
+    assert [len(batch["name"]) for batch in loader] == [4] * 8
 
 
 def test_a_loader_that_leaves_a_resumed_pass_gets_the_next_epoch_whole(make_queue):
@@ -163,7 +237,7 @@ def test_a_loader_that_leaves_a_resumed_pass_gets_the_next_epoch_whole(make_queu
     queue.load_state_dict(queue.state_dict())
     loader = tio.SubjectsLoader(queue, batch_size=2)
     next(iter(loader))
-    assert len(queue) == 5
+    assert (len(queue), queue.left) == (35, 3)
     assert sum(len(batch["name"]) for batch in loader) == 35
 
 
@@ -239,7 +313,7 @@ def test_ten_thousand_subjects_have_a_small_state(make_queue):
         queue.close()
         other = make_queue(dataset=dataset, max_length=64, start_background=False, **options)
         other.load_state_dict(state)
-        assert len(other) == 50_000 - len(found)
+        assert (len(other), other.left) == (50_000, 50_000 - len(found))
         assert digest(other[0])
 
 
@@ -301,7 +375,7 @@ def test_skips_are_part_of_the_state(make_queue):
     other = make_queue(dataset=dataset, on_error="skip", max_length=35, num_workers=0)
     other.load_state_dict(state)
     assert [s.unit for s in other.skipped][-1] == "sub-02"
-    assert len(other) == 30 - len(found)
+    assert (len(other), other.left) == (35, 30 - len(found))
     found += epochs(other, 1)
     assert found == expected
     assert len(epochs(other, 1)) == 35
@@ -364,8 +438,10 @@ def test_other_versions_are_refused(make_queue):
     parts = {**state["parts"], "TorchIO version": "1.1.0"}
     with pytest.raises(ValueError, match=r"TorchIO version: 1\.1\.0 then"):
         queue.load_state_dict({**state, "parts": parts})
-    with pytest.raises(ValueError, match="version is 99"):
-        queue.load_state_dict({**state, "version": 99})
+    for version in (1, 99):
+        with pytest.raises(ValueError, match=f"version is {version}, this library reads 2"):
+            queue.load_state_dict({**state, "version": version})
+    assert len(list(queue)) == 35
 
 
 def test_a_drawn_seed_and_a_chosen_window_are_kept_in_the_state(make_queue):

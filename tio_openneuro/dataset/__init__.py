@@ -4,10 +4,8 @@ Owns rows, views, splits and batches. Promises that no lease outlives a call. Ne
 an image is asked for.
 """
 
+from tio_openneuro.dataset.batches import subject_bytes
 from tio_openneuro.dataset.concatenation import concat
 from tio_openneuro.dataset.dataset import DataladSubjectsDataset
 
-__all__ = [
-    "DataladSubjectsDataset",
-    "concat",
-]
+__all__ = ["DataladSubjectsDataset", "concat", "subject_bytes"]

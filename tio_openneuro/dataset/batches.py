@@ -7,7 +7,7 @@ dataset's engine; it is loaded when it is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torchio as tio
@@ -15,17 +15,17 @@ import torchio as tio
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.sizes import format_size
 
-
-class _Source(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tio.Subject: ...
-
-    def prefetch_indices(self, indices: list[int]) -> None: ...
+if TYPE_CHECKING:
+    from tio_openneuro.dataset.dataset import DataladSubjectsDataset
 
 
 def batches(
-    dataset: _Source, count: int | None, ram_budget_bytes: int, *, shuffle: bool, seed: int
+    dataset: DataladSubjectsDataset,
+    count: int | None,
+    ram_budget_bytes: int,
+    *,
+    shuffle: bool,
+    seed: int,
 ) -> Iterator[list[tio.Subject]]:
     """Yield lists of loaded subjects; see ``DataladSubjectsDataset.batches``.
 
@@ -42,7 +42,7 @@ def batches(
 
 
 def _lists(
-    dataset: _Source, indices: list[int], count: int | None, most_bytes: int
+    dataset: DataladSubjectsDataset, indices: list[int], count: int | None, most_bytes: int
 ) -> Iterator[list[tio.Subject]]:
     dataset.prefetch_indices(indices)
     try:
@@ -53,7 +53,7 @@ def _lists(
                 yield held
                 held, held_bytes = [], 0
             subject = dataset[index]
-            size_bytes = _size_bytes(subject)
+            size_bytes = subject_bytes(subject)
             if size_bytes > most_bytes:
                 name = subject.get("subject_id", f"subject {index}")
                 raise RamBudgetError(
@@ -74,6 +74,7 @@ def _lists(
         dataset.prefetch_indices([])
 
 
-def _size_bytes(subject: tio.Subject) -> int:
+def subject_bytes(subject: tio.Subject) -> int:
+    """Return the bytes of a loaded subject's voxels."""
     images = subject.get_images(intensity_only=False)
     return sum(image.data.nelement() * image.data.element_size() for image in images)

@@ -14,7 +14,7 @@ from tio_openneuro.dataset.dataset import DataladSubjectsDataset
 from tio_openneuro.dataset.rows import SubjectRow
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.torchio_seams import FetchedImage, share_subjects, transform_of
+from tio_openneuro.torchio_seams import FetchedImage, transform_of
 
 
 def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset:
@@ -43,10 +43,8 @@ def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset
     engine = engines[0] if engines else None
     rows = [row for dataset in datasets for row in dataset._rows]  # noqa: SLF001
     missing = _missing_values(rows)
-    result = copy.copy(first)
+    result = first._with_rows([_adapted(row, engine, missing) for row in rows])  # noqa: SLF001
     result._engine = engine  # noqa: SLF001
-    result._rows = [_adapted(row, engine, missing) for row in rows]  # noqa: SLF001
-    share_subjects(result, [row.subject for row in result._rows])  # noqa: SLF001
     result.skipped = [skip for dataset in datasets for skip in dataset.skipped]
     result.dataset_id = "+".join(dict.fromkeys(dataset.dataset_id for dataset in datasets))
     result.version = "+".join(dict.fromkeys(dataset.version for dataset in datasets))

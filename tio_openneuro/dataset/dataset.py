@@ -10,22 +10,24 @@ from __future__ import annotations
 import copy
 import os
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, Self, overload
 
 import platformdirs
 import torch
 import torchio as tio
 
+from tio_openneuro.content import AnnexKey, ContentUnit
 from tio_openneuro.dataset.batches import batches
-from tio_openneuro.dataset.rows import SubjectRow, build_rows, refuse_nothing
-from tio_openneuro.dataset.views import Dividing, as_position, positions_of
+from tio_openneuro.dataset.rows import SubjectRow, build_rows
+from tio_openneuro.dataset.views import SplitViews, Transform, to_index, to_indices
 from tio_openneuro.disk import DiskStatistics, Engine
 from tio_openneuro.prepared import Preparation
 from tio_openneuro.ram import available_bytes, read_budget
-from tio_openneuro.select import select
+from tio_openneuro.select import Label, OnIncomplete, OnMissing, OnMultiple, Scalar, Unit, select
 from tio_openneuro.sizes import format_size
 from tio_openneuro.sources import open_catalog, read_file, showing
 from tio_openneuro.torchio_seams import (
@@ -35,20 +37,10 @@ from tio_openneuro.torchio_seams import (
     transform_in_place,
     transform_of,
 )
-from tio_openneuro.volumes import VolumeFile, announce_files
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from typing import Self
-
-    from tio_openneuro.content import AnnexKey
-    from tio_openneuro.select import Label, OnIncomplete, OnMissing, OnMultiple, Scalar, Unit
-    from tio_openneuro.volumes import SubjectSize
-
-    Transform = Callable[[tio.Subject], tio.Subject]
+from tio_openneuro.volumes import SubjectSize, VolumeFile, announce_files
 
 
-class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
+class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
     """Yield subjects whose images are fetched on demand, within a disk budget.
 
     Nothing is fetched by the constructor, ``len``, ``repr`` or ``dry_iter``. If the process is
@@ -149,15 +141,12 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
             self._rows, self.skipped = build_rows(
                 catalog, selection, self._engine, on_missing=on_missing
             )
-            refuse_nothing(self._rows, self.dataset_id, self.skipped)
             self._prepare(preprocess_id)
             super().__init__(
                 [row.subject for row in self._rows], transform, load_getitem=load_getitem
             )
             if self._engine is not None:
-                self._engine.require(
-                    max(self._rows, key=lambda row: row.content.size_bytes).content
-                )
+                self._engine.require(max(self._contents(), key=lambda unit: unit.size_bytes))
         except BaseException:
             self.close()
             raise
@@ -193,8 +182,8 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
         if isinstance(index, slice):
             return self._view(range(len(self))[index])
         if hasattr(index, "__len__"):
-            return self._view(positions_of(index, len(self)))
-        row = self._rows[as_position(index)]
+            return self._view(to_indices(index, len(self)))
+        row = self._rows[to_index(index)]
         subject = None
         if self._preparation is not None:
             subject = self._preparation.load(row.subject, row.content)
@@ -224,7 +213,7 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
         if preparation is None or transform_of(self) is not None:
             yield None
             return
-        row = self._rows[as_position(index)]
+        row = self._rows[to_index(index)]
         with preparation.opened(row.subject, row.content) as subject:
             yield subject
 
@@ -248,15 +237,18 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
             self.prefetch_indices(())
 
     def _load(self, subject: tio.Subject, row: SubjectRow) -> None:
-        images = subject.get_images(intensity_only=False)
-        if self._engine is None or not row.content.files:
-            announce_files(VolumeFile(path) for path in row.paths if path.exists())
-            _load_leased(images, {})
-            return
-        with self._engine.lease(row.content) as leased:
+        """Load a subject's images while its content is leased."""
+        lease: AbstractContextManager[Mapping[AnnexKey, Path]] = nullcontext({})
+        if self._engine is not None and row.content.files:
+            lease = self._engine.lease(row.content)
+        with lease as leased:
             files = {key: VolumeFile(path) for key, path in leased.items()}
-            announce_files(files.values())
-            _load_leased(images, files)
+            announce_files(files.values() or map(VolumeFile, filter(Path.exists, row.paths)))
+            for image in subject.get_images(intensity_only=False):
+                if isinstance(image, FetchedImage):
+                    image.load_leased(files)
+                else:
+                    image.load()
 
     def _prepare(self, preprocess_id: str | None) -> None:
         """Give each unit the name of its prepared volume."""
@@ -268,11 +260,18 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
             content = self._preparation.unit(row.subject, row.content)
             self._rows[number] = replace(row, content=content)
 
-    def _view(self, positions: Sequence[int]) -> Self:
+    def _view(self, indices: Sequence[int]) -> Self:
+        return self._with_rows([self._rows[index] for index in indices])
+
+    def _with_rows(self, rows: list[SubjectRow]) -> Self:
+        """Return a copy that has other rows, and shares the engine."""
         view = copy.copy(self)
-        view._rows = [self._rows[position] for position in positions]  # noqa: SLF001 - itself
-        share_subjects(view, [row.subject for row in view._rows])  # noqa: SLF001 - itself
+        view._rows = rows  # noqa: SLF001 - itself
+        share_subjects(view, [row.subject for row in rows])
         return view
+
+    def _contents(self) -> list[ContentUnit]:
+        return [row.content for row in self._rows]
 
     def sample(self, seed: int) -> tio.Subject:
         """Return one subject, drawn uniformly by that seed."""
@@ -324,32 +323,32 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
 
     def fetch(self) -> int:
         """Fetch what of this view the budget holds; return the bytes that came."""
-        if self._engine is None:
-            return 0
-        return self._engine.fetch([row.content for row in self._rows])
+        return self._engine.fetch(self._contents()) if self._engine else 0
 
     def evict(self) -> int:
         """Drop what this library fetched for this view and nobody leases; return the bytes."""
-        return self._engine.evict([row.content for row in self._rows]) if self._engine else 0
+        return self._engine.evict(self._contents()) if self._engine else 0
 
     def adopt(self) -> int:
         """Hand content that was there before to the budget; return the bytes.
 
         Only content that a remote can give back is adopted.
         """
-        return self._engine.adopt([row.content for row in self._rows]) if self._engine else 0
+        return self._engine.adopt(self._contents()) if self._engine else 0
 
-    def prefetch_indices(self, indices: Sequence[int], *, again: Sequence[int] = ()) -> None:
+    def prefetch_indices(self, indices: Sequence[int], *, likely_later: Sequence[int] = ()) -> None:
         """Fetch these units ahead, in that order, in the background; return at once.
 
         Args:
             indices: The next uses, in order.
-            again: Units that come after them in an order that is not known yet, the likeliest
-                first: they stay before all that nobody needs.
+            likely_later: Units that come after them in an order that is not known yet, the
+                likeliest first: they stay before all that nobody needs.
         """
         if self._engine is not None:
             units = [self._rows[index].content for index in indices]
-            self._engine.prefetch(units, again=[self._rows[index].content for index in again])
+            self._engine.prefetch(
+                units, again=[self._rows[index].content for index in likely_later]
+            )
 
     def release_index(self, index: int, *, drop: bool) -> None:
         """Let a unit's content go: at once, or when its room is needed."""
@@ -376,14 +375,6 @@ class DataladSubjectsDataset(Dividing, tio.SubjectsDataset):
     def __exit__(self, *_: object) -> None:
         """Close the dataset."""
         self.close()
-
-
-def _load_leased(images: Sequence[tio.Image], leased: Mapping[AnnexKey, VolumeFile]) -> None:
-    for image in images:
-        if isinstance(image, FetchedImage):
-            image.load_leased(leased)
-        else:
-            image.load()
 
 
 def _default_root() -> str:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torchio as tio
 
-from tio_openneuro.content import ContentUnit
+from tio_openneuro.content import AnnexKey, ContentUnit, TreeFile
+from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select import Label, Participants, Scalar, Sidecars, Skipped
+from tio_openneuro.select import Label, Participants, Row, Scalar, Selection, Sidecars, Skipped
+from tio_openneuro.sources import Catalog
 from tio_openneuro.torchio_seams import (
     FetchedLabelMap,
     FetchedScalarImage,
@@ -25,12 +26,6 @@ from tio_openneuro.torchio_seams import (
     ImageFiles,
     Metadata,
 )
-
-if TYPE_CHECKING:
-    from tio_openneuro.content import AnnexKey, TreeFile
-    from tio_openneuro.disk import Engine
-    from tio_openneuro.select import Row, Selection
-    from tio_openneuro.sources import Catalog
 
 _LOG = logging.getLogger(__name__)
 _SHOWN = 5
@@ -61,7 +56,8 @@ def build_rows(
     """Return a row for each unit that can be had, and what was skipped with its reason.
 
     Raises:
-        SelectionError: A required image cannot be fetched, and ``on_missing`` is ``"raise"``.
+        SelectionError: A required image cannot be fetched, and ``on_missing`` is ``"raise"``; or
+            no unit is left, with the reasons.
     """
     rows, unavailable = _available(catalog, selection)
     if unavailable and on_missing == "raise":
@@ -70,36 +66,43 @@ def build_rows(
             f"Cannot use {len(unavailable)} units of {catalog.dataset_id}, the first {first.unit}: "
             f"{first.reason}. Give on_missing='skip' to leave them out."
         )
+    skipped = [*selection.skipped, *unavailable]
+    if not rows:
+        reasons = "; ".join(f"{skip.unit}: {skip.reason}" for skip in skipped[:_SHOWN])
+        more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
+        raise SelectionError(
+            f"Cannot use {catalog.dataset_id}: none of its {len(skipped)} units has every required "
+            f"image ({reasons}{more}). Check the patterns, or give required=False where an image "
+            f"may lack."
+        )
     builder = _Builder(catalog, selection, engine)
-    return [builder.row(row) for row in rows], [*selection.skipped, *unavailable]
+    return [builder.row(row) for row in rows], skipped
 
 
 def _available(catalog: Catalog, selection: Selection) -> tuple[list[Row], list[Skipped]]:
     """Part the rows that can be fetched, or are present, from those that never can."""
     if catalog.repo is None:
         return list(selection.rows), []
-    keys = {
-        file.key for row in selection.rows for files in row.images.values() for file in files
-        if file.key is not None
-    }  # fmt: skip
-    reasons = {
+    files = [file for row in selection.rows for file in _files_of(row)]
+    keys = sorted({file.key for file in files if file.key is not None}, key=str)
+    reasons: dict[AnnexKey | None, str] = {
         key: reason
-        for key, reason in catalog.repo.unavailable(sorted(keys, key=str)).items()
+        for key, reason in catalog.repo.unavailable(keys).items()
         if catalog.repo.locate(key) is None
     }
     kept, skipped = [], []
     for row in selection.rows:
-        lost = [
-            (file.path, reasons[file.key])
-            for files in row.images.values()
-            for file in files
-            if file.key in reasons
-        ]
-        if lost:
-            skipped.append(Skipped(row.unit, f"{lost[0][0]} cannot be fetched: {lost[0][1]}"))
-        else:
+        lost = next((file for file in _files_of(row) if file.key in reasons), None)
+        if lost is None:
             kept.append(row)
+        else:
+            reason = f"{lost.path} cannot be fetched: {reasons[lost.key]}"
+            skipped.append(Skipped(row.unit, reason))
     return kept, skipped
+
+
+def _files_of(row: Row) -> tuple[TreeFile, ...]:
+    return tuple(file for files in row.images.values() for file in files)
 
 
 class _Builder:
@@ -115,8 +118,7 @@ class _Builder:
         wanted = {
             path
             for row in selection.rows
-            for files in row.images.values()
-            for file in files
+            for file in _files_of(row)
             for path in self._sidecars.find(file.path)
         }
         self._json = {
@@ -134,7 +136,7 @@ class _Builder:
             if column in self._names:
                 attributes[self._names[column]] = value
         content = tuple(file for source in sources.values() for file in source.content)
-        files = tuple(file for found in row.images.values() for file in found)
+        files = _files_of(row)
         return SubjectRow(
             FetchedSubject(**attributes),
             ContentUnit(row.unit, tuple({file.key: file for file in content}.values())),
@@ -150,36 +152,22 @@ class _Builder:
         )
 
     def _sources(self, row: Row) -> dict[str, ImageFiles]:
-        sources: dict[str, ImageFiles] = {}
-        for name, selector in self._images.items():
-            files = row.images.get(name, ())
-            if files:
-                sources[name] = self._files(row, selector, files)
+        sources = {
+            name: self._files(row, selector, row.images[name])
+            for name, selector in self._images.items()
+            if row.images.get(name)
+        }
         # Not from a label where an image is there; a unit without any file is no row.
         by_kind = sorted(sources.values(), key=lambda source: isinstance(source.selector, Label))
-        grid = next(iter(by_kind), None)
         for name, selector in self._images.items():
             zeros = isinstance(selector, Label) and selector.when_missing == "zeros"
             if name not in sources and zeros:
-                sources[name] = self._files(row, selector, (), grid_of=grid)
+                sources[name] = replace(self._files(row, selector, ()), grid_of=by_kind[0])
         return {name: sources[name] for name in self._images if name in sources}
 
-    def _files(
-        self,
-        row: Row,
-        selector: Scalar | Label,
-        files: tuple[TreeFile, ...],
-        grid_of: ImageFiles | None = None,
-    ) -> ImageFiles:
-        return ImageFiles(
-            files,
-            self._catalog.folder,
-            self._catalog.repo,
-            self._engine,
-            row.unit,
-            selector,
-            grid_of,
-        )
+    def _files(self, row: Row, selector: Scalar | Label, files: tuple[TreeFile, ...]) -> ImageFiles:
+        catalog = self._catalog
+        return ImageFiles(files, catalog.folder, catalog.repo, self._engine, row.unit, selector)
 
     def _image(self, source: ImageFiles) -> tio.Image:
         fields: dict[str, Any] = {}
@@ -217,19 +205,3 @@ def _parse_json(path: str, text: bytes) -> dict[str, Any]:
         _LOG.warning("Sidecar %s is not valid JSON; it is left out.", path)
         return {}
     return fields if isinstance(fields, dict) else {}
-
-
-def refuse_nothing(rows: Sequence[SubjectRow], dataset_id: str, skipped: Sequence[Skipped]) -> None:
-    """Raise where no unit is left, with the reasons.
-
-    Raises:
-        SelectionError: There is no row.
-    """
-    if rows:
-        return
-    reasons = "; ".join(f"{skip.unit}: {skip.reason}" for skip in skipped[:_SHOWN])
-    more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
-    raise SelectionError(
-        f"Cannot use {dataset_id}: none of its {len(skipped)} units has every required image "
-        f"({reasons}{more}). Check the patterns, or give required=False where an image may lack."
-    )

@@ -1,4 +1,4 @@
-"""Divide units into parts or folds, without dividing what belongs together. Pure.
+"""Divide units into parts or folds, without dividing what belongs together; keep them as JSON.
 
 Units of one participant, units that share the annex key of an intensity image, and units with one
 value of the user's own group form a group, which is never divided. Where every group is one unit,
@@ -6,30 +6,32 @@ folds are scikit-learn's. Else each part gets a whole number of units of each cl
 its exact share so that no cell, row or column of that table is off by one; groups, the largest
 first, go where the most of their units are still wanted, and are then moved and exchanged while
 that brings the parts closer to the table. All draws come from the seed, alike on every machine.
+Saved parts are bound to the commit that they were made of.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import random
+import tempfile
 from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations, product
 from math import ceil, floor, isclose, isnan
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from tio_openneuro.content import AnnexKey
 from tio_openneuro.errors import SplitError
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
-
-    from tio_openneuro.content import AnnexKey
 
 _LOG = logging.getLogger(__name__)
 _MOST_CLASSES = 10
 _FEWEST_FOLDS = 2
 _MOST_EXCHANGES = 2_000
+_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,7 @@ def split(
     """
     shares = list(parts.values())
     if not shares or min(shares) <= 0 or not isclose(sum(shares), 1, abs_tol=1e-6):
-        message = f"Cannot split by {dict(parts)}: shares must be positive and sum to 1."
-        raise SplitError(message)
+        raise SplitError(f"Cannot split by {dict(parts)}: shares must be positive and sum to 1.")
     groups = _groups(units, len(parts), "parts")
     exact = [Fraction(share).limit_denominator(1_000_000) for share in shares]
     total = sum(exact)
@@ -118,12 +119,11 @@ def split(
     empty = [name for name, indices in found.items() if not indices]
     if empty:
         largest = max(len(group) for group in groups)
-        message = (
+        raise SplitError(
             f"Cannot split {len(units)} units: {empty[0]!r} with a share of {parts[empty[0]]}"
             f" would get none. They form {len(groups)} groups that stay together, the largest"
             f" of {largest} units. Give {empty[0]!r} a larger share."
         )
-        raise SplitError(message)
     return found
 
 
@@ -150,8 +150,7 @@ def k_fold(
         SplitError: Fewer than 2 folds, or fewer groups than folds.
     """
     if folds < _FEWEST_FOLDS:
-        message = f"Cannot make {folds} folds: at least {_FEWEST_FOLDS} are needed."
-        raise SplitError(message)
+        raise SplitError(f"Cannot make {folds} folds: at least {_FEWEST_FOLDS} are needed.")
     groups = _groups(units, folds, "folds")
     classes = _classes(stratify, len(units))
     if len(groups) == len(units) and min(Counter(classes).values()) >= folds:
@@ -160,6 +159,61 @@ def k_fold(
         validation = _assign(groups, classes, [Fraction(1, folds)] * folds, seed)
     everything = set(range(len(units)))
     return [(tuple(sorted(everything - set(fold))), fold) for fold in validation]
+
+
+def save_split(
+    path: str | os.PathLike[str], parts: Mapping[str, Sequence[str]], *, commit: str
+) -> None:
+    """Write a split as JSON, whole or not at all.
+
+    Args:
+        path: The file.
+        parts: Names of the units of each part.
+        commit: The dataset's commit; with several datasets, all of them as one text.
+    """
+    content = {"format": _FORMAT, "commit": commit, "parts": {n: list(u) for n, u in parts.items()}}
+    target = Path(path)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=target.parent, prefix=target.name, suffix=".tmp", delete=False
+    ) as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+    Path(file.name).replace(target)
+
+
+def read_split(
+    path: str | os.PathLike[str], units: Sequence[str], *, commit: str
+) -> dict[str, tuple[int, ...]]:
+    """Read a split that was saved.
+
+    Args:
+        path: The file.
+        units: Names of the dataset's units.
+        commit: The dataset's commit, which must be the split's.
+
+    Returns:
+        Indices of units by part, in the order saved.
+
+    Raises:
+        SplitError: The file is no split, is of another commit, or names units that are not there.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved, parts = content["commit"], dict(content["parts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SplitError(f"{path} holds no split: {error}. Save one with save_split.") from error
+    if saved != commit:
+        raise SplitError(
+            f"Cannot use the split in {path}: it was made of commit {saved}, the dataset is at"
+            f" {commit}. Open the dataset with version={saved!r}, or make a new split."
+        )
+    index = {name: number for number, name in enumerate(units)}
+    unknown = [name for names in parts.values() for name in names if name not in index]
+    if unknown:
+        raise SplitError(
+            f"Cannot use the split in {path}: {len(unknown)} of its units are not selected, the"
+            f" first {unknown[0]}. Select the images that it was made with."
+        )
+    return {part: tuple(index[name] for name in names) for part, names in parts.items()}
 
 
 def _groups(units: Sequence[SplitUnit], wanted: int, what: str) -> list[tuple[int, ...]]:
@@ -176,13 +230,9 @@ def _groups(units: Sequence[SplitUnit], wanted: int, what: str) -> list[tuple[in
             message += f" The largest is {len(largest)} units of {units[largest[0]].participant}."
         raise SplitError(message)
     if len(largest) > 1:
-        _LOG.info(
-            "%d units form %d groups; the largest has %d units, the first of %s",
-            len(units),
-            len(groups),
-            len(largest),
-            units[largest[0]].participant,
-        )
+        text = "%d units form %d groups; the largest has %d units, the first of %s"
+        first = units[largest[0]].participant
+        _LOG.info(text, len(units), len(groups), len(largest), first)
     return groups
 
 
@@ -191,17 +241,12 @@ def _classes(values: Sequence[object] | None, count: int) -> list[int]:
     if values is None:
         return [0] * count
     if len(values) != count:
-        message = f"stratify has {len(values)} values for {count} units."
-        raise SplitError(message)
+        raise SplitError(f"stratify has {len(values)} values for {count} units.")
     numbers = sorted(v for v in values if isinstance(v, int | float) and not _is_missing(v))
     if len(set(numbers)) > _MOST_CLASSES:
         cuts = [numbers[len(numbers) * quarter // 4] for quarter in (1, 2, 3)]
-        values = [
-            sum(value >= cut for cut in cuts)
-            if isinstance(value, int | float) and not _is_missing(value)
-            else value
-            for value in values
-        ]
+        quartiles: dict[object, int] = {n: sum(n >= cut for cut in cuts) for n in numbers}
+        values = [quartiles.get(value, value) for value in values]
     names = [str(value) for value in values]
     order = {name: number for number, name in enumerate(sorted(set(names)))}
     return [order[name] for name in names]
@@ -221,10 +266,7 @@ def _singles(classes: Sequence[int], folds: int, seed: int) -> list[tuple[int, .
 
 
 def _assign(
-    groups: Sequence[tuple[int, ...]],
-    classes: Sequence[int],
-    shares: Sequence[Fraction],
-    seed: int,
+    groups: Sequence[tuple[int, ...]], classes: Sequence[int], shares: Sequence[Fraction], seed: int
 ) -> list[tuple[int, ...]]:
     """Give each group to a part, so that classes and sizes come close to their shares."""
     kinds = max(classes) + 1
@@ -237,8 +279,8 @@ def _assign(
     order.sort(key=lambda group: -len(groups[group]))
     held: list[list[int]] = [[] for _ in shares]
     for group in order:
-        falls = [_cost(_less(missing, counts[group])) - _cost(missing) for missing in wanted]
-        part = min(range(len(shares)), key=lambda n: (falls[n].classes, falls[n].size, n))
+        falls = [_less(_cost(_less(missing, counts[group])), _cost(missing)) for missing in wanted]
+        part = min(range(len(shares)), key=lambda n: (*reversed(falls[n]), n))
         held[part].append(group)
         wanted[part] = _less(wanted[part], counts[group])
     _improve(held, counts, wanted)
@@ -248,28 +290,20 @@ def _assign(
 _Counts = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Cost:
-    """How far parts are from what they should have: the size goes before the classes."""
+def _cost(missing: _Counts) -> _Counts:
+    """Return how far a part that misses these numbers of each class is from its size and classes.
 
-    size: int
-    classes: int
-
-    def __add__(self, other: _Cost) -> _Cost:
-        return _Cost(self.size + other.size, self.classes + other.classes)
-
-    def __sub__(self, other: _Cost) -> _Cost:
-        return _Cost(self.size - other.size, self.classes - other.classes)
+    Sizes go before classes where costs are compared.
+    """
+    return sum(missing) ** 2, sum(number**2 for number in missing)
 
 
-def _cost(missing: _Counts) -> _Cost:
-    """Return the cost of a part that still misses these numbers of each class."""
-    return _Cost(sum(missing) ** 2, sum(number**2 for number in missing))
+def _plus(counts: _Counts, more: _Counts) -> _Counts:
+    return tuple(a + b for a, b in zip(counts, more, strict=True))
 
 
-def _less(missing: _Counts, count: _Counts) -> _Counts:
-    """Return what a part still misses after a group has come."""
-    return tuple(a - b for a, b in zip(missing, count, strict=True))
+def _less(counts: _Counts, fewer: _Counts) -> _Counts:
+    return tuple(a - b for a, b in zip(counts, fewer, strict=True))
 
 
 def _improve(held: list[list[int]], counts: Sequence[_Counts], wanted: list[_Counts]) -> None:
@@ -281,13 +315,13 @@ def _improve(held: list[list[int]], counts: Sequence[_Counts], wanted: list[_Cou
     nothing = (0,) * len(wanted[0])
     for _ in range(_MOST_EXCHANGES):
         kinds = [sorted({counts[group] for group in part} | {nothing}) for part in held]
-        best = (_Cost(0, 0), -1, -1, nothing, nothing)
+        best: tuple[_Counts, int, int, _Counts, _Counts] = ((0, 0), -1, -1, nothing, nothing)
         for a, b in combinations(range(len(held)), 2):
-            before = _cost(wanted[a]) + _cost(wanted[b])
+            before = _plus(_cost(wanted[a]), _cost(wanted[b]))
             for given, taken in product(kinds[a], kinds[b]):
-                after = _cost(_less(_less(wanted[a], taken), _opposite(given)))
-                after += _cost(_less(_less(wanted[b], given), _opposite(taken)))
-                best = min(best, (after - before, a, b, given, taken))
+                moved = _less(given, taken)
+                after = _plus(_cost(_plus(wanted[a], moved)), _cost(_less(wanted[b], moved)))
+                best = min(best, (_less(after, before), a, b, given, taken))
         _, a, b, given, taken = best
         if a < 0:
             return
@@ -296,13 +330,8 @@ def _improve(held: list[list[int]], counts: Sequence[_Counts], wanted: list[_Cou
                 group = next(g for g in held[source] if counts[g] == count)
                 held[source].remove(group)
                 held[target].append(group)
-                wanted[source] = _less(wanted[source], _opposite(count))
+                wanted[source] = _plus(wanted[source], count)
                 wanted[target] = _less(wanted[target], count)
-
-
-def _opposite(count: _Counts) -> _Counts:
-    """Return the numbers of a group that leaves."""
-    return tuple(-number for number in count)
 
 
 def _round(exact: Sequence[Sequence[Fraction]]) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """What a dataset offers for training and validation: parts, folds, balancing weights.
 
-Owns no state; the arithmetic is in :mod:`tio_openneuro.splits`.
+Owns no state; the arithmetic is in :mod:`~tio_openneuro.dataset.splits`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torchio as tio
 
 from tio_openneuro.dataset.rows import SubjectRow
-from tio_openneuro.dataset.split_files import read_split, save_split
-from tio_openneuro.dataset.splits import SplitUnit, k_fold, split
+from tio_openneuro.dataset.splits import SplitUnit, k_fold, read_split, save_split, split
 from tio_openneuro.errors import SelectionError, SplitError
 
 Transform = Callable[[tio.Subject], tio.Subject]
 
 
-class Dividing:
-    """The part of a dataset that divides it into views; needs rows and a way to view them."""
+class SplitViews:
+    """The part of a dataset that splits it into views; needs rows and a way to view them."""
 
     dataset_id: str
     version: str
@@ -29,7 +28,7 @@ class Dividing:
 
     if TYPE_CHECKING:  # what the dataset brings
 
-        def _view(self, positions: Sequence[int]) -> Self: ...
+        def _view(self, indices: Sequence[int]) -> Self: ...
 
         def set_transform(self, transform: Transform | None) -> None:
             """Set the random transform of this view."""
@@ -81,10 +80,11 @@ class Dividing:
         Raises:
             SplitError: The units cannot be divided so.
         """
-        indices = split(self._split_units(group), parts, stratify=self._strata(stratify), seed=seed)
+        strata = self._values(stratify)
+        indices = split(self._split_units(group), parts, stratify=strata, seed=seed)
         return self._named_views(indices, transforms)
 
-    def save_split(self, path: str | os.PathLike[str], parts: Mapping[str, Dividing]) -> None:
+    def save_split(self, path: str | os.PathLike[str], parts: Mapping[str, SplitViews]) -> None:
         """Write which units are in which part, as JSON with the dataset's commit.
 
         Args:
@@ -122,16 +122,13 @@ class Dividing:
         Raises:
             SplitError: The units cannot be divided so.
         """
-        found = k_fold(self._split_units(group), folds, stratify=self._strata(stratify), seed=seed)
-        views = [
-            self._named_views({"train": train, "val": val}, transforms) for train, val in found
-        ]
+        strata = self._values(stratify)
+        found = k_fold(self._split_units(group), folds, stratify=strata, seed=seed)
+        views = (self._named_views({"train": own, "val": held}, transforms) for own, held in found)
         return [(view["train"], view["val"]) for view in views]
 
     def _named_views(
-        self,
-        parts: Mapping[str, Sequence[int]],
-        transforms: Mapping[str, Transform | None] | None,
+        self, parts: Mapping[str, Sequence[int]], transforms: Mapping[str, Transform | None] | None
     ) -> dict[str, Self]:
         unknown = set(transforms or ()) - set(parts)
         if unknown:
@@ -139,24 +136,24 @@ class Dividing:
                 f"Cannot give a transform to {', '.join(sorted(unknown))}: the parts are "
                 f"{', '.join(parts)}."
             )
-        views = {name: self._view(positions) for name, positions in parts.items()}
+        views = {name: self._view(indices) for name, indices in parts.items()}
         for name, transform in (transforms or {}).items():
             views[name].set_transform(transform)
         return views
 
     def _split_units(self, group: str | None) -> list[SplitUnit]:
-        groups = self._column(group) if group is not None else [None] * len(self._rows)
+        groups = self._values(group) or [None] * len(self._rows)
         return [
             SplitUnit(f"{row.subject['dataset_id']}/{row.subject['subject_id']}", row.keys, value)
             for row, value in zip(self._rows, groups, strict=True)
         ]
 
-    def _strata(self, column: str | None) -> list[Any] | None:
-        return self._column(column) if column is not None else None
+    def _values(self, column: str | None) -> list[Any] | None:
+        return None if column is None else self._column(column)
 
 
-def as_position(index: Any) -> int:  # noqa: ANN401 - as in TorchIO, whatever becomes an int
-    """Return the position that an index names.
+def to_index(index: Any) -> int:  # noqa: ANN401 - as in TorchIO, whatever becomes an int
+    """Return the number that an index names.
 
     Raises:
         ValueError: It is nothing that becomes an int.
@@ -170,11 +167,11 @@ def as_position(index: Any) -> int:  # noqa: ANN401 - as in TorchIO, whatever be
         ) from error
 
 
-def positions_of(index: Any, length: int) -> list[int]:  # noqa: ANN401 - list, array or tensor
-    """Return the positions that a list, an array, a tensor or a boolean mask selects.
+def to_indices(index: Any, length: int) -> list[int]:  # noqa: ANN401 - list, array or tensor
+    """Return the indices that a list, an array, a tensor or a boolean mask selects.
 
     Raises:
-        IndexError: A position is out of range, or a mask has another length.
+        IndexError: One is out of range, or a mask has another length.
         ValueError: Something in it is no number.
     """
     values = index.tolist() if hasattr(index, "tolist") else list(index)
@@ -184,5 +181,5 @@ def positions_of(index: Any, length: int) -> list[int]:  # noqa: ANN401 - list, 
                 f"Cannot apply a mask of {len(values)} values to {length} subjects: give one "
                 f"value for each."
             )
-        return [position for position, kept in enumerate(values) if kept]
-    return [range(length)[as_position(value)] for value in values]
+        return [number for number, kept in enumerate(values) if kept]
+    return [range(length)[to_index(value)] for value in values]

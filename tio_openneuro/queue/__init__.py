@@ -8,8 +8,4 @@ from tio_openneuro.queue.draw import permute
 from tio_openneuro.queue.queue import BudgetedQueue
 from tio_openneuro.queue.state import QueueStatistics
 
-__all__ = [
-    "BudgetedQueue",
-    "QueueStatistics",
-    "permute",
-]
+__all__ = ["BudgetedQueue", "QueueStatistics", "permute"]

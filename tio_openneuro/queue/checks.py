@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+import torchio as tio
 from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.errors import DiskBudgetError, RamBudgetError, TioOpenNeuroError
-from tio_openneuro.ram import refuse_subject
+from tio_openneuro.queue.order import Planner
 from tio_openneuro.torchio_seams import find_other_generator, transform_of
-
-if TYPE_CHECKING:
-    import torchio as tio
-
-    from tio_openneuro.queue.order import Planner
-    from tio_openneuro.queue.source import SubjectSource
 
 NEVER_SKIPPED = (RamBudgetError, DiskBudgetError, NotImplementedError, MemoryError)
 OTHER_PROCESS = (
@@ -25,41 +18,35 @@ OTHER_PROCESS = (
 )
 
 
-def check_choices(
-    *,
-    max_length: int | None,
-    samples_per_volume: int,
-    num_workers: int,
-    on_error: str,
-    on_release: str,
-    shuffles_sampled: bool,
-) -> None:
-    """Refuse parameters out of range, and those that exclude each other.
+def refuse_below(least: int, **given: int | None) -> None:
+    """Refuse a parameter that is too small.
+
+    Args:
+        least: The smallest value that is allowed.
+        given: Value of each parameter by its name, or None where it was not given.
 
     Raises:
         ValueError: One is; the message names it.
     """
-    if shuffles_sampled:
-        message = (
-            "The flag shuffle_subjects cannot be set when a subject sampler is passed: give "
-            "shuffle_subjects=False, or leave subject_sampler out."
-        )
-        raise ValueError(message)
-    least = {"samples_per_volume": (samples_per_volume, 1), "num_workers": (num_workers, 0)}
-    if max_length is not None:
-        least["max_length"] = (max_length, 1)
-    for parameter, (value, minimum) in least.items():
-        if value < minimum:
-            message = f"Cannot use {parameter}={value}: it must be at least {minimum}."
-            raise ValueError(message)
-    choices = {
-        "on_error": (on_error, ("raise", "skip")),
-        "on_release": (on_release, ("keep", "drop")),
-    }
-    for parameter, (given, allowed) in choices.items():
-        if given not in allowed:
-            message = f"Cannot use {parameter}={given!r}: choose {allowed[0]!r} or {allowed[1]!r}."
-            raise ValueError(message)
+    for parameter, value in given.items():
+        if value is not None and value < least:
+            raise ValueError(f"Cannot use {parameter}={value}: it must be at least {least}.")
+
+
+def refuse_others(allowed: tuple[str, str], **given: str) -> None:
+    """Refuse a parameter that is none of two words.
+
+    Args:
+        allowed: The words.
+        given: Value of each parameter by its name.
+
+    Raises:
+        ValueError: One is another word; the message names it.
+    """
+    for parameter, value in given.items():
+        if value not in allowed:
+            first, second = allowed
+            raise ValueError(f"Cannot use {parameter}={value!r}: choose {first!r} or {second!r}.")
 
 
 def refuse_other_generators(dataset: tio.SubjectsDataset, *targets: object) -> None:
@@ -76,69 +63,29 @@ def refuse_other_generators(dataset: tio.SubjectsDataset, *targets: object) -> N
     for target in (*own, *targets):
         source = find_other_generator(target)
         if source:
-            message = (
+            raise ValueError(
                 f"Cannot give the same patches each time: {type(target).__name__} draws from "
                 f"{source}, which all threads share. Draw from torch instead, or use seed=None."
             )
-            raise ValueError(message)
 
 
-def count_ranks(subject_sampler: object) -> int:
-    """Return in how many processes the training runs that must have equal numbers of patches."""
+def has_ranks(subject_sampler: object, planner: Planner) -> bool:
+    """Return whether the training runs in several processes, which need equal numbers of patches.
+
+    Raises:
+        ValueError: It does, and subjects differ in their numbers of patches.
+    """
     ranks = 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         ranks = torch.distributed.get_world_size()
     if isinstance(subject_sampler, DistributedSampler):
         ranks = max(ranks, subject_sampler.num_replicas)
-    return ranks
-
-
-def refuse_unequal_ranks(planner: Planner) -> None:
-    """Refuse what would give ranks different numbers of patches.
-
-    Raises:
-        ValueError: Subjects differ in their numbers of patches.
-    """
-    if planner.uniform is None:
-        message = (
+    if ranks > 1 and not planner.uniform:
+        raise ValueError(
             "Cannot give ranks equal numbers of patches: subjects differ in num_samples. Give "
             "every subject the same."
         )
-        raise ValueError(message)
-
-
-def refuse_large_subjects(
-    source: SubjectSource,
-    planner: Planner,
-    *,
-    window: int,
-    budget_bytes: int,
-) -> None:
-    """Refuse a budget that cannot hold a window and the largest subject whose size is known.
-
-    Raises:
-        RamBudgetError: It cannot; the message names the subject and the bytes.
-    """
-    largest = max(
-        ((source.need(index), index) for index in source.sized()),
-        key=lambda pair: pair[0].work_bytes + pair[0].patch_bytes,
-        default=None,
-    )
-    if largest is None:
-        return
-    need, index = largest
-    own_bytes = need.work_bytes + need.patch_bytes * source.count(index)
-    held_bytes = need.patch_bytes * min(window, planner.largest_total)
-    if own_bytes + held_bytes + source.base_bytes > budget_bytes:
-        advice = (
-            f"Its own work and patches need {own_bytes} bytes, {window} patches of "
-            f"{need.patch_bytes} bytes each wait for delivery, libraries and maps need "
-            f"{source.base_bytes} bytes. Raise ram_budget, or lower max_length, the patch size or "
-            f"samples_per_volume."
-        )
-        name = source.name(index)
-        need_bytes = own_bytes + held_bytes + source.base_bytes
-        raise refuse_subject(name, need_bytes, budget_bytes, advice)
+    return ranks > 1
 
 
 def name_error(name: str, error: BaseException) -> BaseException:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 _BUDGET_SHARE = 4
@@ -69,7 +70,24 @@ def choose_window(ram_budget_bytes: int, patch_bytes: int) -> int:
     return int(min(_LARGEST_WINDOW, 1 << max(affordable.bit_length() - 1, 0)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
+class Turn:
+    """A subject's turn to be made into patches. Turns compare in the order of production.
+
+    Attributes:
+        epoch: Number of the epoch.
+        position: Where the subject stands in the epoch's order.
+        index: Its index in the dataset.
+        occurrence: How often it came before in this epoch.
+    """
+
+    epoch: int
+    position: int
+    index: int
+    occurrence: int
+
+
+@dataclass(frozen=True)
 class EpochPlan:
     """The subjects of one epoch in the order of their production, and their patches' indices.
 
@@ -77,25 +95,26 @@ class EpochPlan:
         epoch: Number of the epoch, from zero.
         order: Index in the dataset of each subject, by position.
         counts: Patches of each subject, by position.
-        ends: Production index after the last patch of each subject, by position.
-        occurrences: How often each subject came before in this epoch, by position.
     """
 
     epoch: int
     order: tuple[int, ...]
     counts: tuple[int, ...]
-    ends: tuple[int, ...] = field(init=False, compare=False)
-    occurrences: tuple[int, ...] = field(init=False, compare=False)
 
-    def __post_init__(self) -> None:
-        """Sum the counts up."""
-        object.__setattr__(self, "ends", tuple(accumulate(self.counts)))
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Production index after the last patch of each subject, by position."""
+        return tuple(accumulate(self.counts))
+
+    @cached_property
+    def occurrences(self) -> tuple[int, ...]:
+        """How often each subject came before in this epoch, by position."""
         seen: Counter[int] = Counter()
         occurrences = []
         for index in self.order:
             occurrences.append(seen[index])
             seen[index] += 1
-        object.__setattr__(self, "occurrences", tuple(occurrences))
+        return tuple(occurrences)
 
     def extended(self, index: int, count: int) -> EpochPlan:
         """Return the plan with one more subject at its end.
@@ -115,113 +134,18 @@ class EpochPlan:
         """Return the production index of the first patch of the subject at a position."""
         return self.ends[position] - self.counts[position]
 
+    def turn(self, position: int) -> Turn:
+        """Return the turn of the subject at a position."""
+        return Turn(self.epoch, position, self.order[position], self.occurrences[position])
+
     def locate(self, index: int) -> tuple[int, int]:
-        """Return the position of the subject that a patch is of, and its place among its patches.
+        """Return the position of the subject that a patch is of, and its number among its patches.
 
         Args:
             index: Production index of the patch.
         """
         position = bisect_right(self.ends, index)
         return position, index - self.start(position)
-
-
-class Draw:
-    """The order in which the patches of one epoch are delivered.
-
-    At step ``t`` a patch is taken uniformly from those not yet taken whose production index is
-    below ``min(t + W(t), total)``. In epoch 0 ``W(t)`` grows by counts, so that training starts
-    with the first subjects: the first steps take from two alone, and from two thirds of their
-    patches it grows by three quarters of a patch per step. In later epochs it is the whole window
-    from the start, since production is ahead by then.
-    """
-
-    def __init__(self, seed: int, plan: EpochPlan, window: int, *, shuffled: bool) -> None:
-        """Begin at step zero.
-
-        Args:
-            seed: The queue's seed.
-            plan: The epoch.
-            window: ``W``, in patches, at least one.
-            shuffled: False takes the patches in the order of their production.
-        """
-        self.plan = plan
-        self.step = 0
-        self._seed = seed
-        self._window = window
-        self._shuffled = shuffled
-        self._first = sum(plan.counts[:_FIRST_SUBJECTS])
-        self._reached = 0
-        self._candidates: list[int] = []
-        self._chosen: int | None = None
-
-    def extend(self, plan: EpochPlan) -> None:
-        """Go on with a plan that has more subjects at its end.
-
-        Args:
-            plan: What the present plan is the beginning of.
-        """
-        self.plan = plan
-        self._chosen = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether every patch was taken."""
-        return self.step >= self.plan.total
-
-    def window_end(self) -> int:
-        """Return the production index below which patches may be taken at this step."""
-        window = self._window
-        if self.plan.epoch == 0:
-            grown = self._first * 2 // 3 + self.step * 3 // 4
-            window = min(window, max(self._first - self.step, grown))
-        return min(self.step + max(window, 1), self.plan.total)
-
-    def peek(self) -> int:
-        """Return the production index of the next patch, without taking it."""
-        if not self._shuffled:
-            return self.step
-        return self._candidates[self._slot()]
-
-    def take(self) -> int:
-        """Take the next patch, and return its production index."""
-        index = self.peek()
-        if self._shuffled:
-            self._candidates[self._slot()] = self._candidates[-1]
-            self._candidates.pop()
-        self.step += 1
-        self._chosen = None
-        return index
-
-    def advance(self, step: int) -> None:
-        """Take patches until a step is reached; what was taken is no longer in :meth:`left`."""
-        while self.step < step:
-            self.take()
-
-    def left(self) -> list[int]:
-        """Return the production indices that were not taken, in ascending order."""
-        if not self._shuffled:
-            return list(range(self.step, self.plan.total))
-        return sorted([*self._candidates, *range(self._reached, self.plan.total)])
-
-    def candidates(self) -> list[int]:
-        """Return the production indices from which this step takes one, in no fixed order."""
-        if not self._shuffled:
-            return list(range(self.step, self.window_end()))
-        self._reach()
-        return list(self._candidates)
-
-    def _slot(self) -> int:
-        if self._chosen is None:
-            self._reach()
-            count = len(self._candidates)
-            self._chosen = draw_below(count, self._seed, "patch", self.plan.epoch, self.step)
-        return self._chosen
-
-    def _reach(self) -> None:
-        end = self.window_end()
-        if end > self._reached:
-            self._candidates.extend(range(self._reached, end))
-            self._reached = end
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +173,6 @@ class PassStart:
         next_index: Index that a loader that goes on where it stopped will ask for.
         holes: Positions of skipped subjects in the epoch's order.
         replacements: Subjects that took the shares of skipped ones, in the order of choosing.
-        keeps_indices: Whether the pass goes on at ``next_index`` and has the length of its whole
-            epoch, instead of beginning at 0 with the length of what is left.
     """
 
     epoch: int = 0
@@ -258,63 +180,87 @@ class PassStart:
     next_index: int = 0
     holes: frozenset[int] = frozenset()
     replacements: tuple[Replacement, ...] = ()
-    keeps_indices: bool = False
 
 
 class Pass:
-    """The patches of one epoch, one after another."""
+    """The patches of one epoch, one after another; the one place that knows how far it is.
 
-    def __init__(self, start: PassStart, draw: Draw) -> None:
+    At step ``t`` a patch is drawn uniformly from those not yet drawn whose production index is
+    below ``min(t + W(t), total)``. In epoch 0 ``W(t)`` grows by counts, so that training starts
+    with the first subjects: the first steps draw from two alone, and from two thirds of their
+    patches it grows by three quarters of a patch per step. In later epochs it is the whole window
+    from the start, since production is ahead by then.
+
+    Attributes:
+        plan: The epoch, with the subjects that took the shares of skipped ones at its end.
+        start: Where the pass began.
+        step: Patches that were delivered or skipped.
+        expected: Index that the consumer asks for next.
+        failed: Whether a subject's error was raised.
+    """
+
+    def __init__(
+        self, plan: EpochPlan, start: PassStart, *, seed: int, window: int, shuffled: bool
+    ) -> None:
         """Go to where the pass begins.
 
         Args:
+            plan: Its epoch.
             start: Where that is.
-            draw: The draw of its epoch, at step zero.
+            seed: The queue's seed.
+            window: ``W``, in patches, at least one.
+            shuffled: False draws the patches in the order of their production.
         """
-        self._draw = draw
-        self._order = draw.plan.order
+        self.plan = plan
+        self.start = start
+        self.step = 0
+        self.expected = 0
+        self.failed = False
+        self._seed = seed
+        self._window = window
+        self._shuffled = shuffled
+        self._order = plan.order
+        self._first = sum(plan.counts[:_FIRST_SUBJECTS])
+        self._reached = 0
+        self._candidates: list[int] = []
+        self._chosen: int | None = None
         self._holes = set(start.holes)
         self._replacements: list[Replacement] = []
-        self.failed = False
-        self.expected = start.next_index if start.keeps_indices else 0
-        whole = draw.plan.total
         for replacement in start.replacements:
-            draw.advance(replacement.step)
+            self._advance(replacement.step)
             self._append(replacement)
-        draw.advance(start.step)
-        self.length = whole if start.keeps_indices else len(self.left())
-
-    @property
-    def plan(self) -> EpochPlan:
-        """The epoch's plan."""
-        return self._draw.plan
-
-    @property
-    def step(self) -> int:
-        """Patches that were delivered or skipped."""
-        return self._draw.step
+        self._advance(start.step)
 
     @property
     def finished(self) -> bool:
         """Whether no patch is left; patches that are known to be skipped are passed over."""
-        while not self._draw.finished:
-            if self.plan.locate(self._draw.peek())[0] not in self._holes:
+        while self.step < self.plan.total:
+            if self.plan.locate(self._peek())[0] not in self._holes:
                 return False
-            self._draw.take()
+            self._draw()
         return True
 
     @property
     def begun(self) -> bool:
-        """Whether it gave a patch or an error, so that index 0 does not continue it."""
-        return self.expected > 0 or self.failed
+        """Whether it gave a patch or an error, or has none, so that index 0 begins another one."""
+        return self.expected > 0 or self.failed or self.finished
 
-    def peek(self) -> int:
-        """Return the production index of the next patch of a pass that is not finished."""
-        return self._draw.peek()
+    def window_end(self) -> int:
+        """Return the production index below which patches may be drawn at this step."""
+        window = self._window
+        if self.plan.epoch == 0:
+            grown = self._first * 2 // 3 + self.step * 3 // 4
+            window = min(window, max(self._first - self.step, grown))
+        return min(self.step + max(window, 1), self.plan.total)
+
+    def next(self) -> tuple[Turn, int]:
+        """Return the next patch's subject and number, where the pass is not finished."""
+        position, number = self.plan.locate(self._peek())
+        return self.plan.turn(position), number
 
     def take(self) -> None:
         """Note that the next patch was delivered."""
-        self._draw.take()
+        self._draw()
         self.expected += 1
 
     def skip(self, position: int) -> None:
@@ -333,7 +279,7 @@ class Pass:
         Returns:
             Whether there was one; else every subject of the epoch has been skipped.
         """
-        due = sum(self.plan.locate(index)[0] == position for index in self._draw.left())
+        due = sum(self.plan.locate(index)[0] == position for index in self.left())
         self.skip(position)
         skipped = {self.plan.order[hole] for hole in self._holes}
         first = self._order.index(self.plan.order[position])
@@ -343,27 +289,49 @@ class Pass:
             self._append(Replacement(self.step, index, due))
         return index is not None
 
-    def _append(self, replacement: Replacement) -> None:
-        self._replacements.append(replacement)
-        self._draw.extend(self.plan.extended(replacement.index, replacement.count))
-
     def left(self) -> list[int]:
         """Return the production indices that are still to be delivered, in ascending order."""
-        return [
-            index for index in self._draw.left() if self.plan.locate(index)[0] not in self._holes
-        ]
+        return self._undrawn(self.plan.total)
 
     def candidates(self) -> list[int]:
-        """Return the production indices within the window, in ascending order."""
-        return [] if self._draw.finished else sorted(self._draw.candidates())
+        """Return those of them that are within the window."""
+        return self._undrawn(self.window_end())
 
     def here(self) -> PassStart:
         """Return what begins a pass with what is left of this one."""
-        epoch = self.plan.epoch
-        return PassStart(
-            epoch,
-            self._draw.step,
-            self.expected,
-            frozenset(self._holes),
-            tuple(self._replacements),
-        )
+        holes, replacements = frozenset(self._holes), tuple(self._replacements)
+        return PassStart(self.plan.epoch, self.step, self.expected, holes, replacements)
+
+    def _undrawn(self, end: int) -> list[int]:
+        undrawn = sorted([*self._candidates, *range(self._reached, end)])
+        return [index for index in undrawn if self.plan.locate(index)[0] not in self._holes]
+
+    def _append(self, replacement: Replacement) -> None:
+        self._replacements.append(replacement)
+        self.plan = self.plan.extended(replacement.index, replacement.count)
+        self._chosen = None
+
+    def _advance(self, step: int) -> None:
+        while self.step < step:
+            self._draw()
+
+    def _draw(self) -> None:
+        slot = self._slot()
+        self._candidates[slot] = self._candidates[-1]
+        self._candidates.pop()
+        self.step += 1
+        self._chosen = None
+
+    def _peek(self) -> int:
+        return self._candidates[self._slot()]
+
+    def _slot(self) -> int:
+        """Return where the next patch stands among the candidates, drawn once."""
+        if self._chosen is None:
+            end = self.window_end() if self._shuffled else self.step + 1
+            if end > self._reached:
+                self._candidates.extend(range(self._reached, end))
+                self._reached = end
+            parts = self._seed, "patch", self.plan.epoch, self.step
+            self._chosen = draw_below(len(self._candidates), *parts)
+        return self._chosen

@@ -7,18 +7,18 @@ and RAM are :mod:`~tio_openneuro.queue.filler`'s, the draw is :mod:`~tio_openneu
 from __future__ import annotations
 
 import os
-import sys
 import weakref
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Self
 
 import torchio as tio
 from torch.utils.data import get_worker_info
+from torchio.constants import NUM_SAMPLES
 
 from tio_openneuro.queue import checks
-from tio_openneuro.queue.draw import Draw, Pass, PassStart, choose_window
+from tio_openneuro.queue.draw import Pass, PassStart, choose_window
 from tio_openneuro.queue.filler import Filler
-from tio_openneuro.queue.order import Planner, SubjectOrder
+from tio_openneuro.queue.order import Planner
 from tio_openneuro.queue.source import SubjectSource
 from tio_openneuro.queue.state import (
     LONGEST_SKIPPED,
@@ -27,17 +27,12 @@ from tio_openneuro.queue.state import (
     SkippedSubject,
     compare_parts,
 )
-from tio_openneuro.queue.view import QueueView
-from tio_openneuro.ram import FLOAT_BYTES, Admission, available_bytes, read_budget
+from tio_openneuro.queue.threads import INTRA_OP_THREADS
+from tio_openneuro.ram import available_bytes, read_budget
 from tio_openneuro.torchio_seams import identify_parts, install_seed_guard, leave_unfilled
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
 
-__all__ = ["BudgetedQueue", "QueueStatistics", "SkippedSubject"]
-
-
-class BudgetedQueue(QueueView):
+class BudgetedQueue(tio.Queue):
     """Fill a buffer of patches in the background, within a RAM budget.
 
     A drop-in for :class:`torchio.Queue`. With ``seed``, the sequence of patches is the same for
@@ -98,14 +93,15 @@ class BudgetedQueue(QueueView):
             ValueError: A parameter is out of range, or two exclude each other.
             RamBudgetError: The budget cannot hold a subject whose size is known.
         """
-        checks.check_choices(
-            max_length=max_length,
-            samples_per_volume=samples_per_volume,
-            num_workers=num_workers,
-            on_error=on_error,
-            on_release=on_release,
-            shuffles_sampled=shuffle_subjects and subject_sampler is not None,
-        )
+        checks.refuse_below(1, max_length=max_length, samples_per_volume=samples_per_volume)
+        checks.refuse_below(0, num_workers=num_workers)
+        checks.refuse_others(("raise", "skip"), on_error=on_error)
+        checks.refuse_others(("keep", "drop"), on_release=on_release)
+        if shuffle_subjects and subject_sampler is not None:
+            raise ValueError(
+                "The flag shuffle_subjects cannot be set when a subject sampler is passed: give "
+                "shuffle_subjects=False, or leave subject_sampler out."
+            )
         self.subjects_dataset = subjects_dataset
         self.samples_per_volume = samples_per_volume
         self.sampler = tio.UniformSampler(96) if sampler is None else sampler
@@ -121,54 +117,42 @@ class BudgetedQueue(QueueView):
             checks.refuse_other_generators(subjects_dataset, self.sampler, patch_transform)
         self.seed = int.from_bytes(os.urandom(4), "little") if seed is None else int(seed)
         self.ram_budget_bytes = read_budget(ram_budget, available_bytes())
-        self.max_length = self._choose_length() if max_length is None else int(max_length)
+        self.max_length = max_length or 0  # until the size of a patch is known
         self.skipped: list[SkippedSubject] = []
         leave_unfilled(self)
-        self._chosen_length = max_length is None
+        self._chooses_length = max_length is None
         self._start_background = start_background
         self._pid = os.getpid()
         self._parts: dict[str, str] = {}
         self._delivered = 0
         install_seed_guard()
         self._build(PassStart())
-        self._has_ranks = checks.count_ranks(subject_sampler) > 1
-        if self._has_ranks:
-            checks.refuse_unequal_ranks(self._planner)
-        checks.refuse_large_subjects(
-            self._source,
-            self._planner,
-            window=self.max_length,
-            budget_bytes=self.ram_budget_bytes,
-        )
+        self._has_ranks = checks.has_ranks(subject_sampler, self._planner)
+        self._source.require_room(min(self.max_length, self._planner.largest_total))
         self._fill_ahead()
 
     def _build(self, start: PassStart) -> None:
         """Make what depends on the seed and the window, to go on from there."""
-        self._order = SubjectOrder(
-            len(self.subjects_dataset),
-            self.subject_sampler,
-            seed=self.seed,
-            shuffled=self.shuffle_subjects,
+        subjects = self.subjects_dataset.dry_iter()
+        counts = [int(getattr(each, NUM_SAMPLES, self.samples_per_volume)) for each in subjects]
+        self._planner = Planner(
+            counts, self.subject_sampler, seed=self.seed, shuffled=self.shuffle_subjects
         )
         self._source = SubjectSource(
             self.subjects_dataset,
             self.sampler,
-            samples_per_volume=self.samples_per_volume,
+            planner=self._planner,
             patch_transform=self.patch_transform,
             seed=self.seed,
             drop=self.on_release == "drop",
-            again=self._order.likeliest(),
             ram_budget_bytes=self.ram_budget_bytes,
         )
-        self._planner = Planner(self._order, self._source.count, len(self.subjects_dataset))
-        self._admission = Admission(self.ram_budget_bytes, base_bytes=self._source.base_bytes)
-        self._filler = Filler(
-            self._source,
-            self._admission,
-            num_workers=self.num_workers,
-            window=self.max_length,
-        )
+        if not self.max_length:
+            patch_bytes = self._source.patch_bytes(self._source.images(0))
+            self.max_length = choose_window(self.ram_budget_bytes, patch_bytes)
+        self._filler = Filler(self._source, num_workers=self.num_workers, window=self.max_length)
         self._pass: Pass | None = None
+        self._ahead: Pass | None = None
         self._before: PassStart | None = None
         self._rewound: PassStart | None = None
         self._next = start
@@ -204,18 +188,17 @@ class BudgetedQueue(QueueView):
             raise RuntimeError(checks.OTHER_PROCESS)
         index = int(index)
         if self._begins(index):
-            self._begin_pass(keep_indices=index > 0)
+            self._begin_pass(index)
         current = self._pass
-        if current is not None and current.finished and index >= current.expected:
+        expected = 0 if current is None else current.expected
+        if current is not None and current.finished and index >= expected:
             raise StopIteration
-        if current is None or index != current.expected:
-            expected = 0 if current is None else current.expected
-            message = (
+        if current is None or index != expected:
+            raise RuntimeError(
                 f"Cannot give patch {index}: patch {expected} comes next. A queue is read in "
                 f"order, 0, 1, 2, ..., and shuffles by itself. Give its loader shuffle=False and "
                 f"num_workers=0."
             )
-            raise RuntimeError(message)
         self._rewound = None
         self._before = current.here()
         patch = self._next_patch(current)
@@ -253,8 +236,7 @@ class BudgetedQueue(QueueView):
             epoch: Number of the epoch, from zero.
         """
         if epoch < 0:
-            message = f"Cannot set epoch {epoch}: epochs are numbered from zero."
-            raise ValueError(message)
+            raise ValueError(f"Cannot set epoch {epoch}: epochs are numbered from zero.")
         if epoch != self._next.epoch:
             self._next = PassStart(epoch)
 
@@ -267,12 +249,12 @@ class BudgetedQueue(QueueView):
             start = self._rewound
         elif self._pass is not None and not self._pass.finished:
             start = self._pass.here()
-        keeps_order = start.step > 0 and not self._order.foreseeable
+        keeps_order = start.step > 0 and not self._planner.foreseeable
         return QueueState(
             seed=self.seed,
             window=self.max_length,
             start=start,
-            order=self._order.of(start.epoch) if keeps_order else None,
+            order=self._planner.plan(start.epoch).order if keeps_order else None,
             skipped=tuple(self.skipped[-LONGEST_SKIPPED:]),
             parts=self._identify(),
         ).to_dict()
@@ -289,21 +271,17 @@ class BudgetedQueue(QueueView):
         """
         state = QueueState.from_dict(state_dict)
         parts = self._identify()
-        if self._chosen_length:
+        if self._chooses_length:
             parts["max_length"] = str(state.window)
         compare_parts(state.parts, parts)
-        # torchdata's StatefulDataLoader goes on at the next index, with the length of a whole
-        # epoch; every other loader begins at 0, with the length of what is left.
-        caller = sys._getframe(1).f_globals.get("__name__", "")  # noqa: SLF001
-        keeps_indices = caller.startswith("torchdata.") and state.start.step > 0
         self._finalizer()
         self.seed = state.seed
         self.max_length = state.window
         self.skipped = list(state.skipped)
         self._parts = {}
-        self._build(replace(state.start, keeps_indices=keeps_indices))
+        self._build(state.start)
         if state.order is not None:
-            self._order.recall(state.start.epoch, state.order)
+            self._planner.recall(state.start.epoch, state.order)
         self._fill_ahead()
 
     # --- end ---
@@ -320,64 +298,134 @@ class BudgetedQueue(QueueView):
         """Close it."""
         self.close()
 
+    # --- what it shows ---
+
+    @property
+    def iterations_per_epoch(self) -> int:
+        """Patches of the epoch that index 0 would begin, which ``len`` is; draw nothing."""
+        current = None if self._begins(0) else self._pass
+        return self._planner.total(self._next.epoch if current is None else current.plan.epoch)
+
+    @property
+    def left(self) -> int:
+        """Patches that remain of the present epoch, also where a state was loaded within it.
+
+        It is the epoch that is being read, or was last; before any is, the one that comes.
+        """
+        if self._pass is not None:
+            return len(self._pass.left())
+        return len(self._pass_at(self._next).left()) if self._next.step else len(self)
+
+    @property
+    def num_subjects(self) -> int:
+        """Subjects of an epoch."""
+        return len(self._planner)
+
+    @property
+    def patches_list(self) -> list[tio.Subject]:  # type: ignore[override]
+        """Patches that are made and within the window, in the order of production."""
+        current = self._pass or self._ahead
+        if current is None:
+            return []
+        made = self._filler.buffered()
+        keys = [(current.plan.epoch, index) for index in current.candidates()]
+        return [made[key] for key in keys if key in made]
+
+    def get_max_memory(self, subject: tio.Subject | None = None) -> int:
+        """Return the most RAM that the patches of a full window take, in bytes; load nothing.
+
+        Args:
+            subject: Decides the number of channels; by default the first of the dataset, where
+                an image that was not loaded counts as one channel unless its header is there.
+        """
+        if subject is not None:
+            return super().get_max_memory(subject)
+        return self._source.patch_bytes(self._source.channels(0)) * self.max_length
+
+    def statistics(self) -> QueueStatistics:
+        """Return what was done and what is held."""
+        current, filler = self._pass, self._filler
+        epoch = self._next.epoch if current is None else current.plan.epoch
+        return QueueStatistics(
+            patches=self._delivered,
+            subjects=filler.subjects,
+            skipped=len(self.skipped),
+            wait_s=filler.wait_s,
+            ram_budget_bytes=self.ram_budget_bytes,
+            ram_charged_bytes=filler.admission.charged_bytes,
+            ram_peak_bytes=filler.admission.peak_bytes,
+            buffer_patches=len(filler.buffered()),
+            window=self.max_length,
+            epoch=epoch,
+            epoch_patches=self._next.step if current is None else current.step,
+            epoch_total=self._planner.total(epoch) if current is None else current.plan.total,
+            intra_op_threads=INTRA_OP_THREADS,
+        )
+
+    def __repr__(self) -> str:
+        """Return its sizes."""
+        return (
+            f"{type(self).__name__}(max_length={self.max_length}, "
+            f"num_subjects={self.num_subjects}, num_patches={self.num_patches}, "
+            f"samples_per_volume={self.samples_per_volume}, "
+            f"iterations_per_epoch={self.iterations_per_epoch})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be pickled, as a loader's spawned workers would want.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(checks.OTHER_PROCESS)
+
     # --- inner ---
 
     def _pass_at(self, start: PassStart) -> Pass:
-        plan = self._planner.plan(start.epoch)
-        return Pass(start, Draw(self.seed, plan, self.max_length, shuffled=self.shuffle_patches))
+        """Return the pass that begins there; the same one when asked again."""
+        if self._ahead is None or self._ahead.start != start:
+            plan, shuffled = self._planner.plan(start.epoch), self.shuffle_patches
+            self._ahead = Pass(
+                plan, start, seed=self.seed, window=self.max_length, shuffled=shuffled
+            )
+        return self._ahead
 
     def _fill_ahead(self) -> None:
         if self._start_background and self.num_workers > 0:
-            self._produce(self._pass_at(self._next))
-
-    def _produce(self, current: Pass) -> None:
-        following = self._planner.following(current.plan.epoch)
-        afresh = self._pass is not None and self._pass.failed
-        self._filler.begin(current.plan, current.left(), following, afresh=afresh)
+            current = self._pass_at(self._next)
+            self._filler.begin(current, self._planner.following(current.plan.epoch))
 
     def _begins(self, index: int) -> bool:
         """Tell whether an index begins a pass: 0, or where a resumed loader goes on."""
-        current = self._pass
-        if current is None:
-            return index == 0 or (self._next.keeps_indices and index == self._next.next_index)
-        return index == 0 and (current.begun or current.finished)
+        if self._pass is None:
+            return index in {0, self._next.next_index}
+        return index == 0 and self._pass.begun
 
-    def _begin_pass(self, *, keep_indices: bool) -> None:
-        current = self._pass_at(replace(self._next, keeps_indices=keep_indices))
-        self._produce(current)
-        self._pass = current
+    def _begin_pass(self, index: int) -> None:
+        current = self._pass_at(self._next)
+        current.expected = index
+        self._filler.begin(current, self._planner.following(current.plan.epoch))
+        self._pass, self._ahead = current, None
         self._next = PassStart(current.plan.epoch + 1)
 
     def _next_patch(self, current: Pass) -> tio.Subject:
         while not current.finished:
-            index = current.peek()
-            epoch = current.plan.epoch
-            made = self._filler.take(epoch, index, current.step)
+            made = self._filler.take(current)
             if not isinstance(made, BaseException):
-                current.take()
-                self._filler.taken(epoch, index, current.step)
                 return made
-            position = current.plan.locate(index)[0]
-            subject = current.plan.order[position]
-            name = self._source.name(subject)
-            if self.on_error == "raise" or isinstance(made, checks.NEVER_SKIPPED):
-                current.failed = True
-                raise checks.name_error(name, made) from made
-            self.skipped.append(SkippedSubject.because(name, made, index=subject, epoch=epoch))
-            if not self._has_ranks:
-                current.skip(position)
-            elif current.replace(position):
+            turn, _ = current.next()
+            name = self._source.name(turn.index)
+            skips = self.on_error == "skip" and not isinstance(made, checks.NEVER_SKIPPED)
+            if skips:
+                self.skipped.append(SkippedSubject.because(made, name, turn))
+            if skips and not self._has_ranks:
+                current.skip(turn.position)
+            elif skips and current.replace(turn.position):
                 self._filler.extend(current.plan)
             else:
                 current.failed = True
                 raise checks.name_error(name, made) from made
         raise StopIteration
-
-    def _choose_length(self) -> int:
-        subject = self.subjects_dataset.dry_iter()[0]
-        images = max(len(subject.get_images(intensity_only=False)), 1)
-        voxels = int(self.sampler.patch_size.astype(int).prod())
-        return choose_window(self.ram_budget_bytes, voxels * images * FLOAT_BYTES)
 
     def _identify(self) -> dict[str, str]:
         if not self._parts:

@@ -1,30 +1,18 @@
 """Which subject is made next, and how far ahead of the consumer. Pure bookkeeping.
 
-A place is an epoch and a position in its order. Places are claimed in ascending order; one that
-was given back is claimed again before all others.
+Turns are claimed in ascending order; one that was given back is claimed again before all others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+import torchio as tio
 
-    import torchio as tio
-
-    from tio_openneuro.queue.source import Production
-    from tio_openneuro.ram import Admission
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from tio_openneuro.queue.draw import EpochPlan
-
-Place = tuple[int, int]
+from tio_openneuro.queue.draw import EpochPlan, Pass, Turn
+from tio_openneuro.queue.source import Production
+from tio_openneuro.ram import Admission
 
 
 class Schedule:
@@ -42,37 +30,36 @@ class Schedule:
         """
         self._window = window
         self._subjects_ahead = subjects_ahead
+        self._current: Pass | None = None
         self._plans: dict[int, EpochPlan] = {}
-        self._wanted: dict[Place, frozenset[int]] = {}
-        self._claimed: set[Place] = set()
-        self._head: Place = (0, 0)
-        self._taken: Place = (0, 0)
+        self._wanted: dict[Turn, set[int]] = {}
+        self._claimed: set[Turn] = set()
+        self._head = (0, 0)
 
-    def begin(self, plan: EpochPlan, left: Iterable[int], following: EpochPlan | None) -> bool:
-        """Make an epoch the current one; return whether what was made of it can stay.
+    def begin(self, current: Pass, following: EpochPlan | None) -> bool:
+        """Make a pass the current one; return whether what was made for it can stay.
 
-        It can where the epoch was made ahead, and nothing of it was taken before.
+        It can where it was made ahead, and nothing of it was taken before. After an error it may
+        not: what was made ahead may be the same error again.
 
         Args:
-            plan: The epoch.
-            left: Production indices that are still to be delivered.
+            current: The pass, of which nothing was taken yet.
             following: The epoch that may be begun before this one ends, or None.
         """
-        indices = sorted(left)
-        whole = len(indices) == plan.total
-        begun = self._taken[0] == plan.epoch and self._taken[1] > 0
-        continues = whole and not begun and self._plans.get(plan.epoch) == plan
+        plan, before, left = current.plan, self._current, current.left()
+        whole = len(left) == plan.total
+        used = before is not None and before.plan.epoch == plan.epoch and before.step > 0
+        ahead = whole and not used and self._plans.get(plan.epoch) == plan
+        continues = before is current or (ahead and not (before is not None and before.failed))
         if not continues:
             self.forget()
             self._head = (plan.epoch, 0)
             if not whole:
-                self._want(plan, indices)
-        self._plans = {plan.epoch: plan}
-        if following is not None:
-            self._plans[following.epoch] = following
-        self._claimed = {place for place in self._claimed if place[0] in self._plans}
+                self._want(plan, left)
+        self._current = current
+        self._plans = {known.epoch: known for known in (plan, following) if known is not None}
+        self._claimed = {turn for turn in self._claimed if turn.epoch in self._plans}
         self._head = max(self._head, (plan.epoch, 0))
-        self._taken = (plan.epoch, plan.total - len(indices))
         return continues
 
     def extend(self, plan: EpochPlan) -> None:
@@ -81,9 +68,8 @@ class Schedule:
         Args:
             plan: What the present plan is the beginning of.
         """
-        place = (plan.epoch, len(self._plans[plan.epoch].order))
+        self._head = min(self._head, (plan.epoch, len(self._plans[plan.epoch].order)))
         self._plans[plan.epoch] = plan
-        self._head = min(self._head, place)
 
     def forget(self) -> None:
         """Have nothing to make."""
@@ -91,86 +77,65 @@ class Schedule:
         self._wanted = {}
         self._claimed = set()
 
-    def plan(self, epoch: int) -> EpochPlan:
-        """Return the plan of an epoch that :meth:`covers` is true of."""
-        return self._plans[epoch]
+    def covers(self, turn: Turn) -> bool:
+        """Return whether the subject at a turn is to be made, or was."""
+        return turn.epoch in self._plans
 
-    def covers(self, epoch: int) -> bool:
-        """Return whether patches of an epoch are to be made."""
-        return epoch in self._plans
+    def next(self) -> Turn | None:
+        """Return the first turn that is not claimed and within reach, or None."""
+        turn = next(self._unclaimed(), None)
+        if turn is None:
+            return None
+        self._head = (turn.epoch, turn.position)
+        return turn if self._within_reach(turn) else None
 
-    def advance(self, epoch: int, step: int) -> None:
-        """Note how many patches of the current epoch were taken.
+    def claim(self, turn: Turn) -> None:
+        """Take a turn out of what is to be made."""
+        self._claimed.add(turn)
 
-        Args:
-            epoch: The current epoch.
-            step: Patches delivered or skipped.
-        """
-        self._taken = (epoch, step)
+    def give_back(self, turn: Turn) -> None:
+        """Put a claimed turn back to what is to be made."""
+        self._claimed.remove(turn)
+        self._head = min(self._head, (turn.epoch, turn.position))
 
-    def next(self) -> Place | None:
-        """Return the first place that is not claimed and within reach, or None."""
-        epoch, position = self._head
-        while epoch in self._plans:
-            plan = self._plans[epoch]
-            while position < len(plan.order):
-                place = (epoch, position)
-                if place not in self._claimed and self.wanted(place):
-                    self._head = place
-                    return place if self._within_reach(place) else None
-                position += 1
-            epoch, position = epoch + 1, 0
-        return None
-
-    def claim(self, place: Place) -> None:
-        """Take a place out of what is to be made."""
-        self._claimed.add(place)
-
-    def give_back(self, place: Place) -> None:
-        """Put a claimed place back to what is to be made."""
-        if place in self._claimed:
-            self._claimed.discard(place)
-            self._head = min(self._head, place)
-
-    def wanted(self, place: Place) -> frozenset[int]:
+    def wanted(self, turn: Turn) -> Collection[int]:
         """Return which patches of a subject are to be delivered."""
-        if place in self._wanted:
-            return self._wanted[place]
-        return frozenset(range(self._plans[place[0]].counts[place[1]]))
+        return self._wanted.get(turn, range(self._plans[turn.epoch].counts[turn.position]))
 
-    def index(self, place: Place) -> int:
-        """Return the dataset's index of a place's subject."""
-        return self._plans[place[0]].order[place[1]]
+    def index(self, turn: Turn, number: int) -> int:
+        """Return the production index of a patch, by its number among its subject's."""
+        return self._plans[turn.epoch].start(turn.position) + number
 
     def ahead(self) -> list[int]:
         """Return the dataset's indices of the subjects to be made, in order."""
-        return [
-            plan.order[position]
-            for epoch, plan in sorted(self._plans.items())
-            for position in range(len(plan.order))
-            if (epoch, position) not in self._claimed and self.wanted((epoch, position))
-        ]
+        return [turn.index for turn in self._unclaimed()]
 
-    def _within_reach(self, place: Place) -> bool:
-        if self._subjects_ahead is None:
+    def _unclaimed(self) -> Iterator[Turn]:
+        epoch, position = self._head
+        while epoch in self._plans:
+            plan = self._plans[epoch]
+            for later in range(position, len(plan.order)):
+                turn = plan.turn(later)
+                if turn not in self._claimed:
+                    yield turn
+            epoch, position = epoch + 1, 0
+
+    def _within_reach(self, turn: Turn) -> bool:
+        if self._subjects_ahead is None or self._current is None:
             return True
-        epoch, position = place
-        taken_epoch, step = self._taken
-        distance = self._plans[epoch].start(position) - step
-        if epoch > taken_epoch and taken_epoch in self._plans:
-            distance += self._plans[taken_epoch].total
-        ahead = self._subjects_ahead * self._plans[epoch].counts[position]
-        return distance < self._window + ahead
+        plan, current = self._plans[turn.epoch], self._current
+        distance = plan.start(turn.position) - current.step
+        if turn.epoch > current.plan.epoch:
+            distance += current.plan.total
+        return distance < self._window + self._subjects_ahead * plan.counts[turn.position]
 
-    def _want(self, plan: EpochPlan, indices: list[int]) -> None:
-        places: dict[int, set[int]] = {}
-        for index in indices:
-            position, place = plan.locate(index)
-            places.setdefault(position, set()).add(place)
-        self._wanted = {
-            (plan.epoch, position): frozenset(places.get(position, ()))
-            for position in range(len(plan.order))
-        }
+    def _want(self, plan: EpochPlan, left: list[int]) -> None:
+        """Want what is left of an epoch; subjects of which nothing is count as claimed."""
+        for index in left:
+            position, number = plan.locate(index)
+            self._wanted.setdefault(plan.turn(position), set()).add(number)
+        turns = {plan.turn(position) for position in range(len(plan.order))}
+        self._claimed = turns - self._wanted.keys()
 
 
 @dataclass(slots=True)
@@ -178,12 +143,13 @@ class _Made:
     """A subject's patches that wait to be delivered, or why there are none."""
 
     patches: dict[int, tio.Subject] = field(default_factory=dict)
+    count: int = 0
     patch_bytes: int = 0
     error: BaseException | None = None
 
 
 class Buffer:
-    """The patches of each subject that was made, by its place, until the last one is taken."""
+    """The patches of each subject that was made, by its turn, until the last one is taken."""
 
     def __init__(self, admission: Admission) -> None:
         """Begin empty.
@@ -192,65 +158,53 @@ class Buffer:
             admission: The RAM charges.
         """
         self._admission = admission
-        self._made: dict[Place, _Made] = {}
+        self._made: dict[Turn, _Made] = {}
 
-    def __contains__(self, place: object) -> bool:
+    def __contains__(self, turn: object) -> bool:
         """Return whether a subject was made, or could not be, and is not wholly taken."""
-        return place in self._made
+        return turn in self._made
 
-    def __iter__(self) -> Iterator[tuple[Place, int, tio.Subject]]:
-        """Give each patch with its subject's place and its number among the subject's."""
-        for place, made in self._made.items():
+    def __iter__(self) -> Iterator[tuple[Turn, int, tio.Subject]]:
+        """Give each patch with its subject's turn and its number among the subject's."""
+        for turn, made in self._made.items():
             for number, patch in made.patches.items():
-                yield place, number, patch
+                yield turn, number, patch
 
     def keep(
-        self, place: Place, production: Production, wanted: frozenset[int], charged_bytes: int
+        self, turn: Turn, production: Production, wanted: Collection[int], charged_bytes: int
     ) -> None:
         """Keep what became of a subject, and settle its charge.
 
         Args:
-            place: Its epoch and position.
+            turn: The subject's.
             production: Its patches, or its error.
             wanted: Numbers of the patches that are to be delivered.
             charged_bytes: What was charged for the work and the patches.
         """
         kept = {n: patch for n, patch in enumerate(production.patches) if n in wanted}
-        self._made[place] = _Made(kept, production.patch_bytes, production.error)
+        self._made[turn] = _Made(kept, len(kept), production.patch_bytes, production.error)
         self._admission.settle(charged_bytes, len(kept) * production.patch_bytes)
 
-    def fail(self, place: Place, error: BaseException) -> None:
-        """Note what stops a subject for which nothing is charged."""
-        self._made[place] = _Made(error=error)
-
-    def get(self, place: Place, number: int) -> tio.Subject | BaseException:
+    def get(self, turn: Turn, number: int) -> tio.Subject | BaseException:
         """Return a patch of a subject that is here, or what stopped the subject."""
-        made = self._made[place]
+        made = self._made[turn]
         return made.patches[number] if made.error is None else made.error
 
-    def take(self, place: Place, number: int) -> None:
-        """Let go of a patch that was delivered, if it is here still."""
-        made = self._made.get(place)
-        if made is not None and made.patches.pop(number, None) is not None:
-            self._admission.release(made.patch_bytes)
-            if not made.patches:
-                del self._made[place]
+    def take(self, turn: Turn, number: int) -> None:
+        """Let go of a patch that was delivered."""
+        made = self._made[turn]
+        del made.patches[number]
+        self._admission.release(made.patch_bytes)
+        if not made.patches:
+            del self._made[turn]
 
-    def discard(self, chosen: Callable[[Place], bool]) -> None:
-        """Drop the subjects whose places are chosen."""
-        for place in [place for place in self._made if chosen(place)]:
-            made = self._made.pop(place)
+    def discard(self, chosen: Callable[[Turn], bool]) -> None:
+        """Drop the subjects whose turns are chosen."""
+        for turn in list(filter(chosen, self._made)):
+            made = self._made.pop(turn)
             self._admission.release(len(made.patches) * made.patch_bytes)
 
-    def furthest(self, wanted: Callable[[Place], frozenset[int]]) -> Place | None:
-        """Return the last place whose patches are all here still, so that it can be made again.
-
-        Args:
-            wanted: Returns the numbers of a subject's patches that are to be delivered.
-        """
-        whole = (
-            place
-            for place, made in self._made.items()
-            if made.patches and made.patches.keys() == wanted(place)
-        )
+    def furthest(self) -> Turn | None:
+        """Return the last turn whose patches are all here still, so that it can be made again."""
+        whole = (turn for turn, made in self._made.items() if len(made.patches) == made.count > 0)
         return max(whole, default=None)

@@ -1,28 +1,36 @@
 """From a dataset's index to patches: load, transform, sample, in one thread, under one seed.
 
-Owns what TorchIO must be asked about a subject: its name, its number of patches, the size of its
-images, the cost of its transforms. It holds nothing of the dataset between two subjects.
+Owns what TorchIO must be asked about a subject: its name, the size of its images, the cost of its
+transforms. It holds nothing of the dataset between two subjects.
 """
 
 from __future__ import annotations
 
 import traceback
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
-import torch
 import torchio as tio
-from torchio.constants import NUM_SAMPLES
 
+from tio_openneuro.dataset import subject_bytes
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.prepared import DamagedVolumeError
-from tio_openneuro.queue.draw import derive_seed
-from tio_openneuro.ram import BASE_BYTES, FLOAT_BYTES, THREAD_BYTES, bound_subject
+from tio_openneuro.queue.draw import Turn, derive_seed
+from tio_openneuro.queue.order import Planner
+from tio_openneuro.ram import (
+    BASE_BYTES,
+    FLOAT_BYTES,
+    THREAD_BYTES,
+    bound_subject,
+    refuse_subject,
+)
 from tio_openneuro.torchio_seams import (
+    CancelledWorkError,
     KeptMaps,
     SamplerMap,
     draw_patches,
@@ -37,10 +45,6 @@ from tio_openneuro.torchio_seams import (
 )
 from tio_openneuro.volumes import ImageSize, SubjectSize, VolumeFile, listening, sum_sizes
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-INTRA_OP_THREADS = 1
 _FALLBACK_VOXELS = 256**3
 # Subjects of two images: 0.1 s.
 _HEADERS_AT_ONCE = 256
@@ -48,8 +52,48 @@ _HEADERS_AT_ONCE = 256
 _MAPS_SHARE = 64
 
 
+@runtime_checkable
+class ContentDataset(Protocol):
+    """What the queue asks of a dataset that fetches its subjects' content."""
+
+    def opened(self, index: int, /) -> AbstractContextManager[tio.Subject | None]:
+        """Hold a subject open of which no more is read than patches need; None where none is."""
+
+    def prepared_size(self, index: int) -> SubjectSize | None:
+        """Return the size of what :meth:`opened` would hold, or None."""
+
+    def prefetch_indices(self, indices: Sequence[int], *, likely_later: Sequence[int]) -> None:
+        """Hear which subjects come next, and which may come after them."""
+
+    def release_index(self, index: int, *, drop: bool) -> None:
+        """Hear that a subject's content has been used."""
+
+    def close(self) -> None:
+        """End the loads under way."""
+
+
+class NoContent:
+    """The answers for a dataset that has nothing to fetch, to release or to close."""
+
+    def opened(self, _index: int, /) -> AbstractContextManager[tio.Subject | None]:
+        """Hold nothing."""
+        return nullcontext()
+
+    def prepared_size(self, index: int) -> SubjectSize | None:
+        """Know none."""
+
+    def prefetch_indices(self, indices: Sequence[int], *, likely_later: Sequence[int]) -> None:
+        """Fetch nothing."""
+
+    def release_index(self, index: int, *, drop: bool) -> None:
+        """Release nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
+
+
 @dataclass(frozen=True, slots=True)
-class Need:
+class RamBounds:
     """Upper bounds of what one subject holds.
 
     Attributes:
@@ -62,7 +106,7 @@ class Need:
     work_bytes: int
     patch_bytes: int
     known: bool
-    guessed: bool = False
+    guessed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +117,14 @@ class Production:
         patches: Its patches in the order of sampling; empty where it failed.
         patch_bytes: Bytes of the largest patch.
         error: What stopped it, with its traceback, or None.
-        larger: Whether it was stopped at its header, since it is larger than what was charged;
-            its size is known now.
     """
 
-    patches: Sequence[tio.Subject]
+    patches: Sequence[tio.Subject] = ()
     patch_bytes: int = 0
     error: BaseException | None = None
-    larger: bool = False
 
 
-class _LargerSubjectError(RamBudgetError):
+class _UnderchargedError(RamBudgetError):
     """A header says that a subject is larger than what was charged for it."""
 
 
@@ -95,83 +136,57 @@ class SubjectSource:
         dataset: tio.SubjectsDataset,
         sampler: Callable[[tio.Subject], Any],
         *,
-        samples_per_volume: int,
+        planner: Planner,
         patch_transform: Callable[[tio.Subject], tio.Subject] | None,
         seed: int,
         drop: bool,
-        again: Sequence[int] = (),
-        ram_budget_bytes: int = 0,
+        ram_budget_bytes: int,
     ) -> None:
         """Keep the parts; load nothing.
 
         Args:
             dataset: The subjects.
             sampler: The patch sampler.
-            samples_per_volume: Patches of a subject that has no ``num_samples``.
+            planner: Knows how many patches each subject gives, and which may come later.
             patch_transform: Applied to each patch, under the subject's generator.
             seed: The queue's seed.
             drop: Whether a subject's content is dropped once its patches are made.
-            again: Subjects of epochs whose order is not known yet, the likeliest first.
             ram_budget_bytes: The queue's, of which a part is set aside for sampler maps.
         """
-        self.dataset = dataset
-        self.sampler = sampler
-        self.samples_per_volume = samples_per_volume
-        self.patch_transform = patch_transform
-        transform = transform_of(dataset)
-        self._cost_prepared = measure_cost(transform)
-        self._boxes_alone = transform is None and not map_bytes(sampler)
-        preparing = measure_cost(getattr(dataset, "preprocess", None))
-        self.cost = preparing.followed_by(self._cost_prepared)
-        self._patch_cost = measure_cost(patch_transform)
-        self.cost = replace(self.cost, known=self.cost.known and self._patch_cost.known)
+        self.counts = planner.counts
+        self.ram_budget_bytes = ram_budget_bytes
+        self._dataset = dataset
+        self.content = dataset if isinstance(dataset, ContentDataset) else NoContent()
+        self._sampler = sampler
+        self._patch_transform = patch_transform
         self._seed = seed
         self._drop = drop
-        self._again = again
+        self._likely_later = planner.likeliest()
+        preprocess = getattr(dataset, "preprocess", None)
+        transform = transform_of(dataset)
+        self._cost_prepared = measure_cost(transform)
+        self._cost = measure_cost(preprocess).followed_by(self._cost_prepared)
+        self._patch_cost = measure_cost(patch_transform)
+        self.costs_known = self._cost.known and self._patch_cost.known
+        self._boxes_alone = transform is None and not map_bytes(sampler)
         keeps_maps = has_map(sampler) and transform is None
-        keeps_maps = keeps_maps and getattr(dataset, "preprocess", None) is not None
+        keeps_maps = keeps_maps and preprocess is not None
         self._maps = KeptMaps(ram_budget_bytes // _MAPS_SHARE if keeps_maps else 0)
+        self.base_bytes = BASE_BYTES + self._maps.most_bytes
         self._sizes: dict[int, SubjectSize] = {}
         self._largest_patch_bytes = 0
         self._growth = 1.0
 
-    @property
-    def base_bytes(self) -> int:
-        """Bytes that are set aside for as long as the queue lives."""
-        return BASE_BYTES + self._maps.most_bytes
+    # --- sizes ---
 
     @property
     def knows_sizes(self) -> bool:
         """Whether the size of any subject is known."""
         return bool(self._sizes)
 
-    def __len__(self) -> int:
-        """Return the number of subjects."""
-        return len(self.dataset)
-
-    def count(self, index: int) -> int:
-        """Return how many patches a subject gives, without loading it."""
-        subject = self.dataset.dry_iter()[index]
-        return int(getattr(subject, NUM_SAMPLES, self.samples_per_volume))
-
-    def images(self, index: int) -> int:
-        """Return how many images a subject has, without loading it."""
-        return len(self.dataset.dry_iter()[index].get_images(intensity_only=False))
-
-    def sized(self) -> list[int]:
-        """Return the indices of subjects whose size is known now.
-
-        Those in RAM are, and those in local files, of which a few hundred headers are read.
-        """
-        return [
-            index
-            for index, subject in enumerate(self.dataset.dry_iter())
-            if (index < _HEADERS_AT_ONCE or _in_ram(subject)) and self.size(index) is not None
-        ]
-
     def name(self, index: int) -> str:
         """Return what a subject is called, for messages."""
-        subject = self.dataset.dry_iter()[index]
+        subject = self._dataset.dry_iter()[index]
         for attribute in ("name", "subject_id"):
             value = subject.get(attribute)
             if isinstance(value, str) and value:
@@ -179,151 +194,175 @@ class SubjectSource:
                 return f"{value} {session}" if isinstance(session, str) and session else value
         return f"subject {index}"
 
-    def size(self, index: int) -> SubjectSize | None:
-        """Return the size of a subject's images, or None where it is not known yet.
+    def images(self, index: int) -> int:
+        """Return how many images a subject has, at least one, without loading it."""
+        return max(len(self._dataset.dry_iter()[index].get_images(intensity_only=False)), 1)
 
-        Reads headers of local files at most.
-        """
-        if index not in self._sizes:
-            size = measure_subject(self.dataset.dry_iter()[index])
-            if size is None:
-                return None
-            self._sizes[index] = size
-        return self._sizes[index]
+    def channels(self, index: int) -> int:
+        """Return a subject's channels, one for each image where its size is not known."""
+        size = self._size(index)
+        return self.images(index) if size is None else size.channels
 
-    def need(self, index: int) -> Need:
-        """Return upper bounds of what a subject holds.
+    def patch_bytes(self, channels: int) -> int:
+        """Return the bytes of one patch, with float voxels."""
+        voxels = prod(int(n) for n in cast("Any", self._sampler).patch_size)
+        return voxels * channels * FLOAT_BYTES
+
+    def bounds(self, index: int) -> RamBounds:
+        """Return upper bounds of what a subject holds; read headers of local files at most.
 
         Where its size is not known yet, that of the largest subject so far, or a volume of
         256**3 for each image, is taken. Patches of all subjects are taken for equal once some
         were made.
         """
-        prepared = self._prepared_size(index)
-        if prepared is not None:
-            patch_bytes = self._largest_patch_bytes or self.patch_bytes(prepared.channels)
-            return Need(self._bound_prepared(index, prepared), patch_bytes, known=True)
-        size = self.size(index)
+        prepared = self.content.prepared_size(index)
+        size = prepared or self._size(index)
         known = size is not None
         if size is None:
-            image = (1, _FALLBACK_VOXELS, FLOAT_BYTES)
-            guess = sum_sizes([image] * max(self.images(index), 1))
+            guess = sum_sizes([(1, _FALLBACK_VOXELS, FLOAT_BYTES)] * self.images(index))
             size = max(self._sizes.values(), key=lambda s: s.stored_bytes, default=guess)
+        work_bytes = self._bound_prepared(index, size) if prepared else self._bound(size)
         patch_bytes = self._largest_patch_bytes or self.patch_bytes(size.channels)
-        return Need(self._bound(size), patch_bytes, known, guessed=not known and not self._sizes)
+        guessed = not known and not self.knows_sizes
+        return RamBounds(work_bytes, patch_bytes, known, guessed)
+
+    def require_room(self, waiting_patches: int) -> None:
+        """Refuse a budget that cannot hold the largest subject whose size is known now.
+
+        Known are those in RAM, and those in local files, of which a few hundred headers are read.
+
+        Args:
+            waiting_patches: Patches that wait for delivery beside it.
+
+        Raises:
+            RamBudgetError: It cannot; the message names the subject and the bytes.
+        """
+        sized = [
+            (self.bounds(index), index)
+            for index, subject in enumerate(self._dataset.dry_iter())
+            if (index < _HEADERS_AT_ONCE or _in_ram(subject)) and self._size(index) is not None
+        ]
+        if not sized:
+            return
+        bounds, index = max(sized, key=lambda pair: pair[0].work_bytes + pair[0].patch_bytes)
+        own_bytes = bounds.work_bytes + bounds.patch_bytes * self.counts[index]
+        held_bytes = bounds.patch_bytes * waiting_patches + self.base_bytes
+        if own_bytes + held_bytes > self.ram_budget_bytes:
+            raise self.too_large(index, own_bytes, held_bytes)
+
+    def too_large(self, index: int, own_bytes: int, held_bytes: int) -> RamBudgetError:
+        """Return the error for a subject that the budget cannot hold.
+
+        Args:
+            index: Its index in the dataset.
+            own_bytes: Bound of its own work and patches.
+            held_bytes: What is held beside it.
+        """
+        advice = (
+            f"Its own work and patches need {own_bytes} bytes; patches that wait for delivery, "
+            f"libraries and maps need {held_bytes} bytes. Raise ram_budget, or lower max_length, "
+            f"the patch size or samples_per_volume."
+        )
+        need_bytes = own_bytes + held_bytes
+        return refuse_subject(self.name(index), need_bytes, self.ram_budget_bytes, advice)
+
+    def _size(self, index: int) -> SubjectSize | None:
+        if index not in self._sizes:
+            size = measure_subject(self._dataset.dry_iter()[index])
+            if size is None:
+                return None
+            self._sizes[index] = size
+        return self._sizes[index]
 
     def _bound(self, size: SubjectSize) -> int:
         grown = size.scaled(self._growth)
-        subject_bytes = bound_subject(grown, self.cost, map_bytes(self.sampler))
-        return max(subject_bytes, self._bound_patch(size))
+        work_bytes = bound_subject(grown, self._cost, map_bytes(self._sampler))
+        return max(work_bytes, self._bound_patch(size))
+
+    def _bound_prepared(self, index: int, size: SubjectSize) -> int:
+        work_bytes = THREAD_BYTES
+        if not self._boxes_alone and index not in self._maps:
+            work_bytes = bound_subject(size, self._cost_prepared, map_bytes(self._sampler))
+        return max(work_bytes, self._bound_patch(size))
 
     def _bound_patch(self, size: SubjectSize) -> int:
         # The subject is gone by the time its patches are transformed, one after another.
-        return bound_subject(self._patch_size(size), self._patch_cost, 0)
-
-    def _patch_size(self, size: SubjectSize) -> SubjectSize:
-        """Return the size of one patch of a subject, or of the largest that came out so far."""
-        voxels = self.patch_bytes(1) // FLOAT_BYTES
-        total = max(voxels * size.channels, self._largest_patch_bytes // FLOAT_BYTES)
-        return SubjectSize(total, total, total * FLOAT_BYTES, size.channels)
-
-    def _prepared_size(self, index: int) -> SubjectSize | None:
-        """Return the size of a subject whose prepared volume is there, where the dataset knows."""
-        tell = getattr(self.dataset, "prepared_size", None)
-        return tell(index) if callable(tell) else None
-
-    def _bound_prepared(self, index: int, size: SubjectSize) -> int:
-        subject_bytes = THREAD_BYTES
-        if not self._boxes_alone and index not in self._maps:
-            subject_bytes = bound_subject(size, self._cost_prepared, map_bytes(self.sampler))
-        return max(subject_bytes, self._bound_patch(size))
-
-    def patch_bytes(self, channels: int) -> int:
-        """Return the bytes of one patch, with float voxels."""
-        voxels = prod(int(n) for n in cast("Any", self.sampler).patch_size)
-        return voxels * channels * FLOAT_BYTES
+        patch_bytes = max(self.patch_bytes(size.channels), self._largest_patch_bytes)
+        voxels = patch_bytes // FLOAT_BYTES
+        patch = SubjectSize(voxels, voxels, voxels * FLOAT_BYTES, size.channels)
+        return bound_subject(patch, self._patch_cost, 0)
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """Tell the dataset which subjects come next, where it wants to know."""
-        tell = getattr(self.dataset, "prefetch_indices", None)
-        if callable(tell):
-            tell(indices, again=self._again if indices else ())
+        """Tell the dataset which subjects come next; none where nothing will."""
+        self.content.prefetch_indices(indices, likely_later=self._likely_later if indices else ())
 
-    def close_dataset(self) -> None:
-        """End the loads under way, where the dataset can be closed."""
-        close = getattr(self.dataset, "close", None)
-        if callable(close):
-            close()
+    # --- patches ---
 
     def produce(
         self,
-        index: int,
-        seed_parts: tuple[int, int],
+        turn: Turn,
         granted_bytes: int,
         cancelled: Callable[[], bool],
         announced: Callable[[], None] = lambda: None,
-    ) -> Production:
+    ) -> Production | None:
         """Load a subject and make its patches; what goes wrong is part of the result.
 
         Args:
-            index: Index in the dataset.
-            seed_parts: Number of the epoch, and how often it had the subject before.
+            turn: The subject's, on which its draws depend.
             granted_bytes: What was charged for the work, beside the patches.
             cancelled: Whether the patches are no longer wanted.
             announced: Called once the subject's size is known, where it was not.
 
-        Raises:
-            CancelledWorkError: They are not.
+        Returns:
+            None where it was cancelled, or has to be made anew: with a larger charge, since its
+            header told its true size, or from its files, since its prepared volume was damaged.
         """
 
         def admit(size: SubjectSize) -> None:
-            self._sizes[index] = size
+            self._sizes[turn.index] = size
             announced()
             if self._bound(size) > granted_bytes:
-                message = f"{self.name(index)} is larger than what was charged for it."
-                raise _LargerSubjectError(message)
+                raise _UnderchargedError(f"{self.name(turn.index)} was charged too little.")
 
-        count = self.count(index)
         try:
-            seed = derive_seed(self._seed, "subject", index, *seed_parts)
+            parts = turn.index, turn.epoch, turn.occurrence
+            seed = derive_seed(self._seed, "subject", *parts)
             with drawing_from(seed, cancelled), listening(admit):
-                patches = self._make_patches(index, count)
-        except (_LargerSubjectError, DamagedVolumeError) as error:
-            forget_locals(error)
-            return Production((), error=error, larger=True)
+                patches = self._make_patches(turn.index)
+        except CancelledWorkError:
+            return None
         except Exception as error:  # noqa: BLE001 - raised in the training loop, whole
             forget_locals(error)
-            return Production((), error=error)
+            anew = isinstance(error, _UnderchargedError | DamagedVolumeError)
+            return None if anew else Production(error=error)
         patch_bytes = max(map(subject_bytes, patches), default=0)
         self._largest_patch_bytes = max(self._largest_patch_bytes, patch_bytes)
         return Production(patches, patch_bytes)
 
-    def _make_patches(self, index: int, count: int) -> list[tio.Subject]:
+    def _make_patches(self, index: int) -> list[tio.Subject]:
+        count = self.counts[index]
         try:
             with self._opened(index) as (subject, kept):
-                patches = list(islice(draw_patches(self.sampler, subject, kept), count))
+                patches = list(islice(draw_patches(self._sampler, subject, kept), count))
                 del subject
         finally:
-            release = getattr(self.dataset, "release_index", None)
-            if callable(release):
-                release(index, drop=self._drop)
+            self.content.release_index(index, drop=self._drop)
         if len(patches) < count:
-            message = f"The patch sampler gave {len(patches)} of {count} patches."
-            raise RuntimeError(message)
-        if self.patch_transform is not None:
-            for place, patch in enumerate(patches):
-                patches[place] = self.patch_transform(patch)
+            raise RuntimeError(f"The patch sampler gave {len(patches)} of {count} patches.")
+        if self._patch_transform is not None:
+            for number, patch in enumerate(patches):
+                patches[number] = self._patch_transform(patch)
         return patches
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[tuple[tio.Subject, SamplerMap | None]]:
         """Yield a subject, of which a prepared one reads no more than is asked for, and its map."""
-        opened = getattr(self.dataset, "opened", None)
-        if callable(opened) and reads_boxes(self.sampler):
-            with opened(index) as subject:
+        if reads_boxes(self._sampler):
+            with self.content.opened(index) as subject:
                 if subject is not None:
-                    yield subject, self._maps.of(index, self.sampler, subject)
+                    yield subject, self._maps.of(index, self._sampler, subject)
                     return
-        subject = get_subject(self.dataset, index)
+        subject = get_subject(self._dataset, index)
         self._calibrate(index, subject)
         yield subject, None
 
@@ -351,13 +390,9 @@ def measure_subject(subject: tio.Subject) -> SubjectSize | None:
     Args:
         subject: Loaded or not; it is not loaded.
     """
-    sizes = []
-    for image in subject.get_images(intensity_only=False):
-        size = _measure_image(image)
-        if size is None:
-            return None
-        sizes.append(size)
-    return sum_sizes(sizes) if sizes else None
+    sizes = [_measure_image(image) for image in subject.get_images(intensity_only=False)]
+    known = [size for size in sizes if size is not None]
+    return sum_sizes(known) if 0 < len(known) == len(sizes) else None
 
 
 def _in_ram(subject: tio.Subject) -> bool:
@@ -369,19 +404,3 @@ def _measure_image(image: tio.Image) -> ImageSize | None:
         data = image.data
         return len(data), prod(data.shape[1:]), data.element_size()
     return VolumeFile(image.path).size if isinstance(image.path, Path) else None
-
-
-def subject_bytes(subject: tio.Subject) -> int:
-    """Return the bytes of a loaded subject's voxels."""
-    images = subject.get_images(intensity_only=False)
-    return sum(image.data.numel() * image.data.element_size() for image in images)
-
-
-def fix_intra_op_threads() -> int:
-    """Fix torch's intra-op threads in this thread, and return how many it had.
-
-    Results such as the mean of a volume depend on the number (TorchIO 1.2.1, torch 2.13).
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(INTRA_OP_THREADS)
-    return before

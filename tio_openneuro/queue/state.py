@@ -12,12 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tio_openneuro.queue.draw import PassStart, Replacement
+from tio_openneuro.queue.draw import PassStart, Replacement, Turn
 
 STATE_VERSION = 2
 LONGEST_SKIPPED = 500
 _LONGEST_REASON = 300
-_DEEPEST = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +36,10 @@ class SkippedSubject:
     epoch: int
 
     @classmethod
-    def because(cls, unit: str, error: BaseException, *, index: int, epoch: int) -> SkippedSubject:
+    def because(cls, error: BaseException, unit: str, turn: Turn) -> SkippedSubject:
         """Return an entry whose reason is an error's class and message, cut where it is long."""
         reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
-        return cls(unit, reason, index, epoch)
+        return cls(unit, reason, turn.index, turn.epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +128,11 @@ class QueueState:
             ValueError: Another version of this library wrote it.
         """
         if state.get("version") != STATE_VERSION:
-            message = (
+            raise ValueError(
                 f"Cannot resume from this state: its version is {state.get('version')!r}, this "
-                f"library reads {STATE_VERSION}. Use the library version that wrote it."
+                f"library reads {STATE_VERSION}. Use the library version that wrote it, or begin "
+                f"anew without load_state_dict()."
             )
-            raise ValueError(message)
         return cls(
             seed=state["seed"],
             window=state["window"],
@@ -176,9 +175,8 @@ def compare_parts(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
             f"{name}: {saved.get(name, 'absent')!s} then, {current[name]!s} now"
             for name in different
         )
-        message = (
+        raise ValueError(
             f"Cannot resume from this state: it was taken with another "
             f"{' and another '.join(different)} ({details}). Make the queue as it was made then, "
             f"or begin anew without load_state_dict()."
         )
-        raise ValueError(message)

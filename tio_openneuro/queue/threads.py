@@ -6,16 +6,14 @@ import atexit
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 
-from tio_openneuro.queue.source import fix_intra_op_threads
 from tio_openneuro.ram import in_main_arena
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
+# In every fill: results such as the mean of a volume depend on it (TorchIO 1.2.1, torch 2.13).
+INTRA_OP_THREADS = 1
 _START_S = 60.0
 _JOIN_S = 1.0
 _EXIT_S = 8.0
@@ -120,7 +118,7 @@ class _Candidate(threading.Thread):
         self._chosen.wait(_START_S)
         if self.hired:
             _count_as_busy()
-            fix_intra_op_threads()
+            torch.set_num_threads(INTRA_OP_THREADS)
             self.begun.set()
             self._work()
 
