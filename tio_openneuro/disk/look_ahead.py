@@ -203,6 +203,8 @@ class LookAhead:
     def lost(self, contents: Iterable[ContentId]) -> None:
         """Note that content is gone, so that it is prefetched again when there is room."""
         gone = set(contents)
+        if not gone:
+            return
         with self._mutex:
             for entry in self._entries:
                 if entry.ready and not gone.isdisjoint(self._store.all_of(entry.unit)):
