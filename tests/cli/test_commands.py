@@ -16,6 +16,7 @@ from faulty import LoopbackOpenNeuro
 from workers import Nursery
 
 from tio_openneuro.cli import main
+from tio_openneuro.disk.engine import Engine
 from tio_openneuro.sizes import format_size
 
 SCRIPT = Path(sys.executable).parent / "tio-openneuro"
@@ -81,6 +82,17 @@ def test_fetch_status_evict_and_doctor_tell_one_story(
     assert not list(root.rglob("*.nii.gz"))
     doctor = enter("doctor")
     assert (doctor.returncode, "no inconsistencies" in doctor.stdout) == (0, True)
+
+
+@pytest.mark.usefixtures("openneuro")
+def test_a_plan_takes_the_budget_that_training_takes(
+    root: Path, enter: Callable[..., Ended]
+) -> None:
+    """Beside a process that states no budget, the plan is made for that one's."""
+    with Engine(root) as engine:
+        ended = enter("plan", "ds900001", *IMAGES, "--json")
+        assert ended.returncode == 0, ended.stderr
+        assert json.loads(ended.stdout)["budget_bytes"] == engine.budget_bytes
 
 
 def test_info_counts_from_metadata_alone(

@@ -17,6 +17,7 @@ from tio_openneuro.ledger.owners import OwnerLock
 from tio_openneuro.ledger.root import (
     FLOOR_BYTES,
     automatic_budget,
+    free_bytes,
     network_type,
     prepare_ledger_folder,
 )
@@ -247,6 +248,22 @@ def test_an_automatic_budget_is_shared(opening: Opening) -> None:
     with pytest.raises(DiskBudgetError, match="are free"):
         automatic_budget(FLOOR_BYTES, 0)
     assert automatic_budget(FLOOR_BYTES + 10, 0) == 10
+
+
+def test_the_planned_budget_is_the_one_that_is_taken(opening: Opening, folder: Path) -> None:
+    """What is held already counts as free, live owners are followed, and none is left behind."""
+    root = folder.parent
+    holder = opening(10**15)
+    arrive(holder, "a", 10**14)
+    planned_bytes = Ledger.planned_budget(root)
+    taken = opening(None, free_bytes(root))
+    # The same formula a moment later: others may write to this disk meanwhile.
+    assert abs(planned_bytes - taken.budget_bytes) < 10**9
+    assert planned_bytes > 10**14 // 2
+    assert Ledger.planned_budget(root) == taken.budget_bytes
+    assert len(holder.other_owners()) == 1
+    assert Ledger.planned_budget(root / "elsewhere") < planned_bytes
+    assert not (root / "elsewhere").exists()
 
 
 def test_the_ledger_is_for_its_user_alone(folder: Path) -> None:

@@ -18,7 +18,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from tio_openneuro.errors import TioOpenNeuroError
-from tio_openneuro.ledger import automatic_budget, free_bytes
+from tio_openneuro.ledger import Ledger
 from tio_openneuro.select import Label, Scalar
 from tio_openneuro.sizes import format_size, parse_size
 
@@ -123,7 +123,7 @@ def plan(
     catalog = open_catalog(source, root, version=version)
     units = unit_contents(catalog, _patterns(image, label), cast("Unit", unit))
     automatic = disk_budget == "auto"
-    budget_bytes = automatic_budget(free_bytes(root), 0) if automatic else parse_size(disk_budget)
+    budget_bytes = Ledger.planned_budget(root) if automatic else parse_size(disk_budget)
     found = plan_disk(units, budget_bytes, epochs=epochs, seed=seed)
     record = {"dataset": catalog.dataset_id, "commit": catalog.commit, **dataclasses.asdict(found)}
     record |= {"epochs": epochs, "rate_bytes": parse_size(rate)}

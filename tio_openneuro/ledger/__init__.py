@@ -9,7 +9,6 @@ from tio_openneuro.ledger.eviction import is_worth_room
 from tio_openneuro.ledger.ledger import Ledger
 from tio_openneuro.ledger.root import (
     FLOOR_BYTES,
-    automatic_budget,
     free_bytes,
     prepare_ledger_folder,
     too_large,
@@ -26,7 +25,6 @@ __all__ = [
     "Ledger",
     "Transaction",
     "Want",
-    "automatic_budget",
     "free_bytes",
     "growing_pause_s",
     "is_worth_room",

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from tio_openneuro.content import ContentId
 from tio_openneuro.errors import LedgerError
 from tio_openneuro.ledger.database import LedgerDatabase
 from tio_openneuro.ledger.owners import OwnerLock, OwnerRecord, runs, take_if_dead, this_process
-from tio_openneuro.ledger.root import automatic_budget
+from tio_openneuro.ledger.root import automatic_budget, free_bytes, prepare_ledger_folder
 from tio_openneuro.ledger.schema import (
     BUDGET,
     FETCH_PIDS,
@@ -37,6 +37,8 @@ from tio_openneuro.ledger.schema import (
 from tio_openneuro.ledger.transaction import Transaction
 
 _OWNERS = "SELECT id, pid, created_s, budget_bytes FROM owner WHERE id <> ?"
+_NO_BUDGET_BYTES = 10**18
+"""The smallest budget of a root holds; this one never is."""
 
 
 class Ledger:
@@ -50,14 +52,14 @@ class Ledger:
         budget_bytes: Budget that it stated.
     """
 
-    def __init__(self, folder: Path, budget_bytes: int | None, free_bytes: int = 0) -> None:
+    def __init__(self, folder: Path, budget_bytes: int | None, free: int = 0) -> None:
         """Open the ledger and enter a new owner with its budget.
 
         Args:
             folder: ``root/ledger``, there already, with its folder ``owners``.
             budget_bytes: Budget that this owner states, or None: half of what is free or held,
                 the same for all who say so at one time.
-            free_bytes: Free bytes of the root's file system, where there is no budget.
+            free: Free bytes of the root's file system, where there is no budget.
 
         Raises:
             DiskBudgetError: Too little is free for any budget.
@@ -71,17 +73,34 @@ class Ledger:
         self.reap()
         # Inside the transaction, so that nobody who reaps sees the file before it is locked.
         with self._db.writing() as db:
-            auto = budget_bytes is None
-            if budget_bytes is None:
-                found = db.execute("SELECT budget_bytes FROM owner WHERE auto LIMIT 1").fetchone()
-                used_bytes = db.execute(USED).fetchone()[0]
-                budget_bytes = found[0] if found else automatic_budget(free_bytes, used_bytes)
-            self.budget_bytes = int(budget_bytes)
+            self.budget_bytes = self.shared_budget(free) if budget_bytes is None else budget_bytes
             self.lock = OwnerLock.create(self._lock_path(self.owner_id))
-            row = (self.owner_id, pid, created_s, self.budget_bytes, auto)
+            row = (self.owner_id, pid, created_s, self.budget_bytes, budget_bytes is None)
             db.execute(
                 "INSERT INTO owner (id, pid, created_s, budget_bytes, auto) VALUES (?,?,?,?,?)", row
             )
+
+    @classmethod
+    def planned_budget(cls, root: Path) -> int:
+        """Return the budget that an owner would get now who states none; makes no folder.
+
+        Args:
+            root: Folder of clones and ledger, where it is there already.
+
+        Raises:
+            DiskBudgetError: Too little is free for any budget.
+            LedgerError: There is a ledger that cannot be used.
+        """
+        if not (root / "ledger").is_dir():
+            return automatic_budget(free_bytes(root), 0)
+        with closing(cls(prepare_ledger_folder(root), _NO_BUDGET_BYTES)) as ledger:
+            return ledger.shared_budget(free_bytes(root))
+
+    def shared_budget(self, free: int) -> int:
+        """Return the budget of live owners who state none, or of the first one to be."""
+        found = self._db.read("SELECT budget_bytes FROM owner WHERE auto LIMIT 1")
+        used_bytes = self._db.read(USED)[0][0]
+        return int(found[0][0]) if found else automatic_budget(free, used_bytes)
 
     def _lock_path(self, owner_id: str) -> Path:
         return self.folder / "owners" / f"{owner_id}.lock"
