@@ -21,7 +21,7 @@ from tio_openneuro.ledger.root import (
     network_type,
     prepare_ledger_folder,
 )
-from tio_openneuro.ledger.schema import ContentState, Want
+from tio_openneuro.ledger.schema import Answer, ContentState, Want
 from tio_openneuro.ledger.transaction import OVERTAKES
 
 Opening = Callable[..., Ledger]
@@ -109,7 +109,7 @@ def test_prefetches_wait_for_the_queue(opening: Opening) -> None:
     ledger, other = opening(100), opening(100)
     assert decide(ledger).request("a", [want("a", 60)]).granted
     waiting = decide(ledger).request("b", [want("b", 60)])
-    assert decide(other).request_ahead([want("c", 10)], 1).why == "queue"
+    assert decide(other).request_ahead([want("c", 10)], 1) == Answer()
     ledger.withdraw(waiting.ticket)
     assert decide(other).request_ahead([want("c", 10)], 1).granted
 
@@ -136,7 +136,7 @@ def test_what_is_used_out_of_order_stays_until_the_order_goes_on(opening: Openin
     ledger = opening(100)
     decide(ledger).set_order([(1, "next", ContentId("/clone", "next"))], replace=True, reached=0)
     arrive(ledger, "scored", 100)
-    assert decide(ledger).request_ahead([want("next", 100)], 1).why == "room"
+    assert decide(ledger).request_ahead([want("next", 100)], 1) == Answer(refused=True)
     decide(ledger).reach(0)
     scored = ContentId("/clone", "scored")
     assert decide(ledger).request_ahead([want("next", 100)], 1).victims == (scored,)

@@ -11,15 +11,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentUnit
 from tio_openneuro.disk.fetching import Fetches
-from tio_openneuro.disk.look_ahead import LookAhead
+from tio_openneuro.disk.look_ahead import Ask, LookAhead
 from tio_openneuro.disk.statistics import DiskCounters
 from tio_openneuro.disk.store import Fetch, OpenRepo, Store
 from tio_openneuro.errors import DiskBudgetError, FetchError, LedgerError, TioOpenNeuroError
@@ -82,6 +81,7 @@ class Leases:
         )
         self.fetches = Fetches(settings.jobs, self.store, self.changes)
         self.look_ahead = LookAhead(self.ledger, self.store, self.fetches, self.changes)
+        self._has_floor = settings.floor_bytes > 0
         self._closed = False
         try:
             self._settle()
@@ -123,21 +123,56 @@ class Leases:
         Raises:
             DiskBudgetError: What others lease does not let it.
         """
-        deadline_s = time.monotonic() + _SHRINK_TIMEOUT_S
+
+        def stalled(answer: Answer) -> str:
+            return (
+                f"Cannot keep to a disk budget of {self.ledger.budget_bytes} bytes: "
+                f"{answer.short_bytes} bytes too many are in use, and {self.who_leases()}. End "
+                f"those processes, or state a larger disk_budget."
+            )
+
+        def ask(decide: Transaction, kept: frozenset[ContentId]) -> Answer:
+            return decide.make_room(0, kept)
+
+        self.make_room(ask, "for a smaller budget", set(), _SHRINK_TIMEOUT_S, stalled)
+
+    def make_room(
+        self,
+        ask: Ask,
+        reason: str,
+        kept: set[ContentId],
+        timeout_s: float,
+        stalled: Callable[[Answer], str],
+        unit: str = "",
+    ) -> Answer:
+        """Have content give way for a request, and wait for those who were there before.
+
+        Args:
+            ask: Decides within one transaction, given what must not be chosen.
+            reason: Why content gives way, for the log.
+            kept: What must not give way; what cannot be dropped is added.
+            timeout_s: Seconds to wait while nobody gets ahead.
+            stalled: Returns the message where that is too long.
+            unit: Name of the unit concerned.
+
+        Returns:
+            The answer: granted, or refused for now.
+
+        Raises:
+            DiskBudgetError: Nobody got ahead for that long.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        progress: tuple[int, ...] = ()
         while True:
             since = self.changes.moment()
-            answer = self.look_ahead.make_way(
-                lambda decide, kept: decide.make_room(0, kept), "for a smaller budget", set()
-            )
-            if answer.granted:
-                return
-            if time.monotonic() > deadline_s:
-                message = (
-                    f"Cannot keep to a disk budget of {self.ledger.budget_bytes} bytes: "
-                    f"{answer.short_bytes} bytes too many are in use, and {self.who_leases()}. "
-                    f"End those processes, or state a larger disk_budget."
-                )
-                raise DiskBudgetError(message)
+            answer = self.look_ahead.make_way(ask, reason, kept)
+            if answer.granted or answer.refused:
+                return answer
+            if answer.progress != progress:
+                progress = answer.progress
+                deadline_s = time.monotonic() + timeout_s
+            elif time.monotonic() >= deadline_s:
+                raise DiskBudgetError(stalled(answer), unit=unit)
             self.changes.wait(since, deadline_s)
 
     # Leases
@@ -186,65 +221,55 @@ class Leases:
     ) -> Answer:
         """Reserve and lease all or none, evicting what is used last."""
         position = self.look_ahead.take(unit, files)
-        deadline_s = time.monotonic() + timeout_s
-        answer = Answer()
-        progress: tuple[int, ...] = ()
         kept: set[ContentId] = set()
+        ticket = 0
 
         def ask(decide: Transaction, avoid: frozenset[ContentId]) -> Answer:
-            nonlocal answer
+            nonlocal ticket
             self._check_open(unit)
             answer = decide.request(
                 unit.name,
-                wants,
-                ticket=answer.ticket,
+                self.store.wants(files),
+                ticket=ticket,
                 avoid=avoid,
-                spare_bytes=self.store.spare_bytes(files.values()),
+                spare_bytes=self.store.spare_bytes(files.values()) if self._has_floor else None,
                 position=position,
             )
+            ticket = answer.ticket
             return answer
+
+        def stalled(answer: Answer) -> str:
+            undropped = f", {len(kept)} files could not be dropped" if kept else ""
+            return (
+                f"Cannot make room for {unit.name} ({unit.size_bytes} bytes, "
+                f"{format_size(unit.size_bytes)}): waited {timeout_s:.0f} s without progress for "
+                f"{answer.why}; {self.who_leases()}{undropped}. Raise disk_budget, use fewer "
+                f"workers, or run `tio-openneuro status`."
+            )
 
         try:
             while True:
-                since = self.changes.moment()
-                wants = self.store.wants(files)
-                self.look_ahead.make_way(ask, f"for {unit.name}", kept)
-                if answer.granted:
-                    if self._is_sound(answer, files):
-                        self.counters.hit(len(files) - len(answer.fetch))
-                        if position is not None:
-                            self.changes.notify()  # one more may be fetched ahead
-                        return answer
-                    self.ledger.end_lease(answer.lease_id)
-                    answer = Answer()
-                    continue
-                if answer.progress != progress:
-                    progress = answer.progress
-                    deadline_s = time.monotonic() + timeout_s
-                elif time.monotonic() >= deadline_s:
-                    self._stall(unit, answer, len(kept), timeout_s)
-                self.changes.wait(since, deadline_s)
+                answer = self.make_room(
+                    ask, f"for {unit.name}", kept, timeout_s, stalled, unit.name
+                )
+                if self._is_sound(answer, files):
+                    break
+                self.ledger.end_lease(answer.lease_id)
         except BaseException:
-            if answer.ticket and not self._closed:
-                self.ledger.withdraw(answer.ticket)
+            if ticket and not self._closed:
+                self.ledger.withdraw(ticket)
                 self.changes.notify()
             raise
+        self.counters.hit(len(files) - len(answer.fetch))
+        if position is not None:
+            self.changes.notify()  # one more may be fetched ahead
+        return answer
 
     @staticmethod
     def _is_sound(answer: Answer, files: Mapping[ContentId, ContentFile]) -> bool:
         """Return whether content of others is there still; ours could have been dropped."""
         found = (files[content] for content in answer.foreign)
         return all(file.repo.locate(file.key) is not None for file in found)
-
-    def _stall(self, unit: ContentUnit, answer: Answer, kept: int, timeout_s: float) -> NoReturn:
-        undropped = f", {kept} files could not be dropped" if kept else ""
-        message = (
-            f"Cannot make room for {unit.name} ({unit.size_bytes} bytes, "
-            f"{format_size(unit.size_bytes)}): waited {timeout_s:.0f} s without progress for "
-            f"{answer.why}; {self.who_leases()}{undropped}. Raise disk_budget, use fewer workers, "
-            f"or run `tio-openneuro status`."
-        )
-        raise DiskBudgetError(message, unit=unit.name)
 
     def _arrive(
         self,
@@ -283,11 +308,13 @@ class Leases:
     @staticmethod
     def _arrived(unit: ContentUnit, fetches: Mapping[ContentId, Fetch]) -> dict[ContentId, Path]:
         """Return what our own fetches have brought; raise the error of one that failed."""
+        found = {}
         for fetch in fetches.values():
-            if fetch.failed:
+            if fetch.path is not None and fetch.done.is_set():
+                found[fetch.content] = fetch.path
+            elif fetch.error is not None and fetch.failed:
                 raise _failure(unit, fetch)
-        ended = [fetch for fetch in fetches.values() if fetch.done.is_set()]
-        return {fetch.content: fetch.path for fetch in ended if fetch.path is not None}
+        return found
 
     def _look(
         self,

@@ -28,6 +28,8 @@ _CANCEL_POLL_S = 0.1
 _EXPECTED = 1 << 40
 """Position, beyond any known one, of the first use that is expected at a time not known yet."""
 
+Ask = Callable[[Transaction, frozenset[ContentId]], Answer]
+
 
 @dataclass(eq=False, slots=True)
 class _Entry:
@@ -222,12 +224,7 @@ class LookAhead:
 
     # Room
 
-    def make_way(
-        self,
-        ask: Callable[[Transaction, frozenset[ContentId]], Answer],
-        reason: str,
-        kept: set[ContentId],
-    ) -> Answer:
+    def make_way(self, ask: Ask, reason: str, kept: set[ContentId]) -> Answer:
         """Ask the ledger, drop what is to give way, and ask again, until nothing more is.
 
         Args:

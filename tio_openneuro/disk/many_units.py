@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 from tio_openneuro.content import ContentFile, ContentId, ContentUnit
 from tio_openneuro.disk.leases import Leases
 from tio_openneuro.disk.store import Fetch
-from tio_openneuro.errors import DiskBudgetError
 from tio_openneuro.ledger import Answer, Transaction
 from tio_openneuro.sizes import format_size
 
@@ -83,27 +81,19 @@ def _begin(
     kept: set[ContentId],
 ) -> list[Fetch] | None:
     """Begin to fetch a unit; return its fetches, or None where there is no room for it."""
-    deadline_s = time.monotonic() + _QUEUE_TIMEOUT_S
 
     def ask(decide: Transaction, avoid: frozenset[ContentId]) -> Answer:
-        spare_bytes = leases.store.spare_bytes(files.values())
+        wants, spare_bytes = leases.store.wants(files), leases.store.spare_bytes(files.values())
         return decide.request_ahead(wants, _LATEST, keep=avoid, spare_bytes=spare_bytes)
 
-    while True:
-        since = leases.changes.moment()
-        wants = leases.store.wants(files)
-        answer = leases.look_ahead.make_way(ask, f"for {unit.name}", kept)
-        if answer.granted:
-            return leases.look_ahead.begin(unit, files, answer)
-        if answer.why == "room":
-            return None
-        if time.monotonic() >= deadline_s:
-            message = (
-                f"Cannot fetch {unit.name} ({unit.size_bytes} bytes): others waited for room for "
-                f"{_QUEUE_TIMEOUT_S:.0f} s; {leases.who_leases()}. Raise disk_budget."
-            )
-            raise DiskBudgetError(message, unit=unit.name)
-        leases.changes.wait(since, deadline_s)
+    def stalled(_: Answer) -> str:
+        return (
+            f"Cannot fetch {unit.name} ({unit.size_bytes} bytes): others waited for room for "
+            f"{_QUEUE_TIMEOUT_S:.0f} s; {leases.who_leases()}. Raise disk_budget."
+        )
+
+    answer = leases.make_room(ask, f"for {unit.name}", kept, _QUEUE_TIMEOUT_S, stalled, unit.name)
+    return leases.look_ahead.begin(unit, files, answer) if answer.granted else None
 
 
 def adopt(leases: Leases, units: Iterable[ContentUnit]) -> int:

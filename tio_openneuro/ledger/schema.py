@@ -82,6 +82,7 @@ class Answer:
 
     Attributes:
         granted: Whether the room is ours and, for a lease, the lease.
+        refused: Whether no waiting is meant: there is no room that is worth less.
         lease_id: Number of the lease, or zero.
         ticket: Number in the queue, or zero.
         fetch: Content reserved just now, for the caller to fetch.
@@ -94,6 +95,7 @@ class Answer:
     """
 
     granted: bool = False
+    refused: bool = False
     lease_id: int = 0
     ticket: int = 0
     fetch: frozenset[ContentId] = frozenset()

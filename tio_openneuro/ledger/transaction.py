@@ -133,10 +133,10 @@ class Transaction:
             Not granted and without victims where there is no such room now.
         """
         if self._number("SELECT 1 FROM ticket"):
-            return Answer(why="queue")
+            return Answer()
         rows = self.rows(want.content for want in wants)
         if any(row.state is ContentState.DROPPING for row in rows.values()):
-            return Answer(victims=self._orphaned(rows), why="drop")
+            return Answer(victims=self._orphaned(rows))
         missing = [w for w in wants if w.content not in rows and not w.located]
         needed_bytes = sum(want.size_bytes for want in missing)
         short_bytes = needed_bytes - self._room(spare_bytes)
@@ -187,17 +187,17 @@ class Transaction:
             Not granted and without victims where there is no such room now.
         """
         if self._number("SELECT 1 FROM ticket"):
-            return Answer(why="queue")
+            return Answer()
         for row in self.rows([want.content]).values():
             if row.state is ContentState.RESERVED and not row.owner_id and row.content not in kept:
                 # What a killed process left of writing it.
                 self.give_up([row.content])
-                return Answer(victims=(row.content,), why="drop")
-            return Answer(why="somebody else keeps it")
+                return Answer(victims=(row.content,))
+            return Answer(refused=True)
         short_bytes = want.size_bytes - self._room(spare_bytes)
         if short_bytes > 0:
             if steps is None:
-                return Answer(why="room")
+                return Answer(refused=True)
             resident, next_use = self._evictable(kept | {want.content}, idle=True)
             for content in instead:
                 next_use.pop(content, None)
@@ -269,9 +269,9 @@ class Transaction:
         later = [r for r in resident if next_use.get(r.content, steps + 1) > steps]
         victims = choose_victims(later, short_bytes, next_use)
         if sum(victim.size_bytes for victim in victims) < short_bytes:
-            return Answer(why="room")
+            return Answer(refused=True)
         self._mark([victim.content for victim in victims], ContentState.DROPPING)
-        return Answer(victims=tuple(victim.content for victim in victims), why="drop")
+        return Answer(victims=tuple(victim.content for victim in victims))
 
     def _queued(
         self,

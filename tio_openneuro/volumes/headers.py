@@ -131,16 +131,15 @@ class NiftiHeader:
     intent: int
 
 
+@dataclass(eq=False)
 class VolumeFile:
-    """A local file of an image, of whose header each part is read once."""
+    """A local file of an image, of whose header each part is read once.
 
-    def __init__(self, path: Path) -> None:
-        """Read nothing yet.
+    Attributes:
+        path: The file; its suffix tells the format.
+    """
 
-        Args:
-            path: The file; its suffix tells the format.
-        """
-        self.path = path
+    path: Path
 
     @cached_property
     def first(self) -> bytes:
