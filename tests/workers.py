@@ -80,7 +80,7 @@ class Observer:
 _NURSERY = """
 import os, pickle, signal, sys, traceback
 sys.path[:0] = pickle.load(sys.stdin.buffer)
-import tio_openneuro.disk
+import tio_openneuro.dataset, tio_openneuro.queue
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 while True:
     try:

@@ -111,6 +111,21 @@ def test_info_counts_from_metadata_alone(
     assert openneuro.total("ds900001").requests == 0
 
 
+def test_plan_foretells_from_metadata_alone(
+    openneuro: LoopbackOpenNeuro, enter: Callable[..., Ended]
+) -> None:
+    """Bytes and seconds for people and programs; nothing is fetched."""
+    told = enter("plan", "ds900001", *IMAGES, "--disk-budget", "30 kB", "--rate", "10 kB", "--json")
+    record = json.loads(told.stdout)
+    assert record["units"] == 6
+    assert record["largest_bytes"] <= 30_000 < record["first_epoch_bytes"] == record["epoch_bytes"]
+    assert 0 < record["later_epoch_bytes"] < record["first_epoch_bytes"]
+    later_s = 9 * record["later_epoch_bytes"] / 10_000
+    assert record["link_busy_s"] == pytest.approx(record["first_epoch_bytes"] / 1e4 + later_s, 0.02)
+    assert "link busy" in enter("plan", "ds900001", *IMAGES).stdout
+    assert openneuro.total("ds900001").requests == 0
+
+
 @pytest.mark.usefixtures("openneuro")
 def test_fetch_stops_at_the_budget(root: Path, enter: Callable[..., Ended]) -> None:
     """A budget below the dataset is filled, not passed, and all of it can be evicted at once."""
