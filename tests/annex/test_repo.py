@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tio_openneuro.annex.messages import Failure, classify
+from tio_openneuro.annex.messages import Failure, why_not_fetched
 from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.repo import AnnexRepo
 from tio_openneuro.annex.tree import index_tree, read_blobs
@@ -550,4 +550,4 @@ def fill(path: Path) -> None:
 )
 def test_words_of_git_annex_are_understood(message: str, failure: Failure) -> None:
     """Each message that was provoked belongs to one class of failure."""
-    assert classify([message]) is failure
+    assert why_not_fetched(message) is failure

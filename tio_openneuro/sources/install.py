@@ -11,19 +11,16 @@ import contextlib
 import hashlib
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import filelock
 
-from tio_openneuro.annex import CommandError, branch_ref, config_value, git_folder, run
+from tio_openneuro.annex import CommandError, branch_ref, git_config, git_folder, run
 from tio_openneuro.errors import NotAnAnnexError, TioOpenNeuroError
 from tio_openneuro.sources.clones import clone_into, fetch, hide_password, initialise
 from tio_openneuro.sources.remotes import already_enabled, enable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,8 +42,6 @@ class InstalledDataset:
         commit: The commit, 40 hex digits.
         version: Tag or branch that led to it; the commit where neither did.
         remotes: Annex remotes that may be used, in order.
-        owned: Whether the clone is ours, under the root.
-        datalad_id: DataLad's id of the dataset; empty where it has none.
     """
 
     dataset_id: str
@@ -54,8 +49,6 @@ class InstalledDataset:
     commit: str
     version: str
     remotes: tuple[str, ...]
-    owned: bool
-    datalad_id: str = ""
 
 
 def install(
@@ -84,16 +77,17 @@ def install(
         TioOpenNeuroError: There is no such version or remote.
     """
     names = tuple(remotes or ())
+    clones = Path(root).expanduser().absolute() / "clones"
     folder = Path(source).expanduser()
     if isinstance(source, str) and _ACCESSION.fullmatch(source):
         origin = _Origin(source, source, _ACCESSION_URL.format(source))
-        return _install_own(origin, root, version, names)
+        return _install_own(origin, clones, version, names)
     if isinstance(source, str) and _URL.fullmatch(source):
-        return _install_own(_Origin.of_url(source), root, version, names)
+        return _install_own(_Origin.of_url(source), clones, version, names)
     if folder.is_dir():
-        return _use_where_it_is(folder.resolve(), root, version, names)
+        return _use_where_it_is(folder.resolve(), clones, version, names)
     if folder.is_file():
-        return _install_own(_Origin.of_url(str(folder.resolve())), root, version, names)
+        return _install_own(_Origin.of_url(str(folder.resolve())), clones, version, names)
     message = (
         f"Cannot use {str(source)!r} as a dataset: it is no accession (like 'ds004199'), no git "
         f"URL (https, ssh, file), and no such path exists. Look at the spelling."
@@ -102,10 +96,8 @@ def install(
 
 
 def _install_own(
-    origin: _Origin, root: Path, version: str | None, names: tuple[str, ...]
+    origin: _Origin, clones: Path, version: str | None, names: tuple[str, ...]
 ) -> InstalledDataset:
-    clones = Path(root).expanduser().absolute() / "clones"
-    clones.mkdir(parents=True, exist_ok=True, mode=0o700)
     clone = clones / origin.folder_name
     title = origin.dataset_id
     with _locked(clones / f".{origin.folder_name}.lock", clone, title):
@@ -122,11 +114,11 @@ def _install_own(
             fetch(clone, title=title)
             found = _resolve(clone, version)
         usable = enable(clone, names)
-    return _described(title, clone, found, version, usable, owned=True)
+    return _described(title, clone, found, version, usable)
 
 
 def _use_where_it_is(
-    folder: Path, root: Path, version: str | None, names: tuple[str, ...]
+    folder: Path, clones: Path, version: str | None, names: tuple[str, ...]
 ) -> InstalledDataset:
     if git_folder(folder) is None:
         message = (
@@ -145,23 +137,25 @@ def _use_where_it_is(
             f"nothing in it is annexed. Give a clone of a DataLad or git-annex dataset."
         )
         raise NotAnAnnexError(message)
-    if not config_value(folder, "annex.uuid"):
-        _begin_annex(folder, root, names)
+    if not _is_annex(folder):
+        _begin_annex(folder, clones, names)
     usable = already_enabled(folder, names)
-    return _described(folder.name, folder, _resolve(folder, version), version, usable, owned=False)
+    return _described(folder.name, folder, _resolve(folder, version), version, usable)
 
 
-def _begin_annex(folder: Path, root: Path, names: tuple[str, ...]) -> None:
+def _is_annex(folder: Path) -> bool:
+    return bool(git_config(folder, r"^annex\.uuid$"))
+
+
+def _begin_annex(folder: Path, clones: Path, names: tuple[str, ...]) -> None:
     """Initialise a clone that plain git made, as git-annex would at its first use there.
 
     Unlike git-annex we enable no remote but those that may be used, and record nothing of the
     clone in its git-annex branch.
     """
-    clones = Path(root).expanduser().absolute() / "clones"
-    clones.mkdir(parents=True, exist_ok=True, mode=0o700)
     digest = hashlib.sha256(str(folder).encode()).hexdigest()
     with _locked(clones / f".{digest[:16]}.lock", folder, folder.name):
-        if config_value(folder, "annex.uuid"):
+        if _is_annex(folder):
             return
         try:
             run(["git", "config", "annex.private", "true"], cwd=folder)
@@ -183,20 +177,16 @@ def _described(
     found: tuple[str, str] | None,
     version: str | None,
     remotes: tuple[str, ...],
-    *,
-    owned: bool,
 ) -> InstalledDataset:
     if found is None:
-        tags = [tag for _, tag in _tags(clone)]
+        tags = _tags(clone)
         known = f"its tags are {', '.join(tags[:12])}" if tags else "it has no tags"
         message = (
             f"Cannot find version {version!r} of {dataset_id}: {known}. Give one of them, or a "
             f"commit."
         )
         raise TioOpenNeuroError(message)
-    commit, name = found
-    datalad_id = config_value(clone, "datalad.dataset.id", blob=f"{commit}:.datalad/config")
-    return InstalledDataset(dataset_id, clone, commit, name, remotes, owned, datalad_id)
+    return InstalledDataset(dataset_id, clone, *found, remotes)
 
 
 def _resolve(clone: Path, version: str | None) -> tuple[str, str] | None:
@@ -207,7 +197,7 @@ def _resolve(clone: Path, version: str | None) -> tuple[str, str] | None:
         if re.fullmatch(r"[0-9a-fA-F]{4,64}", version):
             names.append((version, ""))
     else:
-        names = [(f"refs/tags/{tag}", tag) for _, tag in _tags(clone)[:1]]
+        names = [(f"refs/tags/{tag}", tag) for tag in _tags(clone)[:1]]
         default = _default_branch(clone)
         names += [(ref, ref.removeprefix("refs/").partition("/")[2]) for ref in default]
     for ref, name in names:
@@ -237,22 +227,16 @@ def _default_branch(clone: Path) -> tuple[str, ...]:
     return tuple(filter(None, (head, *named, "HEAD")))
 
 
-def _tags(clone: Path) -> list[tuple[int, str]]:
-    """Return the tags with their dates, the newest first; snapshots first among equals."""
+def _tags(clone: Path) -> list[str]:
+    """Return the tags, the newest first; the higher snapshot first among those of one time."""
     listed = run(["git", "for-each-ref", f"--format={_TAG_FORMAT}", "refs/tags"], cwd=clone)
-    tags = []
+    dated = []
     for line in listed.decode(errors="replace").splitlines():
         date, _, tag = line.partition(" ")
         if date.isdigit():
-            tags.append((int(date), tag))
-    return sorted(tags, key=_newest, reverse=True)
-
-
-def _newest(dated: tuple[int, str]) -> tuple[int, bool, tuple[int, ...], str]:
-    date, tag = dated
-    is_snapshot = _SNAPSHOT.fullmatch(tag) is not None
-    numbers = tuple(int(part) for part in tag.split(".")) if is_snapshot else ()
-    return date, is_snapshot, numbers, tag
+            numbers = tuple(map(int, tag.split("."))) if _SNAPSHOT.fullmatch(tag) else ()
+            dated.append((int(date), numbers, tag))
+    return [tag for _, _, tag in sorted(dated, reverse=True)]
 
 
 @dataclass(frozen=True)
@@ -276,6 +260,7 @@ class _Origin:
 @contextlib.contextmanager
 def _locked(path: Path, clone: Path, title: str) -> Iterator[None]:
     """Hold the lock of one clone, among all processes; no lock stays where no clone came to be."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = filelock.FileLock(path, timeout=_LOCK_TIMEOUT_S)
     try:
         lock.acquire()
