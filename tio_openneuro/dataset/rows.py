@@ -29,7 +29,7 @@ from tio_openneuro.torchio_seams import (
 if TYPE_CHECKING:
     from tio_openneuro.content import AnnexKey, TreeFile
     from tio_openneuro.disk import Engine
-    from tio_openneuro.select import Row, Selection
+    from tio_openneuro.select import SelectedUnit, Selection
     from tio_openneuro.sources import Catalog
 
 _LOG = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def build_rows(
     return [builder.row(row) for row in rows], [*selection.skipped, *unavailable]
 
 
-def _available(catalog: Catalog, selection: Selection) -> tuple[list[Row], list[Skipped]]:
+def _available(catalog: Catalog, selection: Selection) -> tuple[list[SelectedUnit], list[Skipped]]:
     """Part the rows that can be fetched, or are present, from those that never can."""
     if catalog.repo is None:
         return list(selection.rows), []
@@ -124,7 +124,7 @@ class _Builder:
         }
         self._names = self._column_names()
 
-    def row(self, row: Row) -> SubjectRow:
+    def row(self, row: SelectedUnit) -> SubjectRow:
         sources = self._sources(row)
         attributes: dict[str, Any] = {name: self._image(source) for name, source in sources.items()}
         attributes["subject_id"] = row.subject_id
@@ -149,7 +149,7 @@ class _Builder:
             ),
         )
 
-    def _sources(self, row: Row) -> dict[str, ImageFiles]:
+    def _sources(self, row: SelectedUnit) -> dict[str, ImageFiles]:
         sources: dict[str, ImageFiles] = {}
         for name, selector in self._images.items():
             files = row.images.get(name, ())
@@ -166,7 +166,7 @@ class _Builder:
 
     def _files(
         self,
-        row: Row,
+        row: SelectedUnit,
         selector: Scalar | Label,
         files: tuple[TreeFile, ...],
         grid_of: ImageFiles | None = None,
