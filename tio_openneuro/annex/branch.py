@@ -77,17 +77,12 @@ def branch_refs(clone: Path) -> list[str]:
     return [ref for ref in _BRANCH_REFS if ref in found]
 
 
-def branch_ref(clone: Path) -> str | None:
-    """Return the ref of the clone's git-annex branch, or of its origin's; None without one."""
-    return next(iter(branch_refs(clone)), None)
-
-
 def special_remotes(clone: Path, ref: str) -> list[SpecialRemote]:
     """Return the special remotes that a git-annex branch records, the dead ones too.
 
     Args:
         clone: The clone's folder.
-        ref: The branch, of :func:`branch_ref`.
+        ref: The branch, of :func:`branch_refs`.
     """
     logs = read_blobs_if_present(clone, [f"{ref}:remote.log", f"{ref}:trust.log"])
     remote_log, trust_log = (
@@ -113,7 +108,7 @@ def keys_with_version(
 
     Args:
         clone: The clone's folder.
-        ref: The branch, of :func:`branch_ref`.
+        ref: The branch, of :func:`branch_refs`.
         keys: Keys to look for.
         uuids: Ids of the remotes.
     """
@@ -139,7 +134,7 @@ def exported_keys(clone: Path, ref: str, uuids: Collection[str]) -> set[AnnexKey
 
     Args:
         clone: The clone's folder.
-        ref: The branch, of :func:`branch_ref`.
+        ref: The branch, of :func:`branch_refs`.
         uuids: Ids of the remotes.
     """
     (log,) = read_blobs_if_present(clone, [f"{ref}:export.log"])

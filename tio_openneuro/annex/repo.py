@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tio_openneuro.annex.branch import (
     SpecialRemote,
-    branch_ref,
+    branch_refs,
     configured_uuids,
     exported_keys,
     git_folder,
@@ -52,6 +52,11 @@ class AnnexRepo:
 
     Safe to share by threads, forked processes (which start children of their own) and, pickled,
     by spawned ones. Implements :class:`tio_openneuro.content.ContentRepo`.
+
+    Attributes:
+        path: Absolute folder of the clone.
+        remotes: Names of the trusted remotes.
+        retries: How often a transfer was tried again; waits for another process's do not count.
     """
 
     def __init__(
@@ -74,23 +79,23 @@ class AnnexRepo:
         Raises:
             NotAnAnnexError: There is no git repository.
         """
-        self._path = Path(path).absolute()
-        self._remotes = tuple(remotes)
+        self.path = Path(path).absolute()
+        self.remotes = tuple(remotes)
         self._stall_timeout_s = stall_timeout_s
         self._total_timeout_s = total_timeout_s
-        folder = git_folder(self._path)
+        folder = git_folder(self.path)
         if folder is None:
-            message = f"Cannot use {self._path} as an annex: it is not a git repository."
+            message = f"Cannot use {self.path} as an annex: it is not a git repository."
             raise NotAnAnnexError(message)
         self._git_folder = folder
         self._by_process: dict[int, AnnexChildren] = {}
         self._proven: set[str] = set()
-        self._retries = 0
+        self.retries = 0
         self._counting = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
         """Return what another process needs: names and numbers, no children."""
-        fresh = {"_by_process": {}, "_proven": set(), "_retries": 0, "_counting": None}
+        fresh = {"_by_process": {}, "_proven": set(), "retries": 0, "_counting": None}
         return {**self.__dict__, **fresh}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -100,22 +105,7 @@ class AnnexRepo:
 
     def __repr__(self) -> str:
         """Return the path and the remotes."""
-        return f"AnnexRepo({str(self._path)!r}, remotes={self._remotes!r})"
-
-    @property
-    def path(self) -> Path:
-        """Absolute folder of the clone."""
-        return self._path
-
-    @property
-    def remotes(self) -> tuple[str, ...]:
-        """Names of the trusted remotes."""
-        return self._remotes
-
-    @property
-    def retries(self) -> int:
-        """How often a transfer was tried again; waits for another process's do not count."""
-        return self._retries
+        return f"AnnexRepo({str(self.path)!r}, remotes={self.remotes!r})"
 
     def locate(self, key: AnnexKey) -> Path | None:
         """Return the file that holds the whole content, or None where it is absent."""
@@ -162,7 +152,7 @@ class AnnexRepo:
             return children.closing.is_set() or (cancelled is not None and cancelled())
 
         failed = FailedTransfer(Failure.NOT_RECORDED, "no remote is trusted")
-        for remote in self._remotes:
+        for remote in self.remotes:
             request = TransferRequest(
                 key,
                 remote,
@@ -177,9 +167,9 @@ class AnnexRepo:
                 return result
             failed = result
         size = "unknown size" if key.size_bytes is None else format_size(key.size_bytes)
-        remote = self._remotes[-1] if self._remotes else "any remote"
+        remote = self.remotes[-1] if self.remotes else "any remote"
         act = f"fetch {key} ({size}) from {remote} after {time.monotonic() - begun_s:.0f} s"
-        raise failed.why.error(act, failed.said, key=key.name)
+        raise failed.why.error(act, "git-annex", failed.said, key=key.name)
 
     def drop(self, key: AnnexKey) -> None:
         """Remove the content and what is left of its download; absent content is no error.
@@ -204,8 +194,8 @@ class AnnexRepo:
             said = children.drop(key)
         if self._object_exists(key):
             message = (
-                f"Cannot drop {key} from {self._path}: {said or 'git-annex gave no reason'}. "
-                f"Trusted remotes: {', '.join(self._remotes) or 'none'}. It stays; name a remote "
+                f"Cannot drop {key} from {self.path}: {said or 'git-annex gave no reason'}. "
+                f"Trusted remotes: {', '.join(self.remotes) or 'none'}. It stays; name a remote "
                 f"that has it with remotes=."
             )
             raise DropRefusedError(message, key=key.name)
@@ -247,14 +237,14 @@ class AnnexRepo:
             keys: Keys to look for.
         """
         unsafe = {key: why for key in keys if (why := _why_unsafe(key))}
-        ref = branch_ref(self._path)
+        ref = next(iter(branch_refs(self.path)), "")
         remotes = self._special_remotes(ref) if ref else []
-        if ref is None or not all(remote.needs_version for remote in remotes):
+        if not ref or not all(remote.needs_version for remote in remotes):
             return unsafe
         living = [remote.uuid for remote in remotes if not remote.dead]
-        versioned = keys_with_version(self._path, ref, keys, living)
+        versioned = keys_with_version(self.path, ref, keys, living)
         lacking = [key for key in keys if key not in versioned]
-        exported = exported_keys(self._path, ref, living) if lacking else set()
+        exported = exported_keys(self.path, ref, living) if lacking else set()
         return {key: _NO_VERSION for key in lacking if key not in exported} | unsafe
 
     def close(self) -> None:
@@ -275,7 +265,7 @@ class AnnexRepo:
                 inherited.abandon()
             # A thread that does not exist here may have held it.
             self._counting = threading.Lock()
-        return self._by_process.setdefault(pid, AnnexChildren(self._path, self._remotes))
+        return self._by_process.setdefault(pid, AnnexChildren(self.path, self.remotes))
 
     def _get_from(self, children: AnnexChildren, request: TransferRequest) -> Path | FailedTransfer:
         """Try one remote as often as each failure's policy says."""
@@ -288,9 +278,8 @@ class AnnexRepo:
             self._refuse_stopped(request)
             failed = children.get(request)
             self._refuse_stopped(request)
-            found = self.locate(key) if failed is None else None
-            if found is not None:
-                return found
+            if failed is None and self.locate(key) is not None:
+                continue
             failed = failed or FailedTransfer(Failure.CORRUPT, "it is said to be there, and is not")
             if failed.why is Failure.NOT_RECORDED and self._object_exists(key):
                 said = "an object of another size lies where it belongs: run 'git annex fsck'"
@@ -302,7 +291,7 @@ class AnnexRepo:
                 self.discard_partial(key)
             if failed.why is not Failure.BUSY:
                 with self._counting:
-                    self._retries += 1
+                    self.retries += 1
             _LOG.debug("Again in %.1f s: %s: %s", pause_s, key, failed.said)
             again_s = time.monotonic() + pause_s
             while not request.stopped() and (left_s := again_s - time.monotonic()) > 0:
@@ -325,10 +314,10 @@ class AnnexRepo:
 
     def _special_remotes(self, ref: str) -> list[SpecialRemote]:
         """Return the records of the trusted remotes, an empty one where there is none."""
-        uuids = configured_uuids(self._path)
-        known = special_remotes(self._path, ref)
+        uuids = configured_uuids(self.path)
+        known = special_remotes(self.path, ref)
         chosen: list[SpecialRemote] = []
-        for name in self._remotes:
+        for name in self.remotes:
             uuid = uuids.get(name)
             same = [each for each in known if (each.uuid == uuid if uuid else each.name == name)]
             chosen += same or [SpecialRemote("", name, dead=False)]

@@ -17,7 +17,7 @@ from typing import Any
 
 from tio_openneuro.annex.branch import git_folder
 from tio_openneuro.annex.environment import annex_environment
-from tio_openneuro.annex.messages import Failure, complaints, parse_answer, why_not_fetched
+from tio_openneuro.annex.messages import Failure, complaints, parse_answer
 from tio_openneuro.annex.processes import CommandError, Coprocess
 from tio_openneuro.content import AnnexKey
 from tio_openneuro.errors import FetchError
@@ -135,7 +135,7 @@ class Transfer(Coprocess):
 
     def _died(self) -> FailedTransfer:
         self.kill()
-        return FailedTransfer(why_not_fetched(self.stderr, Failure.DIED), self.stderr)
+        return FailedTransfer(Failure.of(self.stderr, Failure.DIED), self.stderr)
 
     def _finished(self, answer: dict[str, Any], key_text: str) -> FailedTransfer | None:
         if answer.get("key") not in {None, key_text}:
@@ -144,7 +144,7 @@ class Transfer(Coprocess):
         if answer["success"]:
             return None
         said = complaints(answer)
-        return FailedTransfer(why_not_fetched(said), said)
+        return FailedTransfer(Failure.of(said, Failure.UNKNOWN), said)
 
 
 class _Watch:

@@ -31,6 +31,7 @@ _TEXT_SUFFIXES = (".json", ".tsv", ".txt", ".md", ".bval", ".bvec", ".csv", ".ht
 _LONGEST_LINK_CHAIN = 8
 _LINK_MODE = b"120000"
 _FILE_MODES = frozenset({b"100644", b"100755", b"100664", _LINK_MODE})
+_ABSENT = (b" missing", b" ambiguous")
 _FORBIDDEN_PARTS = frozenset({"", ".", "..", ".git"})
 
 
@@ -63,7 +64,8 @@ def index_tree(clone: Path, commit: str) -> list[TreeFile]:
             paths.append(path)
             blobs.append(blob)
         # Not by `ls-tree -l`, which takes six times as long to tell the links' sizes too.
-        sizes = dict(zip(regular, _sizes(clone, [blobs[n] for n in regular]), strict=True))
+        facts = object_facts(clone, "objectsize", [blobs[n] for n in regular])
+        sizes = {n: int(_required(blobs[n], fact)) for n, fact in zip(regular, facts, strict=True)}
         candidates = [n for n, size in sizes.items() if _may_be_pointer(paths[n], size)]
         keys, plain_links = _find_keys(clone, blobs, links, candidates)
         files = [
@@ -111,12 +113,24 @@ def read_blobs_if_present(clone: Path, blobs: Sequence[str]) -> Iterator[bytes |
         end = answer.index(b"\n", position)
         header = answer[position:end]
         position = end + 1
-        if header.endswith((b" missing", b" ambiguous")):
+        if header.endswith(_ABSENT):
             yield None
             continue
         size_bytes = int(header.rpartition(b" ")[2])
         yield answer[position : position + size_bytes]
         position += size_bytes + 1
+
+
+def object_facts(clone: Path, fact: str, names: Sequence[str]) -> list[bytes | None]:
+    """Return a fact about each of some git objects, with None for each that is not there.
+
+    Args:
+        clone: The clone's folder.
+        fact: As git names it: ``"objectsize"``, ``"objectname"``.
+        names: Their ids, or other names without a newline.
+    """
+    lines = _ask_git(clone, f"--batch-check=%({fact})", names).split(b"\n")[:-1]
+    return [None if line.endswith(_ABSENT) else line for line in lines]
 
 
 def _ask_git(clone: Path, what: str, blobs: Sequence[str]) -> bytes:
@@ -135,15 +149,6 @@ def _required(blob: str, content: bytes | None) -> bytes:
     if content is None:
         raise KeyError(blob)
     return content
-
-
-def _sizes(clone: Path, blobs: list[str]) -> list[int]:
-    """Return the sizes of blobs in git, in bytes."""
-    sizes = _ask_git(clone, "--batch-check=%(objectsize)", blobs).split(b"\n")[:-1]
-    return [
-        int(_required(blob, size if size.isdigit() else None))
-        for blob, size in zip(blobs, sizes, strict=True)
-    ]
 
 
 @contextlib.contextmanager
@@ -180,11 +185,10 @@ def _refuse_unsafe(path: str) -> None:
     parts = path.replace("\\", "/").lower().split("/")
     if _FORBIDDEN_PARTS.isdisjoint(parts):
         return
-    message = (
+    raise UnsafeDatasetError(
         f"Refused to index the dataset: its tree has the path {path!r}, which leaves the "
         f"dataset's folder or reaches into git's own. No dataset needs that: do not use it."
     )
-    raise UnsafeDatasetError(message)
 
 
 def _find_keys(

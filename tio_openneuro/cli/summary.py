@@ -90,10 +90,14 @@ def summarise(
     ]
     keys = {file.key for file in catalog.files if file.key is not None}
     present = [k for k in keys if catalog.repo is not None and catalog.repo.locate(k) is not None]
-    lost: dict[AnnexKey, str] = {}
-    if catalog.repo is not None:
-        lost = catalog.repo.unavailable([f.key for f, _ in images if f.key is not None])
+    lost = _unavailable(catalog)
     reasons = Counter(lost[file.key] for file, _ in images if file.key in lost)
+    selected = None
+    if patterns:
+        units, why = _usable(catalog, patterns, lost, unit)
+        sizes = {key: size for contents in units.values() for key, size in contents.items()}
+        shown = dict(Counter(why).most_common(_SHOWN_REASONS))
+        selected = Selected(len(units), sum(sizes.values()), len(why), shown)
     return Summary(
         dataset=catalog.dataset_id,
         version=catalog.version,
@@ -107,20 +111,7 @@ def summarise(
         remotes=catalog.repo.remotes if catalog.repo is not None else (),
         unavailable_files=sum(reasons.values()),
         unavailable_reasons=dict(reasons),
-        selected=_selected(catalog, patterns, lost, unit) if patterns else None,
-    )
-
-
-def _selected(
-    catalog: Catalog,
-    patterns: Mapping[str, Scalar | Label],
-    lost: Mapping[AnnexKey, str],
-    unit: Unit,
-) -> Selected:
-    units, why = _usable(catalog, patterns, lost, unit)
-    kept = {key: size_bytes for contents in units.values() for key, size_bytes in contents.items()}
-    return Selected(
-        len(units), sum(kept.values()), len(why), dict(Counter(why).most_common(_SHOWN_REASONS))
+        selected=selected,
     )
 
 
@@ -137,13 +128,17 @@ def unit_contents(
     Raises:
         SelectionError: The patterns select nothing, or nothing that can be had.
     """
-    keys = [file.key for file in catalog.files if file.key is not None]
-    lost = catalog.repo.unavailable(keys) if catalog.repo is not None else {}
-    units, why = _usable(catalog, patterns, lost, unit)
+    units, why = _usable(catalog, patterns, _unavailable(catalog), unit)
     if not units:
         message = f"Cannot use {catalog.dataset_id}: no unit can be had ({', '.join({*why})})."
         raise SelectionError(message)
     return units
+
+
+def _unavailable(catalog: Catalog) -> dict[AnnexKey, str]:
+    """Return the keys that no remote can give, each with the reason."""
+    keys = [file.key for file in catalog.files if file.key is not None]
+    return catalog.repo.unavailable(keys) if catalog.repo is not None else {}
 
 
 def _usable(
@@ -158,9 +153,9 @@ def _usable(
     units: dict[str, dict[str, int]] = {}
     for row in selection.rows:
         files = [file for found in row.images.values() for file in found]
-        missing = next((file for file in files if file.key in lost), None)
-        if missing is not None and missing.key is not None:
-            why.append(lost[missing.key])
+        reasons = [lost[f.key] for f in files if f.key is not None and f.key in lost]
+        if reasons:
+            why.append(reasons[0])
         else:
             units[row.unit] = {str(f.key or f.path): f.size_bytes or 0 for f in files}
     return units, why

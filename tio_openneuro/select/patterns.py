@@ -49,11 +49,10 @@ class ImagePattern:
         if glob is not None and not glob.strip():
             raise SelectionError(f"{name} cannot select by an empty pattern.")
         if glob is None and not entities:
-            message = (
+            raise SelectionError(
                 f"{name}() says nothing about the file. Give a glob from the dataset's root,"
                 f" {name}('sub-*/anat/*_T1w.nii.gz'), or BIDS entities, {name}(suffix='T1w')."
             )
-            raise SelectionError(message)
         frozen = ((entity_name(name), _frozen(value)) for name, value in entities.items())
         options |= {"entities": tuple(sorted(frozen, key=lambda item: item[0]))}
         for name, value in {"glob": glob, **options}.items():
@@ -120,8 +119,7 @@ class Scalar(ImagePattern):
         self._set(glob, entities, required=required, volumes=volumes)
         known = volumes is None or volumes == "mean" or isinstance(volumes, int | slice)
         if not known or isinstance(volumes, bool):
-            message = f"volumes must be an int, a slice or 'mean', not {volumes!r}."
-            raise SelectionError(message)
+            raise SelectionError(f"volumes must be an int, a slice or 'mean', not {volumes!r}.")
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -174,8 +172,7 @@ class Label(ImagePattern):
 def check_option(name: str, value: object, known: Sequence[object]) -> None:
     """Refuse an option that has no such value."""
     if value not in known:
-        message = f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}."
-        raise SelectionError(message)
+        raise SelectionError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}.")
 
 
 _WILDCARDS = re.compile(r"(\*\*/|\*+|\?|\[[!^]?\]?[^]/]*\])")

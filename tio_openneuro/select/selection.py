@@ -147,8 +147,7 @@ def _check_images(images: Mapping[str, Scalar | Label]) -> None:
         raise SelectionError(message)
     for name, pattern in images.items():
         if not isinstance(pattern, Scalar | Label):
-            message = f"Image {name!r} must be a Scalar or a Label, not {pattern!r}."
-            raise SelectionError(message)
+            raise SelectionError(f"Image {name!r} must be a Scalar or a Label, not {pattern!r}.")
 
 
 def _selected(name: str, unit: Candidate, combination: Combination) -> SelectedUnit:
@@ -209,11 +208,10 @@ def _check_uniform(rows: Sequence[SelectedUnit], images: Mapping[str, Scalar | L
         advice = "or on_incomplete='allow' and a collate function of your own"
         if isinstance(pattern, Label) and 0 in by_count:
             advice = "when_missing='zeros', " + advice
-        message = (
+        raise SelectionError(
             f"Units differ in their number of files for {name!r}: {cases}; a batch could not be"
             f" collated. Pass required=True to skip those that lack it, {advice}."
         )
-        raise SelectionError(message)
 
 
 def _ambiguous_message(

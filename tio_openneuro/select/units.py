@@ -54,11 +54,10 @@ def every_nifti(files: Sequence[TreeFile], unit: Unit) -> tuple[dict[str, Scalar
             found.append((name, hit))
             homes.setdefault(name, set()).add(f"{hit.parsed.scope}/{hit.parsed.pipeline}")
     if not any(hit.parsed.subject for _, hit in found):
-        message = (
+        raise SelectionError(
             f"No NIfTI among {len(files)} files names a subject (sub-…) in its path."
             " Name the images by glob, such as Scalar('imagesTr/*.nii.gz')."
         )
-        raise SelectionError(message)
     hits: Hits = {}
     for name, hit in found:
         pipeline = hit.parsed.pipeline.replace("/", "_")
@@ -165,11 +164,10 @@ def _units_by_captures(hits: Hits) -> tuple[dict[str, Candidate], list[Skipped]]
             elif len(several) == 1:
                 shared.append((name, hit))
             else:
-                message = (
+                raise SelectionError(
                     f"{len(several)} files match {name!r}, and none names a subject (sub-…):"
                     " their units cannot be told apart. Select by a glob with a wildcard."
                 )
-                raise SelectionError(message)
     if not units:
         stem = shared[0][1].parsed.stem
         units[stem] = Candidate(stem)

@@ -49,12 +49,11 @@ class Catalog:
         files = [file for file in self.files if file.path in wanted and file.key is None]
         for file in files:
             if (file.size_bytes or 0) > _LONGEST_TEXT_BYTES:
-                message = (
+                raise UnsafeDatasetError(
                     f"Refused to read {file.path} of {self.dataset_id}: it has "
                     f"{file.size_bytes} bytes, and no table or sidecar is longer than "
                     f"{_LONGEST_TEXT_BYTES}. Do not use the dataset, or a version without it."
                 )
-                raise UnsafeDatasetError(message)
         if self.repo is None:
             return {file.path: (self.folder / file.path).read_bytes() for file in files}
         blobs = read_blobs(self.folder, [file.blob for file in files])

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tio_openneuro.annex import CommandError, branch_ref, git_error, run
+from tio_openneuro.annex import CommandError, branch_refs, clone_error, run
 from tio_openneuro.errors import NotAnAnnexError
 
 _CLONE_TIMEOUT_S = 3600.0
@@ -66,12 +66,11 @@ def clone_into(url: str, target: Path, *, title: str) -> None:
     try:
         clone = work / "clone"
         _clone(url, clone, title)
-        if branch_ref(clone) is None:
-            message = (
+        if not branch_refs(clone):
+            raise NotAnAnnexError(
                 f"Cannot use {title}: the repository at {hide_password(url)} has no git-annex "
                 f"branch, so that its content is nowhere on record. Choose another dataset."
             )
-            raise NotAnAnnexError(message)
         initialise(clone)
         run(["git", "config", "tio-openneuro.url", hide_password(url)], cwd=clone)
         clone.rename(target)
@@ -106,7 +105,7 @@ def _reach(command: list[str], folder: Path, act: str) -> None:
     try:
         run(command, cwd=folder, timeout_s=_CLONE_TIMEOUT_S)
     except CommandError as error:
-        raise git_error(act, hide_password(error.stderr or str(error))) from error
+        raise clone_error(act, hide_password(error.stderr or str(error))) from error
 
 
 def _remove(folder: Path) -> None:

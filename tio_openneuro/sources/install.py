@@ -17,7 +17,7 @@ from pathlib import Path
 
 import filelock
 
-from tio_openneuro.annex import CommandError, branch_ref, git_config, git_folder, run
+from tio_openneuro.annex import CommandError, branch_refs, git_config, git_folder, object_facts, run
 from tio_openneuro.errors import NotAnAnnexError, TioOpenNeuroError
 from tio_openneuro.sources.clones import clone_into, fetch, hide_password, initialise
 from tio_openneuro.sources.remotes import already_enabled, enable
@@ -88,11 +88,10 @@ def install(
         return _use_where_it_is(folder.resolve(), clones, version, names)
     if folder.is_file():
         return _install_own(_Origin.of_url(str(folder.resolve())), clones, version, names)
-    message = (
+    raise NotAnAnnexError(
         f"Cannot use {str(source)!r} as a dataset: it is no accession (like 'ds004199'), no git "
         f"URL (https, ssh, file), and no such path exists. Look at the spelling."
     )
-    raise NotAnAnnexError(message)
 
 
 def _install_own(
@@ -102,11 +101,10 @@ def _install_own(
     title = origin.dataset_id
     with _locked(clones / f".{origin.folder_name}.lock", clone, title):
         if clone.exists() and git_folder(clone) is None:
-            message = (
+            raise NotAnAnnexError(
                 f"Cannot use the clone of {title} in {clone}: it is damaged. Delete the folder, "
                 f"and it is cloned again."
             )
-            raise NotAnAnnexError(message)
         if not clone.exists():
             clone_into(origin.url, clone, title=title)
         found = _resolve(clone, version)
@@ -121,22 +119,20 @@ def _use_where_it_is(
     folder: Path, clones: Path, version: str | None, names: tuple[str, ...]
 ) -> InstalledDataset:
     if git_folder(folder) is None:
-        message = (
+        raise NotAnAnnexError(
             f"Cannot use {folder}: it is not the root of a git repository. Give the root of a "
             f"clone, an accession, or a BIDS folder."
         )
-        raise NotAnAnnexError(message)
     try:
-        ref = branch_ref(folder)
+        refs = branch_refs(folder)
     except CommandError as error:
         message = f"Cannot use {folder}: git cannot read it. git said: {error.stderr[:500]}"
         raise NotAnAnnexError(message) from error
-    if ref is None:
-        message = (
+    if not refs:
+        raise NotAnAnnexError(
             f"Cannot use {folder}: it is a git repository without a git-annex branch, so that "
             f"nothing in it is annexed. Give a clone of a DataLad or git-annex dataset."
         )
-        raise NotAnAnnexError(message)
     if not _is_annex(folder):
         _begin_annex(folder, clones, names)
     usable = already_enabled(folder, names)
@@ -161,12 +157,11 @@ def _begin_annex(folder: Path, clones: Path, names: tuple[str, ...]) -> None:
             run(["git", "config", "annex.private", "true"], cwd=folder)
             initialise(folder)
         except CommandError as error:
-            message = (
+            raise NotAnAnnexError(
                 f"Cannot use {folder}: git-annex was never initialised there, and 'git annex "
                 f"init' fails: {error.stderr[:500] or error}. Look whether you may write there, "
                 f"or give the accession or URL instead."
-            )
-            raise NotAnAnnexError(message) from error
+            ) from error
         enable(folder, names)
         _LOG.info("Initialised git-annex in %s, for its first use there", folder)
 
@@ -181,17 +176,18 @@ def _described(
     if found is None:
         tags = _tags(clone)
         known = f"its tags are {', '.join(tags[:12])}" if tags else "it has no tags"
-        message = (
+        raise TioOpenNeuroError(
             f"Cannot find version {version!r} of {dataset_id}: {known}. Give one of them, or a "
             f"commit."
         )
-        raise TioOpenNeuroError(message)
     return InstalledDataset(dataset_id, clone, *found, remotes)
 
 
 def _resolve(clone: Path, version: str | None) -> tuple[str, str] | None:
     """Return commit and name of a version; None where the clone does not have it."""
     if version is not None:
+        if "\n" in version:
+            return None
         refs = (f"refs/tags/{version}", f"refs/remotes/origin/{version}", f"refs/heads/{version}")
         names = [(ref, version) for ref in refs]
         if re.fullmatch(r"[0-9a-fA-F]{4,64}", version):
@@ -200,21 +196,11 @@ def _resolve(clone: Path, version: str | None) -> tuple[str, str] | None:
         names = [(f"refs/tags/{tag}", tag) for tag in _tags(clone)[:1]]
         default = _default_branch(clone)
         names += [(ref, ref.removeprefix("refs/").partition("/")[2]) for ref in default]
-    for ref, name in names:
-        commit = _commit(clone, ref)
+    asked = [f"{ref}^{{commit}}" for ref, _ in names]
+    for commit, (_, name) in zip(object_facts(clone, "objectname", asked), names, strict=True):
         if commit is not None:
-            return commit, name.removeprefix("origin/") or commit
+            return commit.decode(), name.removeprefix("origin/") or commit.decode()
     return None
-
-
-def _commit(clone: Path, ref: str) -> str | None:
-    command = ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}"]
-    try:
-        return run(command, cwd=clone).decode().strip()
-    except CommandError as error:
-        if error.returncode is None:
-            raise
-        return None
 
 
 def _default_branch(clone: Path) -> tuple[str, ...]:
@@ -265,11 +251,10 @@ def _locked(path: Path, clone: Path, title: str) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout as error:
-        message = (
+        raise TioOpenNeuroError(
             f"Cannot clone {title}: another process has held {path} for {_LOCK_TIMEOUT_S:.0f} s. "
             f"Look what it does."
-        )
-        raise TioOpenNeuroError(message) from error
+        ) from error
     try:
         yield
     finally:

@@ -49,13 +49,12 @@ def public_remote(clone: Path) -> SpecialRemote | None:
     if sound:
         return list(sound.values())[-1]
     if refused:
-        message = (
+        raise UnsafeDatasetError(
             f"Refused to use the dataset in {clone}: its remote {PUBLIC_REMOTE} is not "
             f"OpenNeuro's public bucket ({'; '.join(refused.values())}). If you trust it all the "
             f"same, enable it in a clone of your own, under another name, and name it with "
             f"remotes=."
         )
-        raise UnsafeDatasetError(message)
     return None
 
 
@@ -70,7 +69,7 @@ def enable(clone: Path, names: Sequence[str]) -> tuple[str, ...]:
         UnsafeDatasetError: The public bucket's record is not what it should be.
         TioOpenNeuroError: A named remote is not known, or cannot be enabled.
     """
-    usable = []
+    usable = list(names)
     enabled = configured_uuids(clone)
     if PUBLIC_REMOTE not in names:
         public = public_remote(clone)
@@ -82,13 +81,12 @@ def enable(clone: Path, names: Sequence[str]) -> tuple[str, ...]:
                 PUBLIC_REMOTE,
             )
         else:
+            usable.insert(0, PUBLIC_REMOTE)
             if enabled.get(PUBLIC_REMOTE) != public.uuid:
                 _enable_special(clone, public)
-            usable.append(PUBLIC_REMOTE)
     for name in names:
         if name not in enabled:
             _enable_named(clone, name)
-        usable.append(name)
     return tuple(usable)
 
 
@@ -106,11 +104,10 @@ def already_enabled(clone: Path, names: Sequence[str]) -> tuple[str, ...]:
     enabled = configured_uuids(clone)
     missing = [name for name in names if name not in enabled]
     if missing:
-        message = (
+        raise TioOpenNeuroError(
             f"Cannot use the remotes {', '.join(missing)} of {clone}: the clone has "
             f"{', '.join(sorted(enabled)) or 'none'}. Run 'git annex enableremote NAME' there."
         )
-        raise TioOpenNeuroError(message)
     if PUBLIC_REMOTE in names:
         return tuple(names)
     public = public_remote(clone)
@@ -181,12 +178,11 @@ def _enable_special(clone: Path, remote: SpecialRemote) -> None:
             if not alone:
                 run(["git", "config", "--remove-section", f"remote.{remote.uuid}"], cwd=clone)
     except CommandError as error:
-        message = (
+        raise TioOpenNeuroError(
             f"Cannot enable the remote {remote.name} (type {remote.fields.get('type')}) in "
             f"{clone}: {error.stderr or error}. Enable it in a clone of your own, and give that "
             f"clone's path as the source."
-        )
-        raise TioOpenNeuroError(message) from error
+        ) from error
 
 
 def _enable_named(clone: Path, name: str) -> None:
@@ -196,21 +192,19 @@ def _enable_named(clone: Path, name: str) -> None:
         # git-annex asks the remote for its id when it next runs.
         run(["git", "annex", "info", "--fast", name], cwd=clone, timeout_s=_ENABLE_TIMEOUT_S)
         if name not in configured_uuids(clone):
-            message = (
+            raise TioOpenNeuroError(
                 f"Cannot use the remote {name} of {clone}: git-annex cannot reach an annex "
                 f"there. Look whether it is one, and whether git-annex is installed there."
             )
-            raise TioOpenNeuroError(message)
         return
     named = {each.uuid: each for each in _records(clone, name)}
     living = [each for each in named.values() if not each.dead]
     if not living:
         known = sorted({each.name for each in _records(clone) if each.name})
-        message = (
+        raise TioOpenNeuroError(
             f"Cannot use the remote {name!r}: the dataset in {clone} records "
             f"{', '.join(known) or 'none'}. Look at the name."
         )
-        raise TioOpenNeuroError(message)
     _enable_special(clone, living[-1])
 
 
