@@ -68,7 +68,13 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     environment["GIT_TERMINAL_PROMPT"] = "0"
     environment["LC_ALL"] = "C.UTF-8"
     environment.update(extra or {})
-    _add_git_config(environment)
+    # Beside the settings that the environment carries.
+    given = environment.get("GIT_CONFIG_COUNT", "0")
+    first = int(given) if given.isdigit() else 0
+    for number, (name, value) in enumerate(_GIT_CONFIG, start=first):
+        environment[f"GIT_CONFIG_KEY_{number}"] = name
+        environment[f"GIT_CONFIG_VALUE_{number}"] = value
+    environment["GIT_CONFIG_COUNT"] = str(first + len(_GIT_CONFIG))
     return environment
 
 
@@ -94,13 +100,3 @@ def annex_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         if (folder / "magic.mgc").exists():
             environment["MAGIC"] = str(folder / "magic.mgc")
     return environment
-
-
-def _add_git_config(environment: dict[str, str]) -> None:
-    """Append our settings of git to those that the environment carries."""
-    given = environment.get("GIT_CONFIG_COUNT", "0")
-    first = int(given) if given.isdigit() else 0
-    for number, (name, value) in enumerate(_GIT_CONFIG, start=first):
-        environment[f"GIT_CONFIG_KEY_{number}"] = name
-        environment[f"GIT_CONFIG_VALUE_{number}"] = value
-    environment["GIT_CONFIG_COUNT"] = str(first + len(_GIT_CONFIG))

@@ -284,7 +284,7 @@ class AnnexRepo:
             if failed.why is Failure.NOT_RECORDED and self._object_exists(key):
                 said = "an object of another size lies where it belongs: run 'git annex fsck'"
                 return FailedTransfer(Failure.CORRUPT, said)
-            pause_s = retries.pause_s(failed.why, self._partial_bytes(key))
+            pause_s = retries.pause_s(failed.why, _file_size(self._partial_path(key)) or 0)
             if pause_s is None:
                 return failed
             if failed.why is Failure.BAD_RANGE:
@@ -305,9 +305,6 @@ class AnnexRepo:
 
     def _partial_path(self, key: AnnexKey) -> Path:
         return self._git_folder / "annex" / "tmp" / key.name
-
-    def _partial_bytes(self, key: AnnexKey) -> int:
-        return _file_size(self._partial_path(key)) or 0
 
     def _object_exists(self, key: AnnexKey) -> bool:
         return any((self._git_folder / path).exists() for path in key.object_paths())

@@ -92,13 +92,14 @@ def info(
     as_json: Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Show what a dataset has and what patterns select of it, from git metadata alone."""
-    from tio_openneuro.cli.summary import summarise
+    from tio_openneuro.cli.summary import summarise, summarise_selection
     from tio_openneuro.sources import open_catalog
 
     catalog = open_catalog(source, root, version=version)
-    summary = summarise(catalog, _patterns(image, label), cast(Unit, unit))
-    record = dataclasses.asdict(summary)
-    record |= record.pop("selected") or {}
+    record = dataclasses.asdict(summarise(catalog))
+    if patterns := _patterns(image, label):
+        selected = summarise_selection(catalog, patterns, cast(Unit, unit))
+        record |= dataclasses.asdict(selected)
     _report(str(source), record, as_json=as_json)
 
 

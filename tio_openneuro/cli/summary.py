@@ -18,7 +18,7 @@ _SHOWN_REASONS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Selected:
+class SelectionSummary:
     """What patterns select.
 
     Attributes:
@@ -36,7 +36,7 @@ class Selected:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One dataset at one commit, and what patterns select of it.
+    """One dataset at one commit.
 
     Attributes:
         dataset: Accession, or the name of the repository or folder.
@@ -51,7 +51,6 @@ class Summary:
         remotes: Annex remotes that are used.
         unavailable_files: Annexed images that no remote can give.
         unavailable_reasons: Why, with the number of files.
-        selected: What the patterns select; None without patterns.
     """
 
     dataset: str
@@ -66,22 +65,10 @@ class Summary:
     remotes: tuple[str, ...]
     unavailable_files: int
     unavailable_reasons: dict[str, int]
-    selected: Selected | None
 
 
-def summarise(
-    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit = "subject"
-) -> Summary:
-    """Count what the catalog has, and what the patterns select of it.
-
-    Args:
-        catalog: The dataset's files.
-        patterns: Patterns by image name; may be empty.
-        unit: What one unit of the selection is.
-
-    Raises:
-        SelectionError: The patterns select nothing.
-    """
+def summarise(catalog: Catalog) -> Summary:
+    """Count what the catalog has."""
     parsed = [parse_path(file.path) for file in catalog.files]
     images = [
         (file, path)
@@ -92,12 +79,6 @@ def summarise(
     present = [k for k in keys if catalog.repo is not None and catalog.repo.locate(k) is not None]
     lost = _unavailable(catalog)
     reasons = Counter(lost[file.key] for file, _ in images if file.key in lost)
-    selected = None
-    if patterns:
-        units, why = _usable(catalog, patterns, lost, unit)
-        sizes = {key: size for contents in units.values() for key, size in contents.items()}
-        shown = dict(Counter(why).most_common(_SHOWN_REASONS))
-        selected = Selected(len(units), sum(sizes.values()), len(why), shown)
     return Summary(
         dataset=catalog.dataset_id,
         version=catalog.version,
@@ -111,8 +92,26 @@ def summarise(
         remotes=catalog.repo.remotes if catalog.repo is not None else (),
         unavailable_files=sum(reasons.values()),
         unavailable_reasons=dict(reasons),
-        selected=selected,
     )
+
+
+def summarise_selection(
+    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit
+) -> SelectionSummary:
+    """Count what patterns select of the catalog.
+
+    Args:
+        catalog: The dataset's files.
+        patterns: Patterns by image name.
+        unit: What one unit is.
+
+    Raises:
+        SelectionError: The patterns select nothing.
+    """
+    units, why = _usable(catalog, patterns, unit)
+    sizes = {key: size for contents in units.values() for key, size in contents.items()}
+    reasons = dict(Counter(why).most_common(_SHOWN_REASONS))
+    return SelectionSummary(len(units), sum(sizes.values()), len(why), reasons)
 
 
 def unit_contents(
@@ -128,7 +127,7 @@ def unit_contents(
     Raises:
         SelectionError: The patterns select nothing, or nothing that can be had.
     """
-    units, why = _usable(catalog, patterns, _unavailable(catalog), unit)
+    units, why = _usable(catalog, patterns, unit)
     if not units:
         message = f"Cannot use {catalog.dataset_id}: no unit can be had ({', '.join({*why})})."
         raise SelectionError(message)
@@ -142,12 +141,10 @@ def _unavailable(catalog: Catalog) -> dict[AnnexKey, str]:
 
 
 def _usable(
-    catalog: Catalog,
-    patterns: Mapping[str, Scalar | Label],
-    lost: Mapping[AnnexKey, str],
-    unit: Unit,
+    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit
 ) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Return the units that can be had, with their files' bytes, and why others cannot."""
+    lost = _unavailable(catalog)
     selection = select(catalog.files, patterns, unit=unit)
     why = [skip.reason for skip in selection.skipped]
     units: dict[str, dict[str, int]] = {}

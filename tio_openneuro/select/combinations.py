@@ -9,7 +9,7 @@ the images that it follows, and to no other.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from operator import attrgetter
@@ -47,6 +47,11 @@ class Candidate:
     notes: dict[str, list[str]] = field(default_factory=dict)
 
 
+def hits_of(combinations: Iterable[Combination]) -> list[Hit]:
+    """Return all files of some combinations, one after another."""
+    return [hit for each in combinations for several in each.values() for hit in several]
+
+
 @dataclass(frozen=True, slots=True)
 class UnitCombinations:
     """The combinations of files that a unit allows, or why there is none.
@@ -76,9 +81,9 @@ class UnitCombinations:
 
     def paths_outside(self, kept: Sequence[Combination]) -> list[str]:
         """Return the paths that stand in some combination, but in none of those kept."""
-        inside = {hit.file.path for c in kept for hits in c.values() for hit in hits}
-        every = [hit.file.path for c in self.combinations for hits in c.values() for hit in hits]
-        return [path for path in dict.fromkeys(every) if path not in inside]
+        inside = {hit.file.path for hit in hits_of(kept)}
+        every = dict.fromkeys(hit.file.path for hit in hits_of(self.combinations))
+        return [path for path in every if path not in inside]
 
 
 def natural_key(text: str) -> tuple[tuple[int, str], ...]:

@@ -21,6 +21,7 @@ from tio_openneuro.select.combinations import (
     Candidate,
     Combination,
     combine_files,
+    hits_of,
     natural_key,
     never_together,
 )
@@ -57,7 +58,7 @@ class Selection:
     """What patterns select from a tree.
 
     Attributes:
-        rows: One per unit, in natural order of their names (sub-2 before sub-10).
+        rows: The units, in natural order of their names (sub-2 before sub-10).
         skipped: What was left out, in the same order.
         images: The patterns; with ``images=None``, those found.
     """
@@ -82,16 +83,16 @@ def select(
         files: The dataset's tree.
         images: Patterns by image name; None takes every NIfTI, each under its stem less subject
             and session, none of them required.
-        unit: What one row is.
+        unit: What one unit is.
         on_missing: What to do with a unit that lacks a required image.
         on_multiple: What to do with a unit that has several files for one image: ``"first"`` in
-            natural order, ``"all"`` makes a row of each combination whose entities agree,
+            natural order, ``"all"`` makes a unit of each combination whose entities agree,
             ``"stack"`` keeps all, for channels.
-        on_incomplete: Whether rows may differ in their optional images.
+        on_incomplete: Whether units may differ in their optional images.
 
     Raises:
         SelectionError: A pattern matches nothing, a unit has several files for an image, no unit
-            has all that is required, or the rows could not be collated into a batch.
+            has all that is required, or the units could not be collated into a batch.
     """
     check_option("unit", unit, tuple(LEVELS))
     check_option("on_missing", on_missing, ("skip", "raise"))
@@ -152,7 +153,7 @@ def _check_images(images: Mapping[str, Scalar | Label]) -> None:
 
 def _selected(name: str, unit: Candidate, combination: Combination) -> SelectedUnit:
     """Return one combination of a unit's files as what is selected."""
-    hits = [hit for several in combination.values() for hit in several]
+    hits = hits_of([combination])
     files = {image: tuple(hit.file for hit in several) for image, several in combination.items()}
     session_id = unit.session_id or _only(hit.parsed.session for hit in hits)
     run_id = unit.run_id or _only(hit.parsed.run for hit in hits)
@@ -170,14 +171,8 @@ def _combination_names(unit: str, combinations: Sequence[Combination]) -> list[s
     if len(combinations) == 1:
         return [unit]
     parts = [
-        [
-            token
-            for several in combination.values()
-            for hit in several
-            for token in hit.parsed.stem.split("_")
-            if "-" in token
-        ]
-        for combination in combinations
+        [part for hit in hits_of([each]) for part in hit.parsed.stem.split("_") if "-" in part]
+        for each in combinations
     ]
     common = set(parts[0]).intersection(*parts[1:])
     names = [
@@ -189,7 +184,7 @@ def _combination_names(unit: str, combinations: Sequence[Combination]) -> list[s
 
 
 def _check_uniform(rows: Sequence[SelectedUnit], images: Mapping[str, Scalar | Label]) -> None:
-    """Refuse rows that differ in what they have of an image, which no batch could hold."""
+    """Refuse units that differ in what they have of an image, which no batch could hold."""
     for name, pattern in images.items():
         filled = isinstance(pattern, Label) and pattern.when_missing is not None
         merged = isinstance(pattern, Label) and pattern.combine is not None
