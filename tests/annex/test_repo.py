@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from faulty import Fault, FaultKind, LoopbackOpenNeuro
 
-from tio_openneuro.annex.messages import Failure, classify
+from tio_openneuro.annex.messages import Failure
 from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.repo import AnnexRepo
 from tio_openneuro.annex.tree import index_tree, read_blobs
@@ -543,11 +543,11 @@ def fill(path: Path) -> None:
             "Remote is configured to use versioning, but no S3 version ID is recorded for this key",
             Failure.NO_VERSION,
         ),
-        ("This special remote cannot be used since it's not verified.", Failure.NOT_USABLE),
-        ("Configuration does not allow accessing 10.0.0.1", Failure.NOT_USABLE),
+        ("This special remote cannot be used since it's not verified.", Failure.NOT_ALLOWED),
+        ("Configuration does not allow accessing 10.0.0.1", Failure.NOT_ALLOWED),
         ("something new", Failure.UNKNOWN),
     ],
 )
 def test_words_of_git_annex_are_understood(message: str, failure: Failure) -> None:
     """Each message that was provoked belongs to one class of failure."""
-    assert classify([message]) is failure
+    assert Failure.of(message, Failure.UNKNOWN) is failure

@@ -264,11 +264,11 @@ def test_images_that_no_unit_has_together_raise() -> None:
 
 
 def test_files_too_small_for_an_image_are_skipped_with_their_size() -> None:
-    """Empty files, by the key where the file says nothing; a small compressed label is kept."""
+    """Empty files, of which the key says so too; a small compressed label is kept."""
     key = AnnexKey("MD5E-s351--a.nii", 351)
     files = [
         File("sub-1/sub-1_T1w.nii.gz", size_bytes=0),
-        File("sub-2/sub-2_T1w.nii", key, size_bytes=None),
+        File("sub-2/sub-2_T1w.nii", key, size_bytes=key.size_bytes),
         File("sub-3/sub-3_T1w.nii.gz", size_bytes=90),
         File("sub-4/sub-4_T1w.nii.gz", AnnexKey("URL--a", None), size_bytes=None),
     ]

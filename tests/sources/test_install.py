@@ -72,11 +72,10 @@ class TestInstall:
     ) -> None:
         """The clone has no work tree, one remote, no record of us, and is known by its tag."""
         found = install("ds900001", root)
-        assert (found.dataset_id, found.version, found.owned) == ("ds900001", "1.0.0", True)
+        assert (found.dataset_id, found.version) == ("ds900001", "1.0.0")
         assert found.path == root / "clones" / "ds900001"
         assert found.remotes == ("s3-PUBLIC",)
         assert found.commit == git(found.path, "rev-parse", "refs/tags/1.0.0")
-        assert len(found.datalad_id) == 36
         assert [path.name for path in found.path.iterdir()] == [".git"]
         changed = git(found.path, "diff", "--name-only", "origin/git-annex", "git-annex")
         assert changed in {"", "remote.log"}
@@ -310,7 +309,7 @@ class TestClonesOfUsers:
         git(clone, "annex", "enableremote", "-q", "s3-PUBLIC")
         before = (clone / ".git/config").read_bytes(), git(clone, "for-each-ref")
         found = install(str(clone), root)
-        assert (found.path, found.owned, found.version) == (clone, False, "1.0.0")
+        assert (found.path, found.version) == (clone, "1.0.0")
         assert found.remotes == ("s3-PUBLIC",)
         assert ((clone / ".git/config").read_bytes(), git(clone, "for-each-ref")) == before
         assert not (root / "clones").exists()
