@@ -232,15 +232,13 @@ class Ledger:
     def holdings(self) -> Holdings:
         """Return what is held, and by whom."""
         with self._db.reading() as db:
-            budget_bytes, pid = db.execute(BUDGET).fetchone()
             return Holdings(
-                budget_bytes,
+                db.execute(BUDGET).fetchone()[0],
                 db.execute(USED).fetchone()[0],
                 db.execute(PEAK).fetchone()[0],
                 db.execute(LEASED_BYTES).fetchone()[0],
                 tuple(row[0] for row in db.execute(LEASE_PIDS)),
                 tuple(row[0] for row in db.execute(FETCH_PIDS)),
-                pid,
             )
 
     def remember_clone(self, path: str, remotes: Sequence[str]) -> None:

@@ -118,7 +118,6 @@ class Holdings:
         leased_bytes: Bytes of content under a lease.
         lease_pids: Processes that hold leases.
         fetch_pids: Processes that fetch or drop.
-        budget_pid: Process that stated the smallest budget.
     """
 
     budget_bytes: int
@@ -127,7 +126,6 @@ class Holdings:
     leased_bytes: int
     lease_pids: tuple[int, ...]
     fetch_pids: tuple[int, ...]
-    budget_pid: int
 
 
 HERE = "WHERE clone = ? AND key = ?"
