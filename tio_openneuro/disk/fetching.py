@@ -92,9 +92,10 @@ class Fetches:
             if self.closing or work in self._begun:
                 return
             self._begun.add(work)
+            name = work.__name__.replace("_", "-")
             for _ in range(threads):
                 thread = threading.Thread(
-                    target=self._work, args=(work,), name="tio-openneuro-fetch", daemon=True
+                    target=self._work, args=(work,), name=f"tio-openneuro{name}", daemon=True
                 )
                 self._threads.append(thread)
                 self._running += 1

@@ -279,9 +279,12 @@ class Store:
 
     def _drop_one(self, content: ContentId, reason: str) -> bool:
         try:
-            repo = self.repo_of(content.clone)
-            if repo is not None:
-                repo.drop(key_of(content))
+            repo, key = self.repo_of(content.clone), key_of(content)
+            if repo is not None and repo.locate(key) is None:
+                # What is there in another size was put there by somebody else.
+                repo.discard_partial(key)
+            elif repo is not None:
+                repo.drop(key)
         except DropRefusedError as error:
             _LOGGER.warning("Keeping %s, which stays charged: %s", content.key, error)
             self._give_back(content, refused=True)
