@@ -57,7 +57,7 @@ class Fetches:
             fetch.cancel.set()
             self._carry_out(fetch)
             return
-        self.start(self._serve, self.jobs)
+        self.start(self._fetch, self.jobs)
         self._changes.notify()
 
     def promote(self, content: ContentId) -> Fetch | None:
@@ -120,7 +120,7 @@ class Fetches:
             if last is not None:
                 last()
 
-    def _serve(self) -> None:
+    def _fetch(self) -> None:
         """Carry out what is queued."""
         while True:
             seen = self._changes.value

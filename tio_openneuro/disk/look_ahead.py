@@ -77,7 +77,7 @@ class LookAhead:
         self._taken: Counter[str] = Counter()
         self._spared: set[str] = set()
         self._holders = 0
-        self._avoid: frozenset[ContentId] = frozenset()
+        self._avoid: set[ContentId] = set()
         self._blocked: tuple[int, int] | None = None
         self._blocked_s = 0.0
         self._verified: tuple[int, float] = (-1, 0.0)
@@ -210,9 +210,9 @@ class LookAhead:
         with self._mutex:
             for entry in self._entries:
                 if entry.ready and not gone.isdisjoint(self._store.all_of(entry.unit)):
-                    self._look_expected(entry)
+                    self._look_anew(entry)
 
-    def _look_expected(self, entry: _Entry) -> None:
+    def _look_anew(self, entry: _Entry) -> None:
         """Let an entry be prefetched once more; its files are needed where nothing else is there.
 
         Held: the lock.
@@ -300,33 +300,33 @@ class LookAhead:
         if wants is None:
             entry.ready = True
             return 0
-        with self._ledger.transaction() as decide:
-            answer = decide.request_ahead(
+
+        def ask(decide: Transaction, kept: frozenset[ContentId]) -> Answer:
+            if self._holders:
+                return Answer()
+            return decide.request_ahead(
                 wants,
                 steps,
                 ahead_bytes=ahead_bytes,
                 largest_bytes=self._largest_bytes,
-                keep=self._avoid,
+                keep=kept,
                 spare_bytes=self._store.spare_bytes(entry.files.values()),
             )
-        if answer.granted:
-            entry.ready = True
-            entry.fetched_bytes = sum(w.size_bytes for w in wants if w.content in answer.fetch)
-            with self._mutex:
-                self._fetched.add(entry)
-            self._avoid = frozenset()
-            for fetch in self.begin(entry.unit, entry.files, answer):
-                if entry.dropped:
-                    # The order was replaced after we looked, too late for it to cancel this.
-                    fetch.cancel.set()
-        elif answer.victims:
-            self.lost(answer.victims)
-            reason = f"for {entry.unit.name}, used sooner"
-            self._avoid |= self._store.drop(answer.victims, reason)
-        if answer.granted or answer.victims:
-            return 0
-        self._blocked, self._blocked_s = now, time.monotonic()
-        return growing_pause_s(0)
+
+        answer = self.make_way(ask, f"for {entry.unit.name}, used sooner", self._avoid)
+        if not answer.granted:
+            self._blocked, self._blocked_s = now, time.monotonic()
+            return growing_pause_s(0)
+        entry.ready = True
+        entry.fetched_bytes = sum(w.size_bytes for w in wants if w.content in answer.fetch)
+        with self._mutex:
+            self._fetched.add(entry)
+        self._avoid.clear()
+        for fetch in self.begin(entry.unit, entry.files, answer):
+            if entry.dropped:
+                # The order was replaced after we looked, too late for it to cancel this.
+                fetch.cancel.set()
+        return 0
 
     def _wants(self, entry: _Entry) -> list[Want] | None:
         """Return what an entry needs, or None where nothing is to be fetched for it."""
