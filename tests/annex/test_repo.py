@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from faulty import Fault, FaultKind, LoopbackOpenNeuro
 
-from tio_openneuro.annex.messages import Failure
+from tio_openneuro.annex.messages import CloneFailure, Failure, Retries, clone_error
 from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.repo import AnnexRepo
 from tio_openneuro.annex.tree import index_tree, read_blobs
@@ -551,3 +552,35 @@ def fill(path: Path) -> None:
 def test_words_of_git_annex_are_understood(message: str, failure: Failure) -> None:
     """Each message that was provoked belongs to one class of failure."""
     assert Failure.of(message, Failure.UNKNOWN) is failure
+
+
+@pytest.mark.parametrize(
+    ("message", "failure"),
+    [
+        ("fatal: 'x' does not appear to be a git repository", CloneFailure.NO_REPOSITORY),
+        ("remote: Repository not found.\nfatal: unable to access", CloneFailure.NO_DATASET),
+        ("fatal: could not read Username for 'https://github.com'", CloneFailure.NO_DATASET),
+        ("fatal: unable to access 'http://x/': Failed to connect", CloneFailure.UNREACHABLE),
+        ("error: RPC failed\nfatal: early EOF", CloneFailure.UNREACHABLE),
+        ("fatal: something new", CloneFailure.UNKNOWN),
+    ],
+)
+def test_words_of_git_are_understood(message: str, failure: CloneFailure) -> None:
+    """What tells of an unknown dataset goes before what tells of the network."""
+    error = clone_error("clone ds000001", message)
+    assert type(error) is failure.value.error
+    assert str(error).startswith(f"Cannot clone ds000001: {failure.value.cause}. git said: ")
+
+
+def test_tries_are_counted_by_failure_and_renewed_by_bytes() -> None:
+    """Pauses grow until the tries are used up; a MiB that arrived begins the count anew."""
+    retries = Retries(time.monotonic() + 600.0)
+    first, second, third = (retries.pause_s(Failure.CORRUPT, 0) for _ in range(3))
+    assert first is not None
+    assert second is not None
+    assert 0.1 <= first <= 0.2 <= second <= 0.4
+    assert third is None
+    assert retries.pause_s(Failure.STALLED, 0) is not None
+    assert retries.pause_s(Failure.CORRUPT, (1 << 20) - 1) is None
+    assert retries.pause_s(Failure.CORRUPT, 1 << 20) is not None
+    assert Retries(time.monotonic()).pause_s(Failure.CORRUPT, 0) is None
