@@ -260,7 +260,7 @@ class Leases:
                 self.ledger.withdraw(ticket)
                 self.changes.notify()
             raise
-        self.counters.hit(len(files) - len(answer.fetch))
+        self.counters.add(hit_files=len(files) - len(answer.fetch))
         if position is not None:
             self.changes.notify()  # one more may be fetched ahead
         return answer
