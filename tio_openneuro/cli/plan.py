@@ -13,9 +13,8 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tio_openneuro.errors import DiskBudgetError
+from tio_openneuro.ledger import too_large
 from tio_openneuro.queue import permute
-from tio_openneuro.sizes import format_size
 
 _NEVER = 1 << 62
 
@@ -70,12 +69,7 @@ def plan_disk(
     totals = {name: sum(files.values()) for name, files in units.items()}
     largest = max(totals, key=totals.__getitem__)
     if totals[largest] > budget_bytes:
-        message = (
-            f"Cannot plan for {largest}: its {len(units[largest])} files need {totals[largest]} "
-            f"bytes ({format_size(totals[largest])}) at once, and the disk budget is "
-            f"{budget_bytes} bytes ({format_size(budget_bytes)}). Raise the budget."
-        )
-        raise DiskBudgetError(message, unit=largest)
+        raise too_large(largest, list(units[largest].values()), budget_bytes)
     orders = [permute(len(contents), seed, "subjects", epoch) for epoch in range(epochs)]
     fetched, peak_bytes = _play([[contents[n] for n in order] for order in orders], budget_bytes)
     sizes = {key: size for files in contents for key, size in files.items()}
