@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fakes import FailingRepo, FakeRepo, content_of, decide, make_key, make_unit
 
-from tio_openneuro.content import ContentFile, ContentUnit
+from tio_openneuro.content import AnnexKey, ContentFile, ContentUnit
 from tio_openneuro.disk import leases
 from tio_openneuro.disk.engine import Engine
 from tio_openneuro.errors import DiskBudgetError, FetchError, RemoteUnavailableError
@@ -110,6 +110,32 @@ def test_a_shared_key_is_dropped_when_no_path_needs_it(opening: Opening, repo: F
     read(engine, second)
     engine.release(second, drop=True)
     assert repo.held_bytes() == 0
+
+
+class VanishingRepo(FakeRepo):
+    """A clone whose user drops what they had, just after it was looked at."""
+
+    def locate(self, key: AnnexKey) -> Path | None:
+        found = super().locate(key)
+        if found is not None and key in self.lost:
+            del self.lost[key]
+            found.unlink()
+        return found
+
+
+def test_foreign_content_that_vanishes_before_its_lease_is_fetched(
+    opening: Opening, root: Path
+) -> None:
+    """A lease never holds what somebody else dropped between the look and the reservation."""
+    repo = VanishingRepo(root / "clones" / "vanishing")
+    unit = make_unit(repo, "sub-1", 500)
+    (key,) = (file.key for file in unit.files)
+    repo.place(key)
+    repo.lost[key] = "dropped by its user"
+    engine = opening(1000)
+    with engine.lease(unit, timeout_s=20) as paths:
+        assert paths[key].read_bytes() == content_of(key)
+    assert engine.statistics().fetched_files == 1
 
 
 def test_foreign_content_is_neither_counted_nor_dropped(opening: Opening, repo: FakeRepo) -> None:
