@@ -88,11 +88,12 @@ def _play(
     epochs: Sequence[Sequence[Mapping[str, int]]], budget_bytes: int
 ) -> tuple[list[int], int]:
     """Return the bytes that each epoch fetches, and the most bytes held."""
-    uses: dict[str, list[int]] = {}
     steps = [files for epoch in epochs for files in epoch]
+    # The steps that use a key, the next one last.
+    uses: dict[str, list[int]] = {}
     for step in reversed(range(len(steps))):
         for key in steps[step]:
-            uses.setdefault(key, []).append(step)
+            uses.setdefault(key, [_NEVER]).append(step)
     held: dict[str, int] = {}
     farthest: list[tuple[int, str]] = []
     held_bytes = peak_bytes = 0
@@ -102,26 +103,17 @@ def _play(
         for files in epoch:
             missing = {key: size for key, size in files.items() if key not in held}
             needed_bytes = sum(missing.values())
-            aside = []
             while held_bytes + needed_bytes > budget_bytes:
-                entry = heapq.heappop(farthest)
-                key = entry[1]
-                if key in files:
-                    aside.append(entry)
-                elif key in held and -entry[0] == _next(uses[key]):
+                # This unit's own files are used now, and come last: it fits without the others.
+                next_use, key = heapq.heappop(farthest)
+                if key in held and -next_use == uses[key][-1]:
                     held_bytes -= held.pop(key)
-            for entry in aside:
-                heapq.heappush(farthest, entry)
             held |= missing
             held_bytes += needed_bytes
             peak_bytes = max(peak_bytes, held_bytes)
             epoch_bytes += needed_bytes
             for key in files:
                 uses[key].pop()
-                heapq.heappush(farthest, (-_next(uses[key]), key))
+                heapq.heappush(farthest, (-uses[key][-1], key))
         fetched.append(epoch_bytes)
     return fetched, peak_bytes
-
-
-def _next(later_uses: Sequence[int]) -> int:
-    return later_uses[-1] if later_uses else _NEVER
