@@ -17,6 +17,9 @@ from typing import NamedTuple, Protocol
 _KEY = re.compile(
     r"(?P<backend>[A-Z0-9_]+)(?:-s(?P<size>\d+))?(?:-m\d+)?(?:-S\d+-C\d+)?--(?P<name>[^/\x00\n]+)"
 )
+_CHECKED = re.compile(
+    r"(?P<hash>MD5|SHA1|SHA224|SHA256|SHA384|SHA512)E?-s\d+(-m\d+)?--(?P<digest>[0-9a-f]+)(\..*)?"
+)
 _MIXED_CHARACTERS = "0123456789zqjxkmvwgpfZQJXKMVWGPF"
 
 
@@ -61,6 +64,12 @@ class AnnexKey:
     def backend(self) -> str:
         """The key's backend, ``"MD5E"``."""
         return self.name.partition("-")[0]
+
+    @property
+    def checksum(self) -> tuple[str, str] | None:
+        """Name of a hash that Python has, and its digest in hex; None where it states neither."""
+        match = _CHECKED.fullmatch(self.name)
+        return (match["hash"].lower(), match["digest"]) if match else None
 
     @property
     def text(self) -> str:

@@ -45,9 +45,16 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("templates")
 
 
-@pytest.fixture
-def repo(openneuro: LoopbackOpenNeuro, templates: Path, tmp_path: Path) -> Iterator[AnnexRepo]:
-    """Return a clone of ours of ds900001, with short deadlines."""
+@pytest.fixture(params=["http", "git-annex"])
+def repo(
+    openneuro: LoopbackOpenNeuro,
+    templates: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[AnnexRepo]:
+    """Return a clone of ours of ds900001, with short deadlines, for each way of fetching."""
+    monkeypatch.setenv("TIO_OPENNEURO_FETCH", request.param)
     if not (templates / "clones").exists():
         install("ds900001", templates)
     clone = tmp_path / "root" / "clones" / "ds900001"
@@ -351,6 +358,7 @@ class TestGet:
         first.close()
         second.close()
 
+    @pytest.mark.parametrize("repo", ["git-annex"], indirect=True)
     def test_forked_process_keeps_no_pipe_of_its_parents_child(self, repo: AnnexRepo) -> None:
         """The parent's git-annex ends with its input, though a forked process still fetches."""
         first, second = keys_of(repo)[:2]

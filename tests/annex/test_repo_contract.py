@@ -1,4 +1,4 @@
-"""One contract for content in a clone, kept by the fake and by the real git-annex alike.
+"""One contract for content in a clone, kept by the fake, over HTTP and by git-annex alike.
 
 ``openneuro`` is real: a clone by :func:`install`, and its remote over HTTP on 127.0.0.1. What a
 ``Source`` does to its remote is all that differs; every test reads the same for both.
@@ -79,8 +79,8 @@ class Source(ABC):
 
     def partial_bytes(self, key: AnnexKey) -> int:
         """Return what lies of an unfinished download, as the disk has it."""
-        path = self.repo.path / ".git" / "annex" / "tmp" / key.name
-        return path.stat().st_size if path.exists() else 0
+        folder = self.repo.path / ".git" / "annex" / "tmp"
+        return sum(path.stat().st_size for path in folder.glob(f"*{key.name}"))
 
 
 class FakeSource(Source):
@@ -175,11 +175,16 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("template")
 
 
-@pytest.fixture(params=["fake", "annex"])
+@pytest.fixture(params=["fake", "http", "git-annex"])
 def source(
-    request: pytest.FixtureRequest, tmp_path: Path, template: Path, openneuro: LoopbackOpenNeuro
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    template: Path,
+    openneuro: LoopbackOpenNeuro,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Source]:
-    """Return a clone with nothing in it, fake and real in turn."""
+    """Return a clone with nothing in it: fake, and real in both ways of fetching."""
+    monkeypatch.setenv("TIO_OPENNEURO_FETCH", request.param)
     clone = tmp_path / "root" / "clones" / "ds900001"
     found: Source
     if request.param == "fake":

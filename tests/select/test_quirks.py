@@ -37,7 +37,7 @@ from conftest import SHARED, heads
 from faulty import LoopbackOpenNeuro
 
 import tio_openneuro as tno
-from tio_openneuro.annex.branch import keys_with_version
+from tio_openneuro.annex.branch import recorded_versions, version_logs
 from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.tree import index_tree
 from tio_openneuro.content import AnnexKey
@@ -551,8 +551,9 @@ def test_s3_versions_are_read_in_any_form(log: str, available: bool, tmp_path: P
     )
     run(["git", "init", "-q", "--bare", "."], cwd=tmp_path)
     run(["git", "fast-import", "--quiet"], cwd=tmp_path, stdin=stream)
-    found = keys_with_version(tmp_path, "refs/heads/git-annex", [key], {uuid})
-    assert found == ({key} if available else set())
+    for keys in ([key], [key] * 51, None):
+        logs = version_logs(tmp_path, "refs/heads/git-annex", keys)
+        assert bool(recorded_versions(logs[key.name], {uuid})) == available
 
 
 # -- files that are not what they seem -------------------------------------------------------

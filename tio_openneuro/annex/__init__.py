@@ -10,6 +10,7 @@ from tio_openneuro.annex.branch import (
     configured_uuids,
     git_config,
     git_folder,
+    is_amazon,
     special_remotes,
 )
 from tio_openneuro.annex.environment import child_environment
@@ -30,6 +31,7 @@ __all__ = [
     "git_config",
     "git_folder",
     "index_tree",
+    "is_amazon",
     "object_facts",
     "read_blobs",
     "read_blobs_if_present",

@@ -8,22 +8,44 @@ Source: https://git-annex.branchable.com/internals/ (remote.log, trust.log, expo
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import logging
+import os
+import posixpath
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from tio_openneuro.annex.processes import CommandError, run
 from tio_openneuro.annex.tree import index_tree, list_files, read_blobs_if_present
 from tio_openneuro.content import AnnexKey
+
+_LOG = logging.getLogger(__name__)
 
 _BRANCH_REFS = ("refs/heads/git-annex", "refs/remotes/origin/git-annex")
 _ESCAPED = re.compile(r"&(\d{1,7});")
 _DEAD = "X"
 _RMET = ".log.rmet"
 _FEW_KEYS = 50
+_FEW_LOOKUPS = 10
 _EXPORT_WORDS = 3
+# What changes where git-annex puts content, in which mode, how it gets or removes it, or whether
+# it does. Of a remote: the same, for that one.
+_SETTINGS = re.compile(
+    r"annex\.(tune\..*|(freezecontent|thawcontent|secure-erase|http-headers)-command|http-headers"
+    r"|crippledfilesystem|securehashesonly|web-options|bwlimit.*|pidlock|direct"
+    r"|security\.allowed-url-schemes)|core\.sharedrepository"
+)
+_REMOTE_SETTINGS = re.compile(r"annex-(ignore.*|bwlimit.*|(start|stop)-command|web-options)")
+_OFF = frozenset({"", "false", "no", "off", "0", "umask"})
+_VERSION_ID = re.compile(r"[\w.-]+")
+_VERSIONS = frozenset({"8", "9", "10"})
+_AMAZON = re.compile(r"([a-z0-9.-]+\.)?s3([.-][a-z0-9-]+)*\.amazonaws\.com")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +70,19 @@ class SpecialRemote:
         return self.fields.get("type") == "S3" and all(
             self.fields.get(name) == "yes" for name in ("versioning", "exporttree")
         )
+
+    @property
+    def public_url(self) -> str:
+        """Where anybody may read its objects as they are; empty where that is not on record."""
+        url = self.fields.get("publicurl", "")
+        plain = self.fields.get("encryption") == "none" and "chunk" not in self.fields
+        sound = re.fullmatch(r"https?://[^@?#\\\s]+", url) is not None
+        return url if self.needs_version and not self.dead and plain and sound else ""
+
+
+def is_amazon(host: str) -> bool:
+    """Return whether a host is one of Amazon's S3, where OpenNeuro's bucket is."""
+    return _AMAZON.fullmatch(host) is not None
 
 
 def git_folder(clone: Path) -> Path | None:
@@ -101,30 +136,53 @@ def special_remotes(clone: Path, ref: str) -> list[SpecialRemote]:
     return remotes
 
 
-def keys_with_version(
-    clone: Path, ref: str, keys: Sequence[AnnexKey], uuids: Collection[str]
-) -> set[AnnexKey]:
-    """Return those of the keys of which one of the remotes has recorded an S3 version.
+def version_logs(clone: Path, ref: str, keys: Collection[AnnexKey] | None) -> dict[str, bytes]:
+    """Return what a git-annex branch records of remotes' versions of keys, by the keys' names.
 
     Args:
         clone: The clone's folder.
         ref: The branch, of :func:`branch_refs`.
-        keys: Keys to look for.
-        uuids: Ids of the remotes.
+        keys: Keys to look for; None: all that have such a log.
     """
-    if len(keys) <= _FEW_KEYS:
-        blobs = {key: f"{ref}:{_log_path(key)}" for key in keys}
+    if keys is not None and len(keys) <= _FEW_KEYS:
+        blobs = {key.name: f"{ref}:{_log_path(key)}" for key in keys}
     else:
         # git finds one path after another in 0.6 ms each; the whole branch takes it 20 ms.
         listed = {path: blob for _, blob, path in list_files(clone, ref) if path.endswith(_RMET)}
-        blobs = {key: listed[path] for key in keys if (path := _log_path(key)) in listed}
+        if keys is not None:
+            listed = {path: listed[path] for path in map(_log_path, keys) if path in listed}
+        blobs = {posixpath.basename(path)[: -len(_RMET)]: blob for path, blob in listed.items()}
     logs = read_blobs_if_present(clone, list(blobs.values()))
+    return {name: log for name, log in zip(blobs, logs, strict=True) if log is not None}
+
+
+def recorded_versions(log: bytes, uuids: Collection[str]) -> list[str]:
+    """Return the S3 versions that a log leaves any of the remotes with, the newest first.
+
+    A line is ``TIMESTAMP FIELD +VALUE … -VALUE … FIELD …``; ``+`` sets a value, ``-`` takes it
+    away. A value in base64 begins with ``!``.
+
+    Args:
+        log: One of :func:`version_logs`.
+        uuids: Ids of the remotes.
+
+    Returns:
+        Each as ``ID#PATH``, the path from the bucket's root.
+    """
     fields = {f"{uuid}:V".encode() for uuid in uuids}
-    return {
-        key
-        for key, log in zip(blobs, logs, strict=True)
-        if log is not None and _has_value(log, fields)
-    }
+    lines = [line.split(b" ") for line in log.splitlines()]
+    lines.sort(key=lambda words: _timestamp(words[0].decode(errors="replace")))
+    values: dict[bytes, None] = {}
+    for words in lines:
+        name = b""
+        for word in words[1:]:
+            if word[:1] not in {b"+", b"-"}:
+                name = word
+            elif name in fields and len(word) > 1:
+                values.pop(word[1:], None)
+                if word[:1] == b"+":
+                    values[word[1:]] = None
+    return [_decoded(value) for value in reversed(values)]
 
 
 def exported_keys(clone: Path, ref: str, uuids: Collection[str]) -> set[AnnexKey]:
@@ -150,26 +208,142 @@ def exported_keys(clone: Path, ref: str, uuids: Collection[str]) -> set[AnnexKey
     return keys
 
 
-def git_config(clone: Path, pattern: str) -> dict[str, str]:
-    """Return the settings of the clone's own git configuration whose names match.
+def git_config(clone: Path, pattern: str, *scope: str) -> dict[str, str]:
+    """Return the settings of git whose names match.
 
     Args:
         clone: The clone's folder.
         pattern: A regular expression, as git reads it.
+        scope: ``"--local"`` for those of the clone itself; default: the user's and system's too.
     """
-    command = ["git", "config", "--local", "-z", "--get-regexp", pattern]
+    command = ["git", "config", *scope, "-z", "--get-regexp", pattern]
     try:
         listed = run(command, cwd=clone).decode(errors="replace")
     except CommandError as error:
         if error.returncode == 1:  # git's way to say that nothing matches
             return {}
         raise
-    return dict(entry.split("\n", 1) for entry in listed.split("\0") if "\n" in entry)
+    entries = (entry.partition("\n") for entry in listed.split("\0") if entry)
+    return {name: value if equals else "true" for name, equals, value in entries}
+
+
+def _why_git_annex(clone: Path, config: Mapping[str, str], remote: str) -> str:
+    """Return why content is git-annex's to put into a clone; empty where it may just be put there.
+
+    Args:
+        clone: The clone's folder.
+        config: Its settings, of :func:`git_config`.
+        remote: Name of the remote that it comes from.
+    """
+    for name, value in config.items():
+        mine = name.removeprefix(f"remote.{remote}.")
+        known = _REMOTE_SETTINGS if mine != name else _SETTINGS
+        if known.fullmatch(mine) and value not in _OFF:
+            return f"{name} is set"
+    folder = git_folder(clone)
+    if folder not in {clone, clone / ".git"}:
+        return "it is a linked work tree, or a submodule"
+    if (folder / "HEAD").read_text().startswith("ref: refs/heads/adjusted/"):
+        return "it is on an adjusted branch"
+    logs = [
+        f"{ref}:{log}" for ref in branch_refs(clone) for log in ("difference.log", "config.log")
+    ]
+    places, settings = tuple(read_blobs_if_present(clone, logs)), b"annex.securehashesonly"
+    if any(places[::2]) or any(log and settings in log for log in places[1::2]):
+        return "its git-annex branch sets where or what content may be"
+    if (folder / "index").exists() and _has_unlocked_files(clone):
+        return "it has unlocked files"
+    return "" if config.get("annex.version") in _VERSIONS else "its annex is of another version"
+
+
+def _has_unlocked_files(clone: Path) -> bool:
+    try:
+        run(["git", "grep", "--cached", "-q", "-E", "^/annex/objects/"], cwd=clone)
+    except CommandError as error:
+        if error.returncode == 1:  # nothing matches
+            return False
+        raise
+    return True
+
+
+class PublicUrls:
+    """Which keys of a clone may be fetched over HTTP, and from where. Safe to share by threads.
+
+    Of a remote that keeps versions, it is what git-annex itself would ask for: the public URL,
+    the path under which a version of the key was recorded, and the version.
+
+    Attributes:
+        config: git's settings in the clone.
+    """
+
+    def __init__(self, clone: Path) -> None:
+        """Read nothing yet."""
+        self.config: Mapping[str, str] = {}
+        self._clone = clone
+        self._lock = threading.Lock()
+        self._bases: dict[str, tuple[str, str]] = {}
+        self._logs: dict[str, bytes] = {}
+        self._all_logs = False
+
+    def of(self, key: AnnexKey, remote: str) -> list[str]:
+        """Return the URLs of a key's versions, the newest first; none where git-annex is to fetch.
+
+        Args:
+            key: The content wanted.
+            remote: Name of the remote that it comes from.
+        """
+        with self._lock:
+            if remote not in self._bases:
+                uuid, base, why = self._find(remote)
+                how = f"through git-annex: {why}" if why else f"over HTTP, from {base}"
+                _LOG.info("Content of %s comes from %s %s", self._clone, remote, how)
+                self._bases[remote] = uuid, base
+            uuid, base = self._bases[remote]
+            checked = base and key.checksum is not None
+            versions = recorded_versions(self._log(key), [uuid]) if checked else []
+        found = [value.partition("#") for value in versions]
+        return [
+            f"{base}/{quote(path)}?versionId={version}"
+            for version, _, path in found
+            if path and not path.startswith("/") and _VERSION_ID.fullmatch(version)
+        ]
+
+    def _find(self, remote: str) -> tuple[str, str, str]:
+        """Return a remote's id and public URL, and why it is git-annex's to fetch from."""
+        if sys.platform == "win32" or os.environ.get("TIO_OPENNEURO_FETCH") == "git-annex":
+            return "", "", "it is asked for"
+        try:
+            self.config = git_config(self._clone, ".")
+            uuid = self.config.get(f"remote.{remote}.annex-uuid", "")
+            known = [
+                each
+                for ref in branch_refs(self._clone)
+                for each in special_remotes(self._clone, ref)
+            ]
+            base = next((each.public_url for each in known if each.uuid == uuid), "")
+            why = (
+                "it has no public URL"
+                if not base
+                else _why_git_annex(self._clone, self.config, remote)
+            )
+        except (CommandError, OSError) as error:
+            return "", "", str(error)
+        return uuid, "" if why else base.rstrip("/"), why
+
+    def _log(self, key: AnnexKey) -> bytes:
+        """Return what is recorded of a key, looked up alone at first, then together with all."""
+        if key.name not in self._logs and not self._all_logs:
+            self._all_logs = len(self._logs) >= _FEW_LOOKUPS
+            for ref in branch_refs(self._clone):
+                logs = version_logs(self._clone, ref, None if self._all_logs else [key])
+                for name, log in logs.items():
+                    self._logs[name] = self._logs.get(name, b"") + log
+        return self._logs.setdefault(key.name, b"")
 
 
 def configured_uuids(clone: Path) -> dict[str, str]:
     """Return the annex ids of the remotes in the clone's git configuration, by name."""
-    found = git_config(clone, r"^remote\..*\.annex-uuid$")
+    found = git_config(clone, r"^remote\..*\.annex-uuid$", "--local")
     return {name[len("remote.") : -len(".annex-uuid")]: value for name, value in found.items()}
 
 
@@ -203,25 +377,9 @@ def _assignment(word: str) -> tuple[str, str]:
     return name, _ESCAPED.sub(lambda match: chr(min(int(match[1]), 0x10FFFF)), value)
 
 
-def _has_value(log: bytes, fields: Collection[bytes]) -> bool:
-    """Return whether a metadata log leaves any of the fields with a value.
-
-    A line is ``TIMESTAMP FIELD +VALUE … -VALUE … FIELD …``; ``+`` sets a value, ``-`` takes it
-    away. A value in base64 begins with ``!``.
-    """
-    # Without a removal, and that is nearly always, any value that was set is still there.
-    lines = [line.split(b" ") for line in log.splitlines()]
-    if any(b" -" in line for line in log.splitlines()):
-        lines.sort(key=lambda words: _timestamp(words[0].decode(errors="replace")))
-    values: set[tuple[bytes, bytes]] = set()
-    for words in lines:
-        name = b""
-        for word in words[1:]:
-            if word[:1] == b"+":
-                if name in fields and len(word) > 1:
-                    values.add((name, word[1:]))
-            elif word[:1] == b"-":
-                values.discard((name, word[1:]))
-            else:
-                name = word
-    return bool(values)
+def _decoded(value: bytes) -> str:
+    """Return a value of a metadata log as text; an empty one where it cannot be read."""
+    with contextlib.suppress(ValueError):
+        plain = base64.b64decode(value[1:], validate=True) if value[:1] == b"!" else value
+        return plain.decode()
+    return ""

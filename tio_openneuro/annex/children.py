@@ -1,25 +1,42 @@
-"""The git-annex children that one process has for one clone: a pool for get, one for drop.
+"""What one process has for one clone: its downloads over HTTP, and its git-annex children.
 
-Owns their life: started when asked for, used again, killed with everything that they started.
+Owns their life: made when asked for, used again, ended with everything that they started.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tio_openneuro.annex.branch import PublicUrls, git_folder
 from tio_openneuro.annex.environment import annex_environment
 from tio_openneuro.annex.messages import complaints, parse_answer
-from tio_openneuro.annex.processes import CommandError, Coprocess
-from tio_openneuro.annex.transfer import FailedTransfer, Transfer, TransferRequest
+from tio_openneuro.annex.processes import GATE, CommandError, Coprocess
+from tio_openneuro.annex.transfer import (
+    OWN_PREFIX,
+    FailedTransfer,
+    NotOverHttpError,
+    Transfer,
+    TransferRequest,
+)
 from tio_openneuro.content import AnnexKey
 
+if TYPE_CHECKING:
+    from tio_openneuro.annex.download import Downloads
+
+_LOG = logging.getLogger(__name__)
+
 _DROP_TIMEOUT_S = 60.0
+_LONGEST_NAME_BYTES = 255
 
 
 class AnnexChildren:
-    """Coprocesses of one process. Safe to share by its threads, not by a forked process."""
+    """Downloads and coprocesses of one process. For its threads, not for a forked process."""
 
     def __init__(self, clone: Path, remotes: Sequence[str]) -> None:
         """Start nothing yet.
@@ -35,9 +52,43 @@ class AnnexChildren:
         self._transfers: set[Transfer] = set()
         self._drop_lock = threading.Lock()
         self._dropper: Coprocess | None = None
+        self._tmp = (git_folder(clone) or clone) / "annex" / "tmp"
+        self._public = PublicUrls(clone)
+        self._downloads: Downloads | None = None
+        self._failed = False
         self.closing = threading.Event()
 
     def get(self, request: TransferRequest) -> FailedTransfer | None:
+        """Fetch a key once, over HTTP where that can be; None where it is there."""
+        partial = self._tmp / f"{OWN_PREFIX}{request.key.name}"
+        if urls := self._urls(request, partial):
+            try:
+                return self._over_http().get(request, urls, partial)
+            except NotOverHttpError as error:
+                _LOG.warning("Nothing more comes into %s over HTTP: %s", self._clone, error)
+                self._failed = True
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        return self._through_git_annex(request)
+
+    def _urls(self, request: TransferRequest, partial: Path) -> list[str]:
+        """Return where a key is to be had over HTTP; none where it is not."""
+        # What git-annex began, for us or for the user, it also ends.
+        begun = (self._tmp / request.key.name).exists()
+        if self._failed or begun or len(os.fsencode(partial.name)) > _LONGEST_NAME_BYTES:
+            return []
+        return self._public.of(request.key, request.remote)
+
+    def _over_http(self) -> Downloads:
+        # urllib3 is imported when it is needed, and no process is forked meanwhile.
+        with self._lock, GATE:
+            if self._downloads is None:
+                from tio_openneuro.annex.download import Downloads
+
+                self._downloads = Downloads(self._tmp.parent.parent, self._public.config)
+            return self._downloads
+
+    def _through_git_annex(self, request: TransferRequest) -> FailedTransfer | None:
         """Ask a coprocess once for a key; see :meth:`Transfer.get`."""
         with self._lock:
             idle = self._idle.setdefault((request.remote, request.keep_fds), [])
@@ -61,7 +112,9 @@ class AnnexChildren:
         return failed
 
     def drop(self, key: AnnexKey) -> str:
-        """Ask once to drop a key, and return what git-annex complains of."""
+        """Drop a key, or ask git-annex once to, and return what it complains of."""
+        if self._downloads is not None and self._downloads.drop(key):
+            return ""
         with self._drop_lock:
             dropper = self._dropper
             if dropper is None or not dropper.alive:

@@ -175,6 +175,9 @@ class Failure(_Told):
         "Look at 'git annex info' of the remote, in the clone.",
         r"unable to access|not available|not configured|unable to use special remote",
     )
+    REDIRECTED = Policy(
+        RemoteUnavailableError, "the remote sends its readers to a host that is not its own", _LATER
+    )
     STALLED = Policy(
         RemoteUnavailableError,
         "the remote sent nothing more, or next to nothing",
@@ -195,7 +198,7 @@ class Failure(_Told):
     )
     UNKNOWN = Policy(
         FetchError,
-        "git-annex failed, for a reason that is not known here",
+        "it failed, for a reason that is not known here",
         "Run 'git annex get --key' in the clone to see more.",
         attempts=3,
     )

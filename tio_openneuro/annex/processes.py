@@ -31,10 +31,10 @@ from tio_openneuro.forks import at_fork
 _READ_BYTES = 1 << 16
 _STDERR_LINES = 40
 _KILL_WAIT_S = 10.0
-_STARTING = threading.Lock()
+GATE = threading.Lock()
 at_fork(
     "gate",
-    _STARTING,
+    GATE,
     before=lambda gate: gate.acquire(),
     in_parent=lambda gate: gate.release(),
     in_child=lambda gate: gate.release(),
@@ -85,7 +85,7 @@ def _start(
     if sys.platform == "win32":
         apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     try:
-        with _STARTING:
+        with GATE:
             return subprocess.Popen(
                 list(arguments),
                 bufsize=0,

@@ -25,12 +25,13 @@ from tio_openneuro.annex.branch import (
     configured_uuids,
     exported_keys,
     git_folder,
-    keys_with_version,
+    recorded_versions,
     special_remotes,
+    version_logs,
 )
 from tio_openneuro.annex.children import AnnexChildren
 from tio_openneuro.annex.messages import Failure, Retries
-from tio_openneuro.annex.transfer import POLL_S, FailedTransfer, TransferRequest
+from tio_openneuro.annex.transfer import OWN_PREFIX, POLL_S, FailedTransfer, TransferRequest
 from tio_openneuro.content import AnnexKey, StoredContent
 from tio_openneuro.errors import (
     DropRefusedError,
@@ -169,7 +170,7 @@ class AnnexRepo:
         size = "unknown size" if key.size_bytes is None else format_size(key.size_bytes)
         remote = self.remotes[-1] if self.remotes else "any remote"
         act = f"fetch {key} ({size}) from {remote} after {time.monotonic() - begun_s:.0f} s"
-        raise failed.why.error(act, "git-annex", failed.said, key=key.name)
+        raise failed.why.error(act, failed.program, failed.said, key=key.name)
 
     def drop(self, key: AnnexKey) -> None:
         """Remove the content and what is left of its download; absent content is no error.
@@ -203,13 +204,13 @@ class AnnexRepo:
 
     def discard_partial(self, key: AnnexKey) -> None:
         """Remove what is left of an unfinished download of the key, if anything."""
-        leftover = self._partial_path(key)
-        with contextlib.suppress(FileNotFoundError):
-            leftover.lstat()  # On a read-only disk unlink complains before it looks.
-            try:
-                leftover.unlink()
-            except (IsADirectoryError, PermissionError):
-                shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self._partial_paths(key):
+            with contextlib.suppress(FileNotFoundError):
+                leftover.lstat()  # On a read-only disk unlink complains before it looks.
+                try:
+                    leftover.unlink()
+                except (IsADirectoryError, PermissionError):
+                    shutil.rmtree(leftover, ignore_errors=True)
 
     def stored(self) -> Iterator[StoredContent]:
         """Yield every object and every partial download that lies in the clone."""
@@ -224,7 +225,8 @@ class AnnexRepo:
             for file in sorted((self._git_folder / "annex" / "tmp").iterdir()):
                 size_bytes = _file_size(file)
                 if size_bytes is not None and file.suffix != ".lck":
-                    yield StoredContent(file.name, size_bytes, partial=True)
+                    name = file.name.removeprefix(OWN_PREFIX)
+                    yield StoredContent(name, size_bytes, partial=True)
 
     def unavailable(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
         """Return the keys that no trusted remote can give, each with the reason.
@@ -242,8 +244,9 @@ class AnnexRepo:
         if not ref or not all(remote.needs_version for remote in remotes):
             return unsafe
         living = [remote.uuid for remote in remotes if not remote.dead]
-        versioned = keys_with_version(self.path, ref, keys, living)
-        lacking = [key for key in keys if key not in versioned]
+        logs = version_logs(self.path, ref, keys)
+        versioned = {name for name, log in logs.items() if recorded_versions(log, living)}
+        lacking = [key for key in keys if key.name not in versioned]
         exported = exported_keys(self.path, ref, living) if lacking else set()
         return {key: _NO_VERSION for key in lacking if key not in exported} | unsafe
 
@@ -284,7 +287,8 @@ class AnnexRepo:
             if failed.why is Failure.NOT_RECORDED and self._object_exists(key):
                 said = "an object of another size lies where it belongs: run 'git annex fsck'"
                 return FailedTransfer(Failure.CORRUPT, said)
-            pause_s = retries.pause_s(failed.why, _file_size(self._partial_path(key)) or 0)
+            arrived = [_file_size(path) or 0 for path in self._partial_paths(key)]
+            pause_s = retries.pause_s(failed.why, sum(arrived))
             if pause_s is None:
                 return failed
             if failed.why is Failure.BAD_RANGE:
@@ -303,8 +307,10 @@ class AnnexRepo:
             message = f"Stopped fetching {request.key}: it was cancelled, or the clone was closed."
             raise FetchError(message, key=request.key.name)
 
-    def _partial_path(self, key: AnnexKey) -> Path:
-        return self._git_folder / "annex" / "tmp" / key.name
+    def _partial_paths(self, key: AnnexKey) -> tuple[Path, Path]:
+        """Return where an unfinished download of git-annex's may be, and one of ours."""
+        folder = self._git_folder / "annex" / "tmp"
+        return folder / key.name, folder / f"{OWN_PREFIX}{key.name}"
 
     def _object_exists(self, key: AnnexKey) -> bool:
         return any((self._git_folder / path).exists() for path in key.object_paths())

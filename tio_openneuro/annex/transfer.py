@@ -23,6 +23,8 @@ from tio_openneuro.content import AnnexKey
 from tio_openneuro.errors import FetchError
 
 POLL_S = 0.1
+# Before the key's name in that of an unfinished download of ours: git-annex takes it for no key.
+OWN_PREFIX = ".tio-openneuro."
 _SPACE_CHECK_S = 1.0
 _SPACE_LEFT_BYTES = 1 << 20
 _HASHED_BYTES_PER_S = 1e8
@@ -37,7 +39,7 @@ class TransferRequest:
         key: The content wanted.
         remote: Name of the annex remote.
         keep_fds: Descriptors that git-annex inherits.
-        stopped: Polled; once true, the child is killed.
+        stopped: Polled; once true, the fetch ends.
         stall_timeout_s: Seconds in which something must arrive.
         deadline_s: When to give up, in ``time.monotonic()``'s seconds.
     """
@@ -56,11 +58,17 @@ class FailedTransfer:
 
     Attributes:
         why: The class of failure.
-        said: git-annex's own words.
+        said: Words of whoever failed.
+        program: Who failed.
     """
 
     why: Failure
     said: str = ""
+    program: str = "git-annex"
+
+
+class NotOverHttpError(Exception):
+    """Content cannot come over HTTP here: it is git-annex's to fetch."""
 
 
 class Transfer(Coprocess):
@@ -114,7 +122,7 @@ class Transfer(Coprocess):
             self.write_line(request.key.text.encode(errors="surrogateescape"))
         except CommandError:
             return self._died()
-        watch = _Watch(self._clone, request.stall_timeout_s, request.key.size_bytes or 0)
+        watch = Watch(self._clone, request)
         while True:
             try:
                 line = self.read_line(POLL_S)
@@ -127,11 +135,10 @@ class Transfer(Coprocess):
             answer = parse_answer(line)
             if "success" in answer:
                 return self._finished(answer, request.key.text)
-            watch.note(answer.get("byte-progress"))
-            failed = watch.complaint(request.deadline_s)
-            if failed is not None or request.stopped():
+            failed = watch.complaint(answer.get("byte-progress"))
+            if failed is not None:
                 self.kill()
-                return failed or FailedTransfer(Failure.STALLED)
+                return failed
 
     def _died(self) -> FailedTransfer:
         self.kill()
@@ -147,20 +154,29 @@ class Transfer(Coprocess):
         return FailedTransfer(Failure.of(said, Failure.UNKNOWN), said)
 
 
-class _Watch:
+class Watch:
     """Tells a transfer that goes on from one that stands."""
 
-    def __init__(self, folder: Path, stall_timeout_s: float, size_bytes: int) -> None:
+    def __init__(self, folder: Path, request: TransferRequest) -> None:
+        """Begin to watch; what arrives lies in that folder."""
         self._folder = folder
-        # Before a resumed download, and after any, git-annex hashes in silence.
-        self._stall_s = stall_timeout_s + size_bytes / _HASHED_BYTES_PER_S
+        self._request = request
+        # Before a resumed download, and after any, all of it is hashed in silence.
+        size_bytes = request.key.size_bytes or 0
+        self._stall_s = request.stall_timeout_s + size_bytes / _HASHED_BYTES_PER_S
         self._bytes = 0
         self._since_s = time.monotonic()
         self._window_bytes = 0
         self._space_checked_s = self._since_s
 
-    def note(self, progress: object) -> None:
-        """Take in the bytes that a progress line tells of."""
+    def complaint(self, progress: object) -> FailedTransfer | None:
+        """Return why to give up, or None.
+
+        Args:
+            progress: How many bytes have come, if it is known.
+        """
+        if self._request.stopped():
+            return FailedTransfer(Failure.STALLED)
         if isinstance(progress, int):
             self._bytes = max(self._bytes, progress)
         now_s = time.monotonic()
@@ -168,10 +184,6 @@ class _Watch:
         if self._bytes - self._window_bytes >= _CRAWL_BYTES_PER_S * self._stall_s:
             self._window_bytes = self._bytes
             self._since_s = now_s
-
-    def complaint(self, deadline_s: float) -> FailedTransfer | None:
-        """Return why to give up, or None."""
-        now_s = time.monotonic()
         if now_s - max(self._since_s, self._space_checked_s) >= _SPACE_CHECK_S:
             self._space_checked_s = now_s
             # git-annex hangs on a full disk and says nothing.
@@ -183,6 +195,6 @@ class _Watch:
             silent_s = now_s - self._since_s
             got_bytes = self._bytes - self._window_bytes
             return FailedTransfer(Failure.STALLED, f"{got_bytes} bytes in {silent_s:.0f} s")
-        if now_s >= deadline_s:
+        if now_s >= self._request.deadline_s:
             return FailedTransfer(Failure.STALLED, "it is past its deadline")
         return None

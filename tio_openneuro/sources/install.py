@@ -140,7 +140,7 @@ def _use_where_it_is(
 
 
 def _is_annex(folder: Path) -> bool:
-    return bool(git_config(folder, r"^annex\.uuid$"))
+    return bool(git_config(folder, r"^annex\.uuid$", "--local"))
 
 
 def _begin_annex(folder: Path, clones: Path, names: tuple[str, ...]) -> None:

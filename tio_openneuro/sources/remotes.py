@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,6 +17,7 @@ from tio_openneuro.annex import (
     SpecialRemote,
     branch_refs,
     configured_uuids,
+    is_amazon,
     run,
     special_remotes,
     verification,
@@ -29,7 +29,6 @@ _LOG = logging.getLogger(__name__)
 PUBLIC_REMOTE = "s3-PUBLIC"
 _BUCKET = "openneuro.org"
 _HOST = "s3.amazonaws.com"
-_AMAZON = re.compile(r"([a-z0-9.-]+\.)?s3([.-][a-z0-9-]+)*\.amazonaws\.com")
 _FORBIDDEN_FIELDS = frozenset({"s3creds", "cipher", "cipherkeys", "externaltype", "sameas"})
 _ENABLE_TIMEOUT_S = 120.0
 
@@ -143,16 +142,12 @@ def _complaint(remote: SpecialRemote) -> str:
         (not odd, f"it has the fields {odd}"),
         (fields.get("encryption", "none") == "none", "it is encrypted"),
         (here or fields.get("bucket") == _BUCKET, f"its bucket is {fields.get('bucket')!r}"),
-        (_is_amazon(stated) or (here and _is_loopback(stated)), f"its host is {stated!r}"),
+        (is_amazon(stated) or (here and _is_loopback(stated)), f"its host is {stated!r}"),
         (url.scheme in {"http", "https"}, f"its publicurl is {public_url!r}"),
         ("@" not in url.netloc, f"its publicurl is {public_url!r}"),
-        (_is_amazon(host) or here, f"its publicurl leads to {host!r}"),
+        (is_amazon(host) or here, f"its publicurl leads to {host!r}"),
     )
     return next((complaint for sound, complaint in checks if not sound), "")
-
-
-def _is_amazon(host: str) -> bool:
-    return _AMAZON.fullmatch(host) is not None
 
 
 def _is_loopback(host: str) -> bool:
