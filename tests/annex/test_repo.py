@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from faulty import Fault, FaultKind, LoopbackOpenNeuro
+from web import rewrite_branch
 
 from tio_openneuro.annex.branch import exported_keys, special_remotes
 from tio_openneuro.annex.messages import CloneFailure, Failure, Retries, clone_error
@@ -485,21 +486,8 @@ def replaced(openneuro: LoopbackOpenNeuro, root: Path) -> Iterator[AnnexRepo]:
 
 def forget_version(clone: Path, key: AnnexKey) -> None:
     """Take a key's S3 version out of the git-annex branch, as if it was never recorded."""
-    index = {**os.environ, "GIT_INDEX_FILE": str(clone / "rewritten-index")}
     folders = key.object_paths()[1].removeprefix("annex/objects/")[:8]
-    log = f"{folders}{key.name}.log.rmet"
-
-    def plumb(*arguments: str) -> str:
-        environment = {**index, "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@t"}
-        environment |= {"GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@t"}
-        return run(["git", *arguments], cwd=clone, environment=environment).decode().strip()
-
-    plumb("read-tree", "refs/heads/git-annex")
-    plumb("update-index", "--force-remove", log)
-    commit = plumb("commit-tree", plumb("write-tree"), "-p", "git-annex", "-m", "update")
-    plumb("update-ref", "refs/heads/git-annex", commit)
-    (clone / "rewritten-index").unlink()
-    (clone / ".git/annex/index").unlink()
+    rewrite_branch(clone, {f"{folders}{key.name}.log.rmet": None})
 
 
 class TestClonesOfUsers:

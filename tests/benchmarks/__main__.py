@@ -16,6 +16,7 @@ import budget
 import eviction
 import growth
 import hops
+import http_fetching
 import indexing
 import ledger_cost
 import maps
@@ -46,6 +47,7 @@ BENCHMARKS = {
     "reading": reading,
     "maps": maps,
     "hops": hops,
+    "http_fetching": http_fetching,
 }
 
 

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 
@@ -280,6 +281,7 @@ class PublicUrls:
         """Read nothing yet."""
         self.config: Mapping[str, str] = {}
         self._clone = clone
+        self._folder = git_folder(clone) or clone
         self._lock = threading.Lock()
         self._bases: dict[str, tuple[str, str]] = {}
         self._logs: dict[str, bytes] = {}
@@ -312,32 +314,25 @@ class PublicUrls:
         """Return a remote's id and public URL, and why it is git-annex's to fetch from."""
         if sys.platform == "win32" or os.environ.get("TIO_OPENNEURO_FETCH") == "git-annex":
             return "", "", "it is asked for"
-        try:
-            self.config = git_config(self._clone, ".")
-            uuid = self.config.get(f"remote.{remote}.annex-uuid", "")
-            known = [
-                each
-                for ref in branch_refs(self._clone)
-                for each in special_remotes(self._clone, ref)
-            ]
-            base = next((each.public_url for each in known if each.uuid == uuid), "")
-            why = (
-                "it has no public URL"
-                if not base
-                else _why_git_annex(self._clone, self.config, remote)
-            )
-        except (CommandError, OSError) as error:
-            return "", "", str(error)
-        return uuid, "" if why else base.rstrip("/"), why
+        self.config = git_config(self._clone, ".")
+        uuid = self.config.get(f"remote.{remote}.annex-uuid", "")
+        known = (special_remotes(self._clone, ref) for ref in branch_refs(self._clone)[:1])
+        url = next((each.public_url for each in chain(*known) if each.uuid == uuid), "")
+        verified = self._folder / "annex" / "verified-remote.log"
+        if verified.exists() and f" publicurl={url} " not in verified.read_text():
+            url = ""
+        if not url:
+            return "", "", "it has no public URL, or none that was verified"
+        why = _why_git_annex(self._clone, self.config, remote)
+        return uuid, "" if why else url.rstrip("/"), why
 
     def _log(self, key: AnnexKey) -> bytes:
         """Return what is recorded of a key, looked up alone at first, then together with all."""
         if key.name not in self._logs and not self._all_logs:
             self._all_logs = len(self._logs) >= _FEW_LOOKUPS
-            for ref in branch_refs(self._clone):
-                logs = version_logs(self._clone, ref, None if self._all_logs else [key])
-                for name, log in logs.items():
-                    self._logs[name] = self._logs.get(name, b"") + log
+            keys = None if self._all_logs else [key]
+            for ref in branch_refs(self._clone)[:1]:
+                self._logs.update(version_logs(self._clone, ref, keys))
         return self._logs.setdefault(key.name, b"")
 
 

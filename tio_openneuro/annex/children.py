@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tio_openneuro.annex.branch import PublicUrls, git_folder
 from tio_openneuro.annex.environment import annex_environment
-from tio_openneuro.annex.messages import complaints, parse_answer
+from tio_openneuro.annex.messages import Failure, complaints, parse_answer
 from tio_openneuro.annex.processes import GATE, CommandError, Coprocess
 from tio_openneuro.annex.transfer import (
     OWN_PREFIX,
@@ -61,7 +61,10 @@ class AnnexChildren:
     def get(self, request: TransferRequest) -> FailedTransfer | None:
         """Fetch a key once, over HTTP where that can be; None where it is there."""
         partial = self._tmp / f"{OWN_PREFIX}{request.key.name}"
-        if urls := self._urls(request, partial):
+        short = len(os.fsencode(partial.name)) <= _LONGEST_NAME_BYTES
+        urls = self._public.of(request.key, request.remote) if short else []
+        # What git-annex began, for us or for the user, it also ends.
+        if urls and not self._failed and not (self._tmp / request.key.name).exists():
             try:
                 return self._over_http().get(request, urls, partial)
             except NotOverHttpError as error:
@@ -69,15 +72,11 @@ class AnnexChildren:
                 self._failed = True
         with contextlib.suppress(OSError):
             partial.unlink()
-        return self._through_git_annex(request)
-
-    def _urls(self, request: TransferRequest, partial: Path) -> list[str]:
-        """Return where a key is to be had over HTTP; none where it is not."""
-        # What git-annex began, for us or for the user, it also ends.
-        begun = (self._tmp / request.key.name).exists()
-        if self._failed or begun or len(os.fsencode(partial.name)) > _LONGEST_NAME_BYTES:
-            return []
-        return self._public.of(request.key, request.remote)
+        failed = self._through_git_annex(request)
+        if urls and failed is not None and failed.why is Failure.NOT_RECORDED:
+            # It is recorded: it was there just now, and somebody dropped it since.
+            return FailedTransfer(Failure.BUSY)
+        return failed
 
     def _over_http(self) -> Downloads:
         # urllib3 is imported when it is needed, and no process is forked meanwhile.

@@ -46,7 +46,7 @@ from tio_openneuro.content import AnnexKey
 if sys.platform != "win32":
     import fcntl
 
-_BLOCK_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 16
 _CONNECT_S = 5.0
 _MOST_REDIRECTS = 4
 _PLACING_TRIES = 5
@@ -295,7 +295,8 @@ class _Connections:
         """Return what connects to a URL, through the proxy that the environment names for it."""
         parts = urlsplit(url)
         proxy = "" if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, "")
-        if "@" in proxy or proxy.partition("://")[0] in {"https", "socks", "socks5", "socks5h"}:
+        proxy = f"http://{proxy}" if proxy and "://" not in proxy else proxy
+        if proxy and ("@" in proxy or not proxy.startswith("http://")):
             raise NotOverHttpError("the proxy wants TLS, a password or SOCKS")
         slot = parts.scheme, proxy
         if slot not in self._managers:

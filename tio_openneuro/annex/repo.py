@@ -284,7 +284,8 @@ class AnnexRepo:
             if failed is None and self.locate(key) is not None:
                 continue
             failed = failed or FailedTransfer(Failure.CORRUPT, "it is said to be there, and is not")
-            if failed.why is Failure.NOT_RECORDED and self._object_exists(key):
+            sizes = {_file_size(self._git_folder / path) for path in key.object_paths()}
+            if failed.why is Failure.NOT_RECORDED and sizes - {None, key.size_bytes}:
                 said = "an object of another size lies where it belongs: run 'git annex fsck'"
                 return FailedTransfer(Failure.CORRUPT, said)
             arrived = [_file_size(path) or 0 for path in self._partial_paths(key)]
