@@ -4,27 +4,55 @@ Real: git, git-annex, DataLad, SQLite, HTTP, and an OpenNeuro of our own on 127.
 smart HTTP, an S3 special remote with public URLs, rates, latency and faults). Fake: only
 ``fakes.FakeRepo``, a clone without git-annex for schedules that the real one is too slow for;
 one contract suite runs on both. Nothing is mocked. Every test has a home and a git configuration
-of its own, without an identity, as on a new machine; at its end no child process is left and
-every ledger agrees with its disk.
+of its own, without an identity, as on a new machine; at its end no child process and no thread is
+left, and every ledger agrees with its disk.
+
+With ``-n 2`` two processes share the tests. One that is marked ``alone``, since it measures memory
+or processor time, or needs all processors itself, waits until the other's test has ended, and the
+other waits for it.
 """
 
+import fcntl
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from faulty import LoopbackOpenNeuro
+from workers import Nursery
 
 from tio_openneuro.disk.engine import Engine
-from tio_openneuro.loopback import LoopbackOpenNeuro, Volume
+from tio_openneuro.loopback import Volume
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def _new_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _turn(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Let a test that is marked ``alone`` run while no other process of the suite runs one."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    folder = tmp_path_factory.getbasetemp().parent
+    with (folder / "door").open("w") as door, (folder / "room").open("w") as room:
+        # Who waits for the whole room holds the door, so that nobody goes in before.
+        fcntl.flock(door, fcntl.LOCK_EX)
+        alone = request.node.get_closest_marker("alone") is not None
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
+        # A child that the test forked may hold the descriptor still.
+        fcntl.flock(room, fcntl.LOCK_UN)
+
+
+@pytest.fixture(autouse=True)
+def _new_machine(_turn: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the test an empty home, no git identity, and a root of its own."""
     home = tmp_path / "home"
     home.mkdir()
@@ -39,20 +67,34 @@ def _new_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(tmp_path: Path) -> Iterator[None]:
-    """Fail the test that leaves a child process, or a ledger that disagrees with its disk."""
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    """Fail the test that leaves a child, a thread, or a ledger that disagrees with its disk."""
+    before = {*_children(), *threading.enumerate()}
     yield
-    for ledger in tmp_path.rglob("ledger"):
-        if ledger.is_dir() and any(ledger.iterdir()):
-            engine = Engine(ledger.parent, disk_budget="1 TB")
-            assert engine.check() == []
-            engine.close()
-    # A loader whose worker failed hangs in a cycle with the error, and its workers with it.
-    gc.collect()
-    children = psutil.Process().children(recursive=True)
-    left = [child for child in children if child.pid not in before and not _is_tracker(child)]
-    _, alive = psutil.wait_procs(left, timeout=10)
-    assert not alive, f"left behind: {[child.cmdline() for child in alive]}"
+    for ledger in _ledgers(tmp_path):
+        engine = Engine(ledger.parent, disk_budget="1 TB")
+        assert engine.check() == []
+        engine.close()
+    if not before.issuperset({*_children(), *threading.enumerate()}):
+        # A loader whose worker failed hangs in a cycle with the error, and its workers with it.
+        gc.collect()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(timeout=10)
+            assert not thread.is_alive(), f"left behind: {thread}"
+        left = [child for child in _children() - before if not _is_tracker(child)]
+        _, alive = psutil.wait_procs(left, timeout=10)
+        assert not alive, f"left behind: {[child.cmdline() for child in alive]}"
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _ledgers(folder: Path) -> Iterator[Path]:
+    """Find the ledgers that were used, without a look at what lies in clones."""
+    for path, folders, _ in os.walk(folder):
+        if "ledger" in folders and any(Path(path, "ledger").iterdir()):
+            yield Path(path, "ledger")
+        folders[:] = set(folders) - {".git", "clones", "ledger"}
 
 
 def _is_tracker(process: psutil.Process) -> bool:
@@ -61,6 +103,13 @@ def _is_tracker(process: psutil.Process) -> bool:
         return "resource_tracker" in " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return True
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Return a process that has imported everything once, and forks workers."""
+    with Nursery(tmp_path_factory.mktemp("nursery")) as started:
+        yield started
 
 
 @pytest.fixture

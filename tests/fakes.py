@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tio_openneuro.content import AnnexKey, ContentFile, ContentUnit, StoredContent
 from tio_openneuro.errors import (
@@ -23,8 +23,23 @@ from tio_openneuro.errors import (
     FetchError,
     RemoteUnavailableError,
 )
+from tio_openneuro.ledger import Ledger
 
 CHUNKS = 4
+
+
+def decide(ledger: Ledger) -> Any:
+    """Return what has each of a transaction's decisions made in a transaction of its own."""
+
+    class Alone:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            def act(*arguments: Any, **named: Any) -> Any:
+                with ledger.transaction() as transaction:
+                    return getattr(transaction, name)(*arguments, **named)
+
+            return act
+
+    return Alone()
 
 
 def make_key(name: str, size_bytes: int) -> AnnexKey:

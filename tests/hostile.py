@@ -7,11 +7,12 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+from faulty import LoopbackOpenNeuro
+
 from tio_openneuro.annex.environment import child_environment
 from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.tree import index_tree
 from tio_openneuro.content import AnnexKey
-from tio_openneuro.loopback import LoopbackOpenNeuro
 
 
 class Tampered:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SHARED
+from faulty import LoopbackOpenNeuro
 
-from tio_openneuro.loopback import LoopbackOpenNeuro, Volume
+from tio_openneuro.loopback import Volume
 
 HEADS = SHARED / "heads"
 CHECKOUT = Path(__file__).parent.parent
@@ -73,10 +74,11 @@ def test_example_trains_on_ds004199_by_accession(tmp_path: Path) -> None:
     printed = run_python(
         [str(CHECKOUT / "examples/01_train_segmentation.py"), "--root", str(tmp_path / "r"),
          "--disk-budget", "2 MB", "--ram-budget", "3 GB", "--patch-size", "32", "--epochs", "1",
-         "--samples-per-volume", "2"]
+         "--patches", "2"]
     )  # fmt: skip
-    assert "sub-00003" in printed
-    assert "within the budget" in printed.splitlines()[-1]
+    assert "skipped sub-00003" in printed
+    assert re.search(r"epoch 1: loss \d\.\d+, Dice \d\.\d+\n", printed)
+    assert "of 2,000,000 B; 5 subjects used." in printed.splitlines()[-1]
 
 
 @pytest.mark.skipif(not HEADS.is_dir(), reason=f"NOT TESTED ON REAL HEADS: no {HEADS}")
@@ -86,9 +88,9 @@ def test_example_trains_on_the_seven_heads(openneuro: LoopbackOpenNeuro, tmp_pat
     printed = run_python(
         [str(CHECKOUT / "examples/01_train_segmentation.py"), "--root", str(tmp_path / "r"),
          "--dataset", "ds900007", "--image", "sub-*/anat/*_T1w.nii.gz",
-         "--label", "derivatives/labels/sub-*/anat/*_dseg.nii.gz", "--foreground",
+         "--label", "derivatives/labels/sub-*/anat/*_dseg.nii.gz",
          "--spacing", "4", "--disk-budget", "20 MB", "--ram-budget", "3 GB",
-         "--patch-size", "16", "--epochs", "1", "--samples-per-volume", "2"]
+         "--patch-size", "16", "--epochs", "1", "--patches", "2"]
     )  # fmt: skip
     assert "skipped sub-04: no file for 'image'" in printed
     assert printed.splitlines()[-1].endswith("6 subjects used.")

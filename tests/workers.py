@@ -1,9 +1,10 @@
 """Processes of the tests: an observer that trusts nobody, and workers that can be killed.
 
 ``Observer`` sums what lies in clones. ``Nursery`` has imported everything once and forks workers
-from there, since an import takes seconds.
+from there, since an import takes seconds; each has the environment of the test that asks for it.
 """
 
+import os
 import pickle
 import subprocess
 import sys
@@ -79,11 +80,11 @@ class Observer:
 _NURSERY = """
 import os, pickle, signal, sys, traceback
 sys.path[:0] = pickle.load(sys.stdin.buffer)
-import tio_openneuro.disk
+import tio_openneuro.dataset, tio_openneuro.queue
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 while True:
     try:
-        function, args, result = pickle.load(sys.stdin.buffer)
+        environment, function, args, result = pickle.load(sys.stdin.buffer)
     except EOFError:
         break
     pid = os.fork()
@@ -92,6 +93,8 @@ while True:
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(0, 1)
         status = 1
+        os.environ.clear()
+        os.environ.update(environment)
         try:
             found = function(*args)
             with open(result, 'wb') as file:
@@ -172,7 +175,7 @@ class Nursery:
         """Run a function of a module that can be imported, in a process of its own."""
         self._count += 1
         result = self._folder / str(self._count)
-        self._send((function, args, str(result)))
+        self._send((dict(os.environ), function, args, str(result)))
         assert self._process.stdout is not None
         return Worker(int(self._process.stdout.readline()), result)
 

@@ -1,7 +1,18 @@
 """Train on OpenNeuro MRI datasets that are larger than the disk and the RAM at hand.
 
-``DataladSubjectsDataset`` yields TorchIO subjects whose images are fetched on demand, within a
-disk budget; ``BudgetedQueue`` cuts patches from them, within a RAM budget.
+=========================  =======================================================================
+DataladSubjectsDataset     TorchIO subjects whose images are fetched on demand, on a disk budget
+Scalar, Label              which files are an image, by pattern or BIDS entities
+concat                     one dataset over several, under one budget
+BudgetedQueue              patches of subjects, made in the background, on a RAM budget
+DiskStatistics             what ``dataset.statistics()`` returns
+QueueStatistics            what ``queue.statistics()`` returns
+Skipped                    an entry of ``dataset.skipped``: a unit that was left out, and why
+TioOpenNeuroError          base of every error that is raised on purpose; the tree of them, from
+                           ContentMismatchError to UnsafeDatasetError, is drawn in ``errors``
+=========================  =======================================================================
+
+The packages and modules beside these names are internal.
 """
 
 from __future__ import annotations
@@ -9,24 +20,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tio_openneuro.errors import (
+    ContentMismatchError,
+    DamagedImageError,
+    DiskBudgetError,
+    DropRefusedError,
+    FetchError,
+    LedgerError,
+    NotAnAnnexError,
+    RamBudgetError,
+    RemoteUnavailableError,
+    SelectionError,
+    SplitError,
+    TioOpenNeuroError,
+    UnsafeDatasetError,
+)
+
 if TYPE_CHECKING:
     from tio_openneuro.dataset import DataladSubjectsDataset, concat
     from tio_openneuro.disk import DiskStatistics
-    from tio_openneuro.errors import (
-        ContentMismatchError,
-        DamagedImageError,
-        DiskBudgetError,
-        DropRefusedError,
-        FetchError,
-        LedgerError,
-        NotAnAnnexError,
-        RamBudgetError,
-        RemoteUnavailableError,
-        SelectionError,
-        SplitError,
-        TioOpenNeuroError,
-        UnsafeDatasetError,
-    )
     from tio_openneuro.queue import BudgetedQueue, QueueStatistics
     from tio_openneuro.select import Label, Scalar, Skipped
 
@@ -68,11 +80,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
-    """Import a public name from its module."""
-    if name not in __all__:
+    """Import a public name from its room."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}")
-    return getattr(home, name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

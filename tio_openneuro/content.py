@@ -6,12 +6,13 @@ suite runs on the real :class:`~tio_openneuro.annex.repo.AnnexRepo` and on the t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 _KEY = re.compile(
     r"(?P<backend>[A-Z0-9_]+)(?:-s(?P<size>\d+))?(?:-m\d+)?(?:-S\d+-C\d+)?--(?P<name>[^/\x00\n]+)"
@@ -67,6 +68,7 @@ class AnnexKey:
         name = self.name.replace("%", "/").replace("&c", ":")
         return name.replace("&s", "%").replace("&a", "&")
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - keys are small, and known all along
     def object_paths(self) -> tuple[str, str]:
         """Return where the content may lie below ``.git``, the usual place first.
 
@@ -85,6 +87,18 @@ class AnnexKey:
     def __str__(self) -> str:
         """Return the key's name."""
         return self.name
+
+
+class ContentId(NamedTuple):
+    """Name one annex key's content in one clone, in the engine and in the ledger alike.
+
+    Attributes:
+        clone: Absolute real folder of the clone.
+        key: Name of the annex key.
+    """
+
+    clone: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)

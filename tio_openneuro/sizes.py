@@ -37,15 +37,13 @@ def parse_size(size: int | str) -> int:
     else:
         match = _SIZE.fullmatch(size)
         if match is None or match[2].upper() not in _UNITS:
-            message = (
+            raise ValueError(
                 f"Cannot read {size!r} as a size: give a number and one of B, kB, MB, GB, TB, "
                 f"KiB, MiB, GiB, TiB, as in '10 GB'."
             )
-            raise ValueError(message)
         size_bytes = int(float(match[1].replace("_", "")) * _UNITS[match[2].upper()])
     if size_bytes <= 0:
-        message = f"Cannot use {size!r} as a size: it must be at least one byte."
-        raise ValueError(message)
+        raise ValueError(f"Cannot use {size!r} as a size: it must be at least one byte.")
     return size_bytes
 
 

@@ -6,13 +6,17 @@ import pickle
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
+from faulty import Fault, FaultKind, LoopbackOpenNeuro
 
-from tio_openneuro.annex.messages import Failure, classify
+from tio_openneuro.annex.branch import exported_keys, special_remotes
+from tio_openneuro.annex.messages import CloneFailure, Failure, Retries, clone_error
 from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.repo import AnnexRepo
 from tio_openneuro.annex.tree import index_tree, read_blobs
@@ -25,7 +29,6 @@ from tio_openneuro.errors import (
     RemoteUnavailableError,
     UnsafeDatasetError,
 )
-from tio_openneuro.loopback import Fault, FaultKind, LoopbackOpenNeuro
 from tio_openneuro.sources.install import install
 
 IMAGE = "sub-01/anat/sub-01_T1w.nii.gz"
@@ -147,6 +150,39 @@ class TestIndex:
         git(own, "update-index", "--add", "--cacheinfo", f"160000,{head},sub-99")
         tree = git(own, "write-tree")
         assert "sub-99" not in {file.path for file in index_tree(own, tree)}
+
+
+class TestBranch:
+    """What the git-annex branch says, as strangers may have written it."""
+
+    def commit(self, own: Path, logs: dict[str, str]) -> str:
+        """Make a commit of these logs and return its id."""
+        listing = ""
+        for name, text in logs.items():
+            blob = git(own, "hash-object", "-w", "--stdin", stdin=text.encode())
+            listing += f"100644 blob {blob}\t{name}\n"
+        return git(own, "commit-tree", "-m", "x", git(own, "mktree", stdin=listing.encode()))
+
+    def test_newest_line_of_an_id_counts_in_any_order(self, own: Path) -> None:
+        """A union merge leaves several; a line without words says nothing."""
+        lines = ("a name=new type=S3 timestamp=9s\n", "a name=old type=rsync timestamp=8s\n")
+        for log in (lines, lines[::-1]):
+            trust = "a timestamp=9s\nb X timestamp=1s\ntimestamp=7s\n"
+            ref = self.commit(own, {"remote.log": "".join(log), "trust.log": trust})
+            (remote,) = special_remotes(own, ref)
+            assert (remote.uuid, remote.name, remote.dead) == ("a", "new", False)
+            assert remote.fields["type"] == "S3"
+
+    def test_newest_export_counts_in_any_order(self, own: Path) -> None:
+        """Of the trees that were exported to a remote, the last one is there."""
+        whole = git(own, "rev-parse", "main^{tree}")
+        none = git(own, "mktree")
+        keys = {file.key for file in index_tree(own, "main") if file.key}
+        lines = (f"9.5s x:a {whole}\n", f"8s x:a {none}\n")
+        for log in (lines, lines[::-1]):
+            ref = self.commit(own, {"export.log": "".join(log)})
+            assert exported_keys(own, ref, {"a"}) == keys
+            assert exported_keys(own, ref, {"x"}) == set()
 
 
 class TestGet:
@@ -315,6 +351,21 @@ class TestGet:
         first.close()
         second.close()
 
+    def test_forked_process_keeps_no_pipe_of_its_parents_child(self, repo: AnnexRepo) -> None:
+        """The parent's git-annex ends with its input, though a forked process still fetches."""
+        first, second = keys_of(repo)[:2]
+        repo.get(first)
+        context = multiprocessing.get_context("fork")
+        ready, done = context.Event(), context.Event()
+        forked = context.Process(target=fetch_and_wait, args=(repo, second, ready, done))
+        forked.start()
+        assert ready.wait(60)
+        (transfer,) = repo._by_process[os.getpid()]._transfers
+        assert transfer.finish(20.0)
+        done.set()
+        forked.join(60)
+        assert forked.exitcode == 0
+
     def test_without_a_remote_the_message_says_so(self, own: Path) -> None:
         """A clone with no trusted remote fetches nothing, and says what to give."""
         repo = AnnexRepo(own, remotes=())
@@ -344,8 +395,23 @@ def fetch_and_close(repo: AnnexRepo, keys: list[AnnexKey]) -> None:
     repo.close()
 
 
+def fetch_and_wait(repo: AnnexRepo, key: AnnexKey, ready: Event, done: Event) -> None:
+    """Fetch in a forked process, and keep all its descriptors until it may end."""
+    repo.get(key)
+    ready.set()
+    assert done.wait(60)
+    repo.close()
+
+
 class TestDrop:
     """Only what can come back goes."""
+
+    def test_remote_that_is_dead_gives_nothing_back(self, repo: AnnexRepo) -> None:
+        """What only a remote has that was declared dead is not available."""
+        key = keys_of(repo)[0]
+        assert repo.unavailable([key]) == {}
+        git(repo.path, "annex", "dead", "-q", "s3-PUBLIC")
+        assert set(repo.unavailable([key])) == {key}
 
     def test_content_that_no_remote_has_stays(self, repo: AnnexRepo) -> None:
         """What the user added to the clone and nobody else has is not dropped."""
@@ -543,11 +609,43 @@ def fill(path: Path) -> None:
             "Remote is configured to use versioning, but no S3 version ID is recorded for this key",
             Failure.NO_VERSION,
         ),
-        ("This special remote cannot be used since it's not verified.", Failure.NOT_USABLE),
-        ("Configuration does not allow accessing 10.0.0.1", Failure.NOT_USABLE),
+        ("This special remote cannot be used since it's not verified.", Failure.NOT_ALLOWED),
+        ("Configuration does not allow accessing 10.0.0.1", Failure.NOT_ALLOWED),
         ("something new", Failure.UNKNOWN),
     ],
 )
 def test_words_of_git_annex_are_understood(message: str, failure: Failure) -> None:
     """Each message that was provoked belongs to one class of failure."""
-    assert classify([message]) is failure
+    assert Failure.of(message, Failure.UNKNOWN) is failure
+
+
+@pytest.mark.parametrize(
+    ("message", "failure"),
+    [
+        ("fatal: 'x' does not appear to be a git repository", CloneFailure.NO_REPOSITORY),
+        ("remote: Repository not found.\nfatal: unable to access", CloneFailure.NO_DATASET),
+        ("fatal: could not read Username for 'https://github.com'", CloneFailure.NO_DATASET),
+        ("fatal: unable to access 'http://x/': Failed to connect", CloneFailure.UNREACHABLE),
+        ("error: RPC failed\nfatal: early EOF", CloneFailure.UNREACHABLE),
+        ("fatal: something new", CloneFailure.UNKNOWN),
+    ],
+)
+def test_words_of_git_are_understood(message: str, failure: CloneFailure) -> None:
+    """What tells of an unknown dataset goes before what tells of the network."""
+    error = clone_error("clone ds000001", message)
+    assert type(error) is failure.value.error
+    assert str(error).startswith(f"Cannot clone ds000001: {failure.value.cause}. git said: ")
+
+
+def test_tries_are_counted_by_failure_and_renewed_by_bytes() -> None:
+    """Pauses grow until the tries are used up; a MiB that arrived begins the count anew."""
+    retries = Retries(time.monotonic() + 600.0)
+    first, second, third = (retries.pause_s(Failure.CORRUPT, 0) for _ in range(3))
+    assert first is not None
+    assert second is not None
+    assert 0.1 <= first <= 0.2 <= second <= 0.4
+    assert third is None
+    assert retries.pause_s(Failure.STALLED, 0) is not None
+    assert retries.pause_s(Failure.CORRUPT, (1 << 20) - 1) is None
+    assert retries.pause_s(Failure.CORRUPT, 1 << 20) is not None
+    assert Retries(time.monotonic()).pause_s(Failure.CORRUPT, 0) is None

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from fakes import FailingRepo, content_of, make_key
+from faulty import Fault, FaultKind, LoopbackOpenNeuro
 
 from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.repo import AnnexRepo
@@ -29,7 +30,6 @@ from tio_openneuro.errors import (
     FetchError,
     RemoteUnavailableError,
 )
-from tio_openneuro.loopback import Fault, FaultKind, LoopbackOpenNeuro
 from tio_openneuro.sources.install import install
 
 SOON_S = 10.0

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import budget
 import eviction
 import growth
+import hops
 import indexing
 import ledger_cost
 import maps
@@ -44,6 +45,7 @@ BENCHMARKS = {
     "memory": memory,
     "reading": reading,
     "maps": maps,
+    "hops": hops,
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torchio as tio
+from faulty import LoopbackOpenNeuro
 from heads import open_heads, write_heads
 from measure import median
 from picture import draw_lines
@@ -27,7 +28,6 @@ from torch.utils.data.distributed import DistributedSampler
 
 import tio_openneuro as tno
 from tio_openneuro.demo.watch import DiskWatch
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.queue.order import Planner
 
 RUNS = 5

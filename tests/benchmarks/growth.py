@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torchio as tio
+from faulty import LoopbackOpenNeuro
 from heads import IMAGES, local_heads, write_heads
 from indexing import UUID, inline, make_repository, tree
 from measure import interleaved, median
@@ -25,7 +26,6 @@ from rich.table import Table
 
 import tio_openneuro as tno
 from tio_openneuro.annex.processes import run
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.queue.draw import EpochPlan
 from tio_openneuro.sources.install import install
 
@@ -162,7 +162,7 @@ def _open_and_plan(repository: Path, root: Path) -> dict[str, float]:
             clock("plan two epochs")
             order = [*plan.order, *queue._planner.plan(1).order]
             units = [dataset._rows[index].content for index in order]
-            prefetcher = dataset._engine._here().prefetcher
+            prefetcher = dataset._engine._here().look_ahead
             clock("")
             prefetcher.replace(units, [row.content for row in dataset._rows])
             clock("publish the order of two epochs")

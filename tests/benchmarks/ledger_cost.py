@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from workers import Nursery
 
-from tio_openneuro.ledger.eviction import ContentId
+from tio_openneuro.content import ContentId
 from tio_openneuro.ledger.ledger import Ledger
 from tio_openneuro.ledger.root import prepare_ledger_folder
 from tio_openneuro.ledger.schema import Want
@@ -98,7 +98,9 @@ def _fetch(ledger: Ledger, content: ContentId, pause_s: float) -> dict[str, floa
     ticket = 0
     while True:
         began_s = time.perf_counter()
-        outcome = ledger.request(content.key, [Want(content, _SIZE_BYTES, False)], ticket=ticket)
+        want = Want(content, _SIZE_BYTES, located=False)
+        with ledger.transaction() as decide:
+            outcome = decide.request(content.key, [want], ticket=ticket)
         asked_s = time.perf_counter()
         ticket = outcome.ticket
         cost["request"] += asked_s - began_s

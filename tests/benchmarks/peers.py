@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torchio as tio
+from faulty import LoopbackOpenNeuro
 from heads import IMAGES, local_heads, open_heads, write_heads
 from measure import interleaved, median
 from picture import RESULTS, draw_bars
@@ -26,7 +27,6 @@ from rich.table import Table
 
 import tio_openneuro as tno
 from tio_openneuro.demo.watch import DiskWatch
-from tio_openneuro.loopback import LoopbackOpenNeuro
 
 RUNS = 5
 UNITS = 48

@@ -15,13 +15,13 @@ import blosc2
 import numpy as np
 import torch
 import torchio as tio
+from faulty import LoopbackOpenNeuro
 from heads import local_heads, open_heads, write_heads
 from measure import interleaved, median
 from rich.console import Console
 from rich.table import Table
 
 import tio_openneuro as tno
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.prepared import file as prepared_file
 
 RUNS = 5

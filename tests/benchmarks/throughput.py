@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from faulty import LoopbackOpenNeuro
 from measure import interleaved, median
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,6 @@ from tio_openneuro.annex.repo import AnnexRepo
 from tio_openneuro.annex.tree import index_tree
 from tio_openneuro.content import ContentFile, ContentUnit
 from tio_openneuro.disk.engine import Engine
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.sources.install import install
 
 RUNS = 5

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torchio as tio
 from datalad import api as datalad
+from faulty import LoopbackOpenNeuro
 from heads import IMAGES, local_heads, open_heads, write_heads
 from measure import interleaved, median
 from picture import draw_bars
@@ -27,7 +28,6 @@ from torch.utils.data import DataLoader
 import tio_openneuro as tno
 from tio_openneuro.dataset.rows import build_rows
 from tio_openneuro.disk.engine import Engine
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.select.selection import select
 from tio_openneuro.sources.catalog import open_catalog
 

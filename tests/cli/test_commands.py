@@ -1,21 +1,31 @@
-"""The command line, run as a user runs it: the script itself, in a process of its own."""
+"""The command line: the script itself, as a user runs it, in a process of its own.
+
+What needs no new interpreter is forked from one that has imported everything, since an import
+takes longer than what the command does.
+"""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faulty import LoopbackOpenNeuro
+from workers import Nursery
 
-from tio_openneuro.loopback import LoopbackOpenNeuro
+from tio_openneuro.cli import main
+from tio_openneuro.disk.engine import Engine
 from tio_openneuro.sizes import format_size
 
 SCRIPT = Path(sys.executable).parent / "tio-openneuro"
 IMAGES = ["--image", "t1=sub-*/anat/*_T1w.nii.gz"]
 
+Ended = subprocess.CompletedProcess[str]
 
-def run(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+
+def run(*arguments: str, path: str | None = None) -> Ended:
     """Run the script; with ``path`` as the whole PATH."""
     environment = dict(os.environ) if path is None else {**os.environ, "PATH": path}
     return subprocess.run(
@@ -28,29 +38,71 @@ def run(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess
     )
 
 
+def _enter(folder: Path, arguments: tuple[str, ...]) -> int:
+    """Run what the script runs, with its output in files; return its exit status."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = [str(SCRIPT), *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+@pytest.fixture
+def enter(nursery: Nursery, tmp_path: Path) -> Callable[..., Ended]:
+    """Return ``run`` without the start of an interpreter."""
+
+    def enter(*arguments: str) -> Ended:
+        status = nursery.start(_enter, tmp_path, arguments).result()
+        said = [(tmp_path / name).read_text() for name in ("out", "err")]
+        return subprocess.CompletedProcess(arguments, status, *said)
+
+    return enter
+
+
 @pytest.mark.usefixtures("openneuro")
-def test_fetch_status_evict_and_doctor_tell_one_story(root: Path) -> None:
+def test_fetch_status_evict_and_doctor_tell_one_story(
+    root: Path, enter: Callable[..., Ended]
+) -> None:
     """What is fetched is held, what is evicted is gone, and the doctor finds nothing."""
     fetched = run("fetch", "ds900001", *IMAGES, "--disk-budget", "1 MB", "--json")
     assert fetched.returncode == 0, fetched.stderr
     record = json.loads(fetched.stdout)
     assert record["fetched_bytes"] == record["selected_bytes"] == record["used_bytes"] > 6000
-    held = json.loads(run("status", "--json").stdout)
+    held = json.loads(enter("status", "--json").stdout)
     assert held["used_bytes"] == record["used_bytes"]
-    assert format_size(record["used_bytes"]) in run("status").stdout
-    evicted = json.loads(run("evict", "ds900001", *IMAGES, "--json").stdout)
+    assert format_size(record["used_bytes"]) in enter("status").stdout
+    evicted = json.loads(enter("evict", "ds900001", *IMAGES, "--json").stdout)
     assert evicted == {"evicted_bytes": record["used_bytes"], "used_bytes": 0}
     assert not list(root.rglob("*.nii.gz"))
-    doctor = run("doctor")
+    doctor = enter("doctor")
     assert (doctor.returncode, "no inconsistencies" in doctor.stdout) == (0, True)
 
 
-def test_info_counts_from_metadata_alone(openneuro: LoopbackOpenNeuro) -> None:
+@pytest.mark.usefixtures("openneuro")
+def test_a_plan_takes_the_budget_that_training_takes(
+    root: Path, enter: Callable[..., Ended]
+) -> None:
+    """Beside a process that states no budget, the plan is made for that one's."""
+    with Engine(root) as engine:
+        ended = enter("plan", "ds900001", *IMAGES, "--json")
+        assert ended.returncode == 0, ended.stderr
+        assert json.loads(ended.stdout)["budget_bytes"] == engine.budget_bytes
+
+
+def test_info_counts_from_metadata_alone(
+    openneuro: LoopbackOpenNeuro, enter: Callable[..., Ended]
+) -> None:
     """Subjects, images, bytes and what is selected; nothing is fetched."""
-    table = run("info", "ds900001", *IMAGES)
+    table = enter("info", "ds900001", *IMAGES)
     assert "images: T1w" in table.stdout
     label = ["--label", "lesion=sub-0[1-4]/anat/*_mask.nii.gz"]
-    record = json.loads(run("info", "ds900001", *IMAGES, *label, "--json").stdout)
+    record = json.loads(enter("info", "ds900001", *IMAGES, *label, "--json").stdout)
     assert record["subjects"] == record["images"]["T1w"] == record["images"]["mask"] == 6
     assert (record["units"], record["skipped"]) == (4, 2)
     assert record["skipped_reasons"] == {"no file for 'lesion'": 2}
@@ -59,15 +111,30 @@ def test_info_counts_from_metadata_alone(openneuro: LoopbackOpenNeuro) -> None:
     assert openneuro.total("ds900001").requests == 0
 
 
+def test_plan_foretells_from_metadata_alone(
+    openneuro: LoopbackOpenNeuro, enter: Callable[..., Ended]
+) -> None:
+    """Bytes and seconds for people and programs; nothing is fetched."""
+    told = enter("plan", "ds900001", *IMAGES, "--disk-budget", "30 kB", "--rate", "10 kB", "--json")
+    record = json.loads(told.stdout)
+    assert record["units"] == 6
+    assert record["largest_bytes"] <= 30_000 < record["first_epoch_bytes"] == record["epoch_bytes"]
+    assert 0 < record["later_epoch_bytes"] < record["first_epoch_bytes"]
+    later_s = 9 * record["later_epoch_bytes"] / 10_000
+    assert record["link_busy_s"] == pytest.approx(record["first_epoch_bytes"] / 1e4 + later_s, 0.02)
+    assert "link busy" in enter("plan", "ds900001", *IMAGES).stdout
+    assert openneuro.total("ds900001").requests == 0
+
+
 @pytest.mark.usefixtures("openneuro")
-def test_fetch_stops_at_the_budget(root: Path) -> None:
+def test_fetch_stops_at_the_budget(root: Path, enter: Callable[..., Ended]) -> None:
     """A budget below the dataset is filled, not passed, and all of it can be evicted at once."""
     record = json.loads(
-        run("fetch", "ds900001", *IMAGES, "--disk-budget", "30 kB", "--json").stdout
+        enter("fetch", "ds900001", *IMAGES, "--disk-budget", "30 kB", "--json").stdout
     )
     assert record["used_bytes"] <= 30_000 < record["selected_bytes"]
     assert record["fetched_bytes"] > 20_000
-    assert json.loads(run("evict", "--json").stdout)["evicted_bytes"] == record["used_bytes"]
+    assert json.loads(enter("evict", "--json").stdout)["evicted_bytes"] == record["used_bytes"]
     assert not list(root.rglob("*.nii.gz"))
 
 
@@ -84,10 +151,10 @@ def test_fetch_stops_at_the_budget(root: Path) -> None:
     ],
 )
 def test_failure_is_one_message_on_stderr_and_exit_code_1(
-    arguments: list[str], words: list[str]
+    enter: Callable[..., Ended], arguments: list[str], words: list[str]
 ) -> None:
     """What failed, on what, and what to do next; no traceback, nothing on stdout."""
-    failed = run(*arguments)
+    failed = enter(*arguments)
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
     assert failed.stdout == ""
@@ -104,22 +171,24 @@ def test_missing_git_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in failed.stderr
 
 
-def test_no_network_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+def test_no_network_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path, enter: Callable[..., Ended]
+) -> None:
     """A host that cannot be reached is one message, and no clone is left."""
     config = tmp_path / "gitconfig"
     config.write_text(
         '[url "http://127.0.0.1:9/"]\n\tinsteadOf = https://github.com/OpenNeuroDatasets/\n'
     )
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
-    failed = run("fetch", "ds900001", *IMAGES)
+    failed = enter("fetch", "ds900001", *IMAGES)
     assert failed.returncode == 1
     assert "ds900001" in failed.stderr
     assert "network" in failed.stderr
     assert not [path for path in root.rglob("*") if "ds900001" in path.name]
 
 
-def test_wrong_usage_exits_with_2() -> None:
+def test_wrong_usage_exits_with_2(enter: Callable[..., Ended]) -> None:
     """Unknown commands, and an image without a name."""
-    assert run("frobnicate").returncode == 2
-    assert run("fetch", "ds900001", "--image", "sub-*").returncode == 2
+    assert enter("frobnicate").returncode == 2
+    assert enter("fetch", "ds900001", "--image", "sub-*").returncode == 2
     assert run("--help").returncode == 0

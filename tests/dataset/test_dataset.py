@@ -16,9 +16,9 @@ import pytest
 import torch
 import torchio as tio
 from conftest import heads
+from faulty import LoopbackOpenNeuro
 
 import tio_openneuro as tno
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.loopback.volume import write_content
 
 IMAGES = {

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torchio as tio
 from conftest import heads
+from faulty import LoopbackOpenNeuro
 from torch.utils.data import DataLoader
 from workers import Nursery, Worker
 
@@ -27,7 +28,6 @@ from tio_openneuro.annex.tree import index_tree
 from tio_openneuro.content import AnnexKey
 from tio_openneuro.demo.watch import DiskWatch
 from tio_openneuro.disk.engine import Engine
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.sources.install import install
 
 ACCESSION = "ds900022"
@@ -59,14 +59,6 @@ def server(_training: None, openneuro: LoopbackOpenNeuro) -> Iterator[LoopbackOp
     yield openneuro
     openneuro.set_latency(0)
     openneuro.set_connection_rate(None)
-
-
-@pytest.fixture
-def nursery(server: LoopbackOpenNeuro, tmp_path: Path) -> Iterator[Nursery]:
-    """Return a process that forks trainings."""
-    (tmp_path / "results").mkdir()
-    with Nursery(tmp_path / "results") as started:
-        yield started
 
 
 class Clone:
@@ -321,6 +313,7 @@ def side_by_side(
     return peak_bytes, found
 
 
+@pytest.mark.usefixtures("server")
 def test_two_trainings_fetch_each_file_once(nursery: Nursery, root: Path) -> None:
     """With room for all, every file is fetched by one of them, and used by both.
 

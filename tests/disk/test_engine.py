@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fakes import FailingRepo, FakeRepo, content_of, make_key, make_unit
+from fakes import FailingRepo, FakeRepo, content_of, decide, make_key, make_unit
 
-from tio_openneuro.content import ContentFile, ContentUnit
+from tio_openneuro.content import AnnexKey, ContentFile, ContentUnit
 from tio_openneuro.disk import leases
 from tio_openneuro.disk.engine import Engine
 from tio_openneuro.errors import DiskBudgetError, FetchError, RemoteUnavailableError
@@ -110,6 +110,32 @@ def test_a_shared_key_is_dropped_when_no_path_needs_it(opening: Opening, repo: F
     read(engine, second)
     engine.release(second, drop=True)
     assert repo.held_bytes() == 0
+
+
+class VanishingRepo(FakeRepo):
+    """A clone whose user drops what they had, just after it was looked at."""
+
+    def locate(self, key: AnnexKey) -> Path | None:
+        found = super().locate(key)
+        if found is not None and key in self.lost:
+            del self.lost[key]
+            found.unlink()
+        return found
+
+
+def test_foreign_content_that_vanishes_before_its_lease_is_fetched(
+    opening: Opening, root: Path
+) -> None:
+    """A lease never holds what somebody else dropped between the look and the reservation."""
+    repo = VanishingRepo(root / "clones" / "vanishing")
+    unit = make_unit(repo, "sub-1", 500)
+    (key,) = (file.key for file in unit.files)
+    repo.place(key)
+    repo.lost[key] = "dropped by its user"
+    engine = opening(1000)
+    with engine.lease(unit, timeout_s=20) as paths:
+        assert paths[key].read_bytes() == content_of(key)
+    assert engine.statistics().fetched_files == 1
 
 
 def test_foreign_content_is_neither_counted_nor_dropped(opening: Opening, repo: FakeRepo) -> None:
@@ -230,9 +256,9 @@ def test_requests_are_served_in_their_order(opening: Opening, repo: FakeRepo) ->
         for unit in (large, small):
             threads.append(threading.Thread(target=lease, args=(unit,)))
             threads[-1].start()
-            runtime = engine._here()
-            while not any(unit.name == name for name in runtime.ledger.queue()):
-                runtime.signal.wait(runtime.signal.value, 0.01)
+            leases = engine._here()
+            while not any(unit.name == name for name in leases.ledger.queue()):
+                leases.changes.wait_here(leases.changes.value, 0.01)
         assert order == []
     for thread in threads:
         thread.join()
@@ -346,8 +372,8 @@ def test_repair_mends_what_a_crash_leaves(opening: Opening, repo: FakeRepo) -> N
     repo.drop(absent)
     repo.object_path(cut).chmod(0o600)
     repo.object_path(cut).write_bytes(b"cut")
-    ledger.give_up([contents[2]])
-    ledger.claim(contents[3], absent=True)
+    decide(ledger).give_up([contents[2]])
+    decide(ledger).claim(contents[3], absent=True)
     ledger.failed(contents[3], empty=False)
     stray = make_key("stray", 600)
     repo.partial_path(stray).write_bytes(b"half")

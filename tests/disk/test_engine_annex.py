@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from faulty import Fault, FaultKind, LoopbackOpenNeuro
 from workers import Nursery, Observer
 
 from tio_openneuro.annex.repo import AnnexRepo
@@ -15,7 +16,6 @@ from tio_openneuro.annex.tree import index_tree
 from tio_openneuro.content import ContentFile, ContentUnit
 from tio_openneuro.disk.engine import Engine
 from tio_openneuro.errors import RemoteUnavailableError
-from tio_openneuro.loopback import Fault, FaultKind, LoopbackOpenNeuro
 from tio_openneuro.sources.install import install
 
 
@@ -129,7 +129,7 @@ def git_annexes() -> list[psutil.Process]:
 
 
 def test_kills_lose_nothing_and_leave_no_git_annex(
-    openneuro: LoopbackOpenNeuro, root: Path, tmp_path: Path, units: list[ContentUnit]
+    openneuro: LoopbackOpenNeuro, root: Path, nursery: Nursery, units: list[ContentUnit]
 ) -> None:
     """After kill -9 at any instant the next run goes on, within the budget, without orphans."""
     total_bytes = sum(unit.size_bytes for unit in units)
@@ -138,7 +138,7 @@ def test_kills_lose_nothing_and_leave_no_git_annex(
     instants = random.Random(5)
     whole: set[str] = set()
     try:
-        with Nursery(tmp_path) as nursery, Observer(units[0].files[0].repo) as observer:
+        with Observer(units[0].files[0].repo) as observer:
             for _ in range(6):
                 with nursery.start(train, root, units, total_bytes) as worker:
                     worker.wait(instants.uniform(0.05, 0.8))

@@ -4,24 +4,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import pytest
 from fakes import FakeRepo, content_of, make_unit
 from test_engine_processes import TEN_TO_ONE, make_units
 from workers import Nursery, Observer
 
 from tio_openneuro.content import ContentUnit
 from tio_openneuro.disk.engine import Engine
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    """Return a process that forks workers."""
-    with Nursery(tmp_path_factory.mktemp("nursery")) as started:
-        yield started
 
 
 def fork_and_lease(root: Path, units: list[ContentUnit]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,6 @@ from workers import Nursery, Observer, Worker
 from tio_openneuro.content import ContentUnit
 from tio_openneuro.disk.engine import Engine
 from tio_openneuro.errors import DiskBudgetError
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    """Return a process that forks workers."""
-    with Nursery(tmp_path_factory.mktemp("nursery")) as started:
-        yield started
 
 
 def make_units(repo: FakeRepo, count: int, sizes: Sequence[int]) -> list[ContentUnit]:

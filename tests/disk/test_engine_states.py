@@ -141,12 +141,12 @@ class Engines(RuleBasedStateMachine):
     def settle(self) -> None:
         """Wait until no fetch is under way."""
         for engine in self.engines:
-            runtime = engine._here()
+            leases = engine._here()
             # Whoever looks ahead may just have found something to fetch.
-            with runtime.flights._planning:
+            with leases.look_ahead._planning:
                 pass
-            while runtime.flights._known:
-                runtime.signal.wait(runtime.signal.value, 0.01)
+            while leases.fetches._known:
+                leases.changes.wait_here(leases.changes.value, 0.01)
 
     @invariant()
     def within_budget(self) -> None:

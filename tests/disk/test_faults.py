@@ -23,6 +23,7 @@ from typing import Self
 
 import psutil
 import pytest
+from faulty import Fault, FaultKind, LoopbackOpenNeuro
 
 from tio_openneuro.annex.repo import AnnexRepo
 from tio_openneuro.annex.tree import index_tree
@@ -35,7 +36,6 @@ from tio_openneuro.errors import (
     RemoteUnavailableError,
     TioOpenNeuroError,
 )
-from tio_openneuro.loopback import Fault, FaultKind, LoopbackOpenNeuro
 from tio_openneuro.sources.install import install
 
 ACCESSION = "ds900021"

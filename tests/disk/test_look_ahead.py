@@ -46,25 +46,25 @@ def read(engine: Engine, unit: ContentUnit, timeout_s: float = 20.0) -> None:
 
 def wait_for(engine: Engine, unit: ContentUnit) -> None:
     """Wait until a unit's content is there, without asking for it."""
-    runtime = engine._here()
+    leases = engine._here()
     for _ in range(2000):
-        since = runtime.signal.value
+        since = leases.changes.value
         if all(file.repo.locate(file.key) for file in unit.files):
             return
-        runtime.signal.wait(since, 0.05)
+        leases.changes.wait_here(since, 0.05)
     pytest.fail(f"{unit.name} was not prefetched")
 
 
 def settle(engine: Engine) -> None:
     """Wait until nothing more is fetched ahead, however long that takes."""
-    runtime = engine._here()
-    prefetcher = runtime.prefetcher
+    leases = engine._here()
+    prefetcher = leases.look_ahead
     for _ in range(2000):
-        now = runtime.moment()
+        now = leases.changes.moment()
         idle = prefetcher._blocked == now or all(entry.ready for entry in prefetcher._entries)
-        if idle and not runtime.flights._known:
+        if idle and not leases.fetches._known:
             return
-        runtime.signal.wait(now[0], 0.05)
+        leases.changes.wait_here(now[0], 0.05)
     pytest.fail("prefetching went on and on")
 
 
@@ -141,10 +141,10 @@ def test_a_use_under_way_as_the_order_goes_on_is_struck_out_once(
     with engine.lease(units[3], timeout_s=20):
         engine.prefetch([*units, *units])
     engine.release(units[3], drop=False)
-    assert engine._here().prefetcher.steps_to("sub-3") == 4
+    assert engine._here().look_ahead.steps_to("sub-3") == 4
     # Another process's use, which is known by its end alone.
     engine.release(units[0], drop=False)
-    assert engine._here().prefetcher.steps_to("sub-0") == 4
+    assert engine._here().look_ahead.steps_to("sub-0") == 4
 
 
 def test_the_likeliest_stay_where_the_next_order_is_not_known(

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tio_openneuro.ledger.eviction import ContentId, Resident, choose_victims
+from tio_openneuro.content import ContentId
+from tio_openneuro.ledger.eviction import Resident, choose_victims
 
 
 def resident(name: str, size_bytes: int = 1, last_use: int = 0) -> Resident:

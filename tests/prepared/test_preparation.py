@@ -4,9 +4,11 @@ Real git-annex over the loopback OpenNeuro, real files; damage and deaths are re
 """
 
 import copy
+import gzip
 import hashlib
 import itertools
 import logging
+import pickle
 import subprocess
 import sys
 import warnings
@@ -17,17 +19,18 @@ import numpy as np
 import pytest
 import torch
 import torchio as tio
+from faulty import LoopbackOpenNeuro
 from test_dataset import IMAGES, held_bytes
 from workers import Nursery
 
 import tio_openneuro as tno
 from tio_openneuro.demo.watch import DiskWatch
 from tio_openneuro.disk.engine import Engine
-from tio_openneuro.loopback import LoopbackOpenNeuro
 from tio_openneuro.prepared.file import DamagedVolumeError, encode, opened
 from tio_openneuro.torchio_seams import sampler_maps
 from tio_openneuro.torchio_seams.box_crop import with_box_crop
-from tio_openneuro.torchio_seams.pinning import UnpinnedError, pin, refuse_random
+from tio_openneuro.torchio_seams.randomness import refuse_random
+from tio_openneuro.volumes import listening
 
 Make = Callable[..., tno.DataladSubjectsDataset]
 
@@ -147,6 +150,35 @@ def test_patches_read_by_boxes_are_those_cut_from_the_whole(sampler: str, make: 
             assert_same(patch, twin)
         assert torch.equal(patch["t1"].data, twin["t1"].data)
         assert torch.equal(patch[tio.LOCATION], twin[tio.LOCATION])
+
+
+def pickled(image: tio.Image) -> tio.Image:
+    return pickle.loads(pickle.dumps(image))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_copies_of_an_open_volume_have_its_voxels(
+    copied: Callable[[tio.Image], tio.Image], make: Make
+) -> None:
+    """An image that is read by boxes is read whole for a copy, which outlives the open file."""
+    dataset = make(preprocess=PIPELINES["canonical, z"]())
+    whole = dataset[2]
+    with dataset.opened(2) as lazy:
+        twin = copied(lazy["t1"])
+    assert type(twin) is type(whole["t1"])
+    assert torch.equal(twin.data, whole["t1"].data)
+    np.testing.assert_array_equal(twin.affine, whole["t1"].affine)
+
+
+def test_each_header_is_read_once_for_a_load(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the RAM that is announced, what is refused and the reader: two files, two reads."""
+    read: list[object] = []
+    real = gzip.open
+    monkeypatch.setattr(gzip, "open", lambda file: real(read.append(file) or file))
+    announced: list[object] = []
+    with listening(announced.append):
+        assert make()[0]["t1"].shape == (1, 24, 20, 16)
+    assert (len(read), len(announced)) == (2, 1)
 
 
 def digest(
@@ -348,7 +380,7 @@ def test_volumes_are_evicted_like_any_content(make: Make, root: Path) -> None:
 
 _CHILD = """
 import sys, torchio as tio, tio_openneuro as tno
-from tio_openneuro.disk.prepared_store import PreparedRepo
+from tio_openneuro.disk.prepared_volumes import PreparedRepo
 from test_dataset import IMAGES
 if sys.argv[1] == "die":
     whole = PreparedRepo.write
@@ -397,13 +429,12 @@ def train_and_check(root: Path, budget_bytes: int) -> tuple[str, int, list[str]]
 
 
 def test_trainings_that_share_volumes_stay_within_the_budget(
-    make: Make, root: Path, tmp_path: Path
+    make: Make, root: Path, nursery: Nursery
 ) -> None:
     """Two at once, whose files alone pass the budget: no byte too many, and the same patches."""
     nbytes = make().nbytes
-    (tmp_path / "results").mkdir()
     budget_bytes = nbytes * 7 // 10
-    with Nursery(tmp_path / "results") as nursery, DiskWatch(root, interval_s=0.002) as watch:
+    with DiskWatch(root, interval_s=0.002) as watch:
         workers = [nursery.start(train_and_check, root, budget_bytes) for _ in range(2)]
         results = [worker.result(timeout_s=120) for worker in workers]
     peak_bytes = max(sample.held_bytes for sample in watch.samples())
@@ -470,80 +501,6 @@ def test_functions_need_an_id_to_be_kept(
     assert len(prepared_files(root)) == 2
 
 
-def image(value: int) -> tio.ScalarImage:
-    return tio.ScalarImage(tensor=torch.full((1, 3, 3, 3), float(value)))
-
-
-DIFFERENT = [
-    (lambda: tio.Resample(2), lambda: tio.Resample(2, include=["t1"])),
-    (lambda: tio.Resample(2), lambda: tio.Resample(2, exclude=["t1"])),
-    (lambda: tio.Resample(2), lambda: tio.Resample(2, keep={"t1": "u1"})),
-    (lambda: tio.Resample(2), lambda: tio.Resample(2, copy=False)),
-    (lambda: tio.Resample(2), lambda: tio.Resample(2.5)),
-    (lambda: tio.Resample("t1"), lambda: tio.Resample("t2")),
-    (lambda: tio.Mask("m"), lambda: tio.Mask("m", outside_value=3)),
-    (lambda: tio.Mask("m"), lambda: tio.Mask("m", labels=[1])),
-    (lambda: tio.ToReferenceSpace(image(1)), lambda: tio.ToReferenceSpace(image(2))),
-    (lambda: tio.Compose([tio.OneHot()]), lambda: tio.Compose([tio.OneHot(num_classes=9)])),
-    (tio.ZNormalization, lambda: tio.ZNormalization(tio.ZNormalization.mean)),
-    (
-        lambda: tio.HistogramStandardization({"t1": np.arange(13.0)}),
-        lambda: tio.HistogramStandardization({"t1": np.arange(13.0) * 1.5}),
-    ),
-    (lambda: tio.Clamp(np.float32(1), 2), lambda: tio.Clamp(np.float32(1.5), 2)),
-    (lambda: tio.CropOrPad(9), lambda: tio.CropOrPad(9, padding_mode="mean")),
-]
-
-
-@pytest.mark.parametrize("number", range(len(DIFFERENT)))
-def test_every_attribute_names_a_transform(number: int) -> None:
-    """Equal transforms have one name, also nested; whatever differs gives another."""
-    one, other = DIFFERENT[number]
-    assert pin(one()) == pin(one()) == pin(copy.deepcopy(one()))
-    assert pin(one()) != pin(other())
-    assert pin(tio.Compose([one()])) == pin(tio.Compose([one()]))
-    assert pin(tio.Compose([one()])) != pin(tio.Compose([other()]))
-    assert pin(one()) != pin(one(), "an id") != pin(one(), "another id")
-
-
-def test_reference_files_count_by_content(tmp_path: Path) -> None:
-    """A file that changes gives another name, though its path is the same; a copy the same."""
-    path = tmp_path / "grid.nii"
-    image(1).save(path)
-    before = pin(tio.Resample(path))
-    (tmp_path / "copy").mkdir()
-    twin = tmp_path / "copy" / "grid.nii"
-    twin.write_bytes(path.read_bytes())
-    assert pin(tio.Resample(twin)) == before == pin(tio.Resample(str(path)))
-    image(2).save(path)
-    assert pin(tio.Resample(path)) != before
-
-
-class Own(tio.transforms.IntensityTransform):
-    """A class of the user's, whose code nobody can pin down."""
-
-    def apply_transform(self, subject: tio.Subject) -> tio.Subject:
-        return subject
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda tensor: tensor,
-        tio.Lambda(lambda tensor: tensor),
-        tio.ZNormalization(masking_method=lambda tensor: tensor > 0),
-        tio.Compose([tio.ToCanonical(), tio.Lambda(lambda tensor: tensor)]),
-        Own(),
-    ],
-    ids=["function", "Lambda", "mask", "nested", "class"],
-)
-def test_code_of_the_users_is_not_pinned_down(transform: Callable[..., object]) -> None:
-    """A function or class outside of TorchIO has no name but the one that the user gives."""
-    with pytest.raises(UnpinnedError):
-        pin(transform)
-    assert pin(transform, "1") == pin(transform, "1") != pin(transform, "2")
-
-
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     RANDOM = {
@@ -577,3 +534,24 @@ def test_consumers_generator_is_left_alone(make: Make) -> None:
     assert dataset[0] is not None
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
+
+
+def test_preprocess_computes_on_one_thread(make: Make) -> None:
+    """Whatever the consumer's number is, which holds again afterwards, also after an error."""
+    found: list[int] = []
+
+    def observe(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(torch.get_num_threads())
+        return tensor if len(found) < 2 else tensor[0]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        dataset = make(preprocess=tio.Lambda(observe, types_to_apply=[tio.INTENSITY]))
+        assert dataset[0] is not None
+        with pytest.raises(Exception, match=r"4D|dimension"):
+            dataset[0]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert found == [1, 1]

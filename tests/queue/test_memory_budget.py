@@ -11,6 +11,7 @@ from memory_cell import Cell, measure_cell, memory_cgroup, write_subjects
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
+@pytest.mark.alone  # who else maps the same libraries counts in the proportional set size
 @pytest.mark.parametrize(
     "cell",
     [

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torchio as tio
 from conftest import heads
+from faulty import Fault, FaultKind
 from test_campaigns import Clone
 from test_queue import BrokenDataset, make_dataset, make_queue
 from test_state import digest
@@ -21,7 +22,6 @@ from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.demo.watch import DiskWatch
 from tio_openneuro.errors import FetchError
-from tio_openneuro.loopback import Fault, FaultKind
 
 __all__ = ["make_queue"]
 ACCESSION = "ds900091"
@@ -46,7 +46,7 @@ def names_of(patches):
 
 
 @pytest.mark.parametrize("max_length", [1, 10, 100])
-@pytest.mark.parametrize("broken", [[1], [1, 4], [0, 2, 5]])
+@pytest.mark.parametrize("broken", [[], [1], [1, 4], [0, 2, 5]])
 def test_a_skipped_share_is_taken_by_the_ranks_next_subjects(make_queue, max_length, broken):
     """Each rank has its twelve patches in every epoch, all of them of subjects of its own."""
     for queue in make_ranks(make_queue, broken, max_length=max_length):
@@ -154,15 +154,26 @@ def train(root, results, *options, units=2):
     return found, peak_bytes, budget_bytes
 
 
-def test_two_ranks_share_one_root_and_one_budget(openneuro, root, tmp_path):
+@pytest.fixture(scope="module")
+def _subjects(_published):
+    _published.publish(ACCESSION, heads(SUBJECTS, shape=(48, 48, 48)))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_subjects", "openneuro")
+def test_two_ranks_share_one_root_and_one_budget(root, tmp_path):
     """Equal numbers at every step, disjoint subjects, all of them, within the disk budget."""
-    openneuro.publish(ACCESSION, heads(SUBJECTS, shape=(48, 48, 48)))
     found, peak_bytes, budget_bytes = train(root, tmp_path / "raise")
     for first, second in zip(*[rank["epochs"] for rank in found], strict=True):
         assert len(first) == len(second) == SUBJECTS
         assert set(first).isdisjoint(second)
         assert Counter(first + second) == {f"sub-{n:02}": 2 for n in range(1, SUBJECTS + 1)}
     assert budget_bytes // 2 < peak_bytes <= budget_bytes
+
+
+@pytest.mark.usefixtures("_subjects")
+def test_two_ranks_share_what_is_left_where_a_subject_is_skipped(openneuro, root, tmp_path):
+    """As many at every step still, and all the others, within the disk budget."""
     openneuro.set_faults(Fault(FaultKind.NOT_FOUND, f"{ACCESSION}/sub-03/*"))
     options = ("--on-error", "skip")
     found, peak_bytes, budget_bytes = train(root, tmp_path / "skip", *options)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.ram.admission import Admission, TransformCost, bound_subject, read_budget
 from tio_openneuro.volumes.headers import (
+    VolumeFile,
     announce_files,
     announce_size,
     listening,
-    measure_header,
     sum_sizes,
 )
 
@@ -28,7 +28,7 @@ def test_charges_never_pass_the_budget_while_bounds_hold(requests):
                 admission.charge(size)
             if held:
                 admission.release(held.pop())
-            admission.returned()
+            admission.measured(0)
             continue
         admission.charge(size)
         kept = int(size * kept_share)
@@ -56,7 +56,7 @@ def test_freed_memory_counts_until_it_is_returned():
     admission.settle(8, 3)
     assert (admission.charged_bytes, admission.retained_bytes) == (5, 5)
     assert not admission.fits(1)
-    admission.returned()
+    admission.measured(0)
     assert admission.fits(5)
     assert not admission.fits(6)
     assert not admission.idle
@@ -99,13 +99,13 @@ def test_headers_tell_sizes_without_decoding(tmp_path):
     path = tmp_path / "dwi.nii.gz"
     voxels = np.random.default_rng(0).integers(0, 999, (4, 5, 6, 7), dtype=np.int16)
     nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
-    assert measure_header(path) == (7, 120, 4)
+    assert VolumeFile(path).size == (7, 120, 4)
     path.write_bytes(path.read_bytes()[:-200])
-    assert measure_header(path) == (7, 120, 4)
-    assert measure_header(tmp_path / "absent.nii.gz") is None
+    assert VolumeFile(path).size == (7, 120, 4)
+    assert VolumeFile(tmp_path / "absent.nii.gz").size is None
     (tmp_path / "text.nii").write_text("no image")
-    assert measure_header(tmp_path / "text.nii") is None
-    assert measure_header(tmp_path / "image.png") is None
+    assert VolumeFile(tmp_path / "text.nii").size is None
+    assert VolumeFile(tmp_path / "image.png").size is None
 
 
 def test_announced_files_reach_the_listener_of_this_thread_only_while_it_listens(tmp_path):
@@ -114,9 +114,9 @@ def test_announced_files_reach_the_listener_of_this_thread_only_while_it_listens
     nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.eye(4)), path)
     heard = []
     with listening(heard.append):
-        announce_files([path, path])
-        announce_files([path, tmp_path / "absent.nii"])
-    announce_files([path])
+        announce_files([VolumeFile(path), VolumeFile(path)])
+        announce_files([VolumeFile(path), VolumeFile(tmp_path / "absent.nii")])
+    announce_files([VolumeFile(path)])
     assert heard == [sum_sizes([(1, 120, 4), (1, 120, 4)])]
 
     def refuse(_size):

@@ -98,12 +98,13 @@ def test_extension_may_have_two_dots(name: str, parts: tuple[str, str]) -> None:
 
 
 def test_sidecars_are_inherited_from_the_general_to_the_particular() -> None:
-    """Those with other entities, another suffix or in another folder do not apply."""
+    """Those of another session, entity, suffix or folder do not apply."""
     paths = [
         "T1w.json",
         "acq-iso_T1w.json",
         "acq-other_T1w.json",
         "sub-01/sub-01_T1w.json",
+        "sub-01/sub-01_ses-2_T1w.json",
         "sub-02/sub-02_T1w.json",
         "sub-01/anat/sub-01_acq-iso_T1w.json",
         "sub-01/anat/sub-01_acq-iso_T1w.nii.gz",

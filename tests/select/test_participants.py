@@ -8,16 +8,21 @@ import pytest
 from tio_openneuro.select.participants import Participants, normalise_id
 
 
+def parse(text: str | bytes) -> Participants:
+    """Return what a dataset's participants.tsv says."""
+    content = text if isinstance(text, bytes) else text.encode()
+    return Participants.read(lambda _: {"participants.tsv": content})
+
+
 def row(text: str | bytes, subject: str, session: str = "") -> dict[str, float | str]:
     """Return a subject's row of a table."""
-    content = text if isinstance(text, bytes) else text.encode()
-    return Participants.parse(content).row(subject, session)
+    return parse(text).row(subject, session)
 
 
 def test_columns_are_typed_by_all_their_values() -> None:
     """A column is numeric where all values given are numbers; missing ones are nan or empty."""
     text = "participant_id\tage\tgroup\tcode\nsub-1\t30\tn/a\t1\nsub-2\tn/a\tHC\tx\nsub-3\t\t\t\n"
-    table = Participants.parse(text.encode())
+    table = parse(text)
     assert table.columns == ("participant_id", "age", "group", "code")
     assert table.numeric == {"age"}
     first, second, third = (table.row(f"sub-{n}") for n in (1, 2, 3))

@@ -34,13 +34,14 @@ import pytest
 import torch
 import torchio as tio
 from conftest import SHARED, heads
+from faulty import LoopbackOpenNeuro
 
 import tio_openneuro as tno
 from tio_openneuro.annex.branch import keys_with_version
 from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.tree import index_tree
 from tio_openneuro.content import AnnexKey
-from tio_openneuro.loopback import LoopbackOpenNeuro, Volume
+from tio_openneuro.loopback import Volume
 from tio_openneuro.loopback.volume import Content
 
 BUNDLES = Path(os.environ.get("TIO_OPENNEURO_TEST_DATA", SHARED)) / "openneuro"

@@ -241,6 +241,13 @@ def test_label_of_another_session_is_not_paired() -> None:
     }
 
 
+def test_image_is_paired_with_the_label_of_its_run() -> None:
+    """Of several runs, the one that was labelled is taken, though no stem says so."""
+    files = tree(*(f"sub-1/sub-1_{n}.nii" for n in ("run-1_T1w", "run-2_T1w", "run-2_desc-x_mask")))
+    selection = select(files, {"t1": Scalar(suffix="T1w"), "mask": Label(suffix="mask")})
+    assert chosen(selection)["sub-1"]["t1"] == ["sub-1/sub-1_run-2_T1w.nii"]
+
+
 def test_subjects_without_any_image_asked_for_are_named() -> None:
     """A subject's folder that lacks the image is skipped, not forgotten."""
     selection = select(ANATOMY, {"flair": Scalar(suffix="FLAIR")})
@@ -264,11 +271,11 @@ def test_images_that_no_unit_has_together_raise() -> None:
 
 
 def test_files_too_small_for_an_image_are_skipped_with_their_size() -> None:
-    """Empty files, by the key where the file says nothing; a small compressed label is kept."""
+    """Empty files, of which the key says so too; a small compressed label is kept."""
     key = AnnexKey("MD5E-s351--a.nii", 351)
     files = [
         File("sub-1/sub-1_T1w.nii.gz", size_bytes=0),
-        File("sub-2/sub-2_T1w.nii", key, size_bytes=None),
+        File("sub-2/sub-2_T1w.nii", key, size_bytes=key.size_bytes),
         File("sub-3/sub-3_T1w.nii.gz", size_bytes=90),
         File("sub-4/sub-4_T1w.nii.gz", AnnexKey("URL--a", None), size_bytes=None),
     ]
@@ -393,6 +400,13 @@ def test_label_goes_with_the_image_whose_stem_it_follows() -> None:
     files = tree(*(f"sub-1/sub-1_{name}.nii.gz" for name in names))
     selection = select(files, {"flair": Scalar(suffix="FLAIR"), "roi": Label(suffix="roi")})
     assert chosen(selection)["sub-1"]["flair"] == ["sub-1/sub-1_acq-b_FLAIR.nii.gz"]
+
+
+def test_label_follows_a_whole_stem_and_not_the_beginning_of_one() -> None:
+    """A label of ``T1c`` is none of ``T1``."""
+    files = tree(*(f"sub-1/sub-1_{name}.nii" for name in ("T1", "T1c", "T1c_roi")))
+    images = {"t1": Scalar(suffix=["T1", "T1c"]), "roi": Label(suffix="roi")}
+    assert chosen(select(files, images))["sub-1"]["t1"] == ["sub-1/sub-1_T1c.nii"]
 
 
 def test_single_label_may_differ_from_its_image_in_acquisition() -> None:

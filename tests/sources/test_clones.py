@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import heads
+from faulty import Fault, FaultKind, LoopbackOpenNeuro
 from hostile import enable_public
 
 import tio_openneuro as tno
@@ -22,7 +23,6 @@ from tio_openneuro.errors import (
     NotAnAnnexError,
     RemoteUnavailableError,
 )
-from tio_openneuro.loopback import Fault, FaultKind, LoopbackOpenNeuro
 from tio_openneuro.sources.install import install
 
 T1 = {"t1": tno.Scalar("sub-*/anat/*_T1w.nii.gz")}

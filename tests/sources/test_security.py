@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torchio as tio
 from conftest import heads
+from faulty import LoopbackOpenNeuro
 from hostile import (
     Tampered,
     branch_log,
@@ -31,8 +32,8 @@ from tio_openneuro.annex.environment import child_environment
 from tio_openneuro.annex.processes import run
 from tio_openneuro.content import AnnexKey
 from tio_openneuro.errors import FetchError, RamBudgetError, TioOpenNeuroError, UnsafeDatasetError
-from tio_openneuro.loopback import LoopbackOpenNeuro, Volume
-from tio_openneuro.volumes.headers import measure_header
+from tio_openneuro.loopback import Volume
+from tio_openneuro.volumes.headers import VolumeFile
 
 T1 = {"t1": tno.Scalar("sub-*/anat/*_T1w.nii.gz")}
 IMAGE = "sub-{:02}/anat/sub-{:02}_T1w.nii.gz"
@@ -479,12 +480,13 @@ class TestBombs:
     @pytest.mark.parametrize(
         "content",
         [b"", b"\x1f\x8b", b"\x1f\x8b" + bytes(50), bytes(700), gzip.compress(b"x" * 9)[:-4]],
+        ids=["nothing", "magic", "zeros", "no header", "cut off"],
     )
     def test_damaged_header_is_unknown_and_no_error(self, tmp_path: Path, content: bytes) -> None:
         """Whatever stands at the beginning of a file, measuring it does not raise."""
         path = tmp_path / "image.nii.gz"
         path.write_bytes(content)
-        assert measure_header(path) is None
+        assert VolumeFile(path).size is None
 
     @pytest.mark.parametrize("shape", [(-30_000, 30_000, 30_000), (32_767,) * 7])
     def test_odd_dimensions_are_counted_at_their_worst(
@@ -493,7 +495,7 @@ class TestBombs:
         """Neither signs nor seven dimensions make a header's claim small."""
         path = tmp_path / "image.nii.gz"
         path.write_bytes(nifti(shape))
-        size = measure_header(path)
+        size = VolumeFile(path).size
         assert size is not None
         assert min(size) > 0
         assert size[0] * size[1] * size[2] > 10**13

@@ -14,11 +14,10 @@ from torchio.constants import LOCATION
 
 from tio_openneuro.torchio_seams.sampler_maps import (
     KeptMaps,
-    SamplerMap,
     compute_map,
     draw_patches,
+    has_map,
     map_bytes,
-    map_identity,
 )
 
 Draw = Callable[[tio.Subject], Iterator[tio.Subject]]
@@ -58,13 +57,12 @@ def locations(draw: Draw, subject: tio.Subject, count: int, seed: int = 0) -> li
 
 
 def assert_same_patches(sampler: tio.WeightedSampler, subject: tio.Subject, count: int) -> None:
-    """Compare a sampler's own patches with those of a map, fresh, kept, and kept in arrays."""
+    """Compare a sampler's own patches with those of a map, fresh and kept."""
     own = locations(sampler, subject, count)
     assert locations(lambda s: draw_patches(sampler, s), subject, count) == own
     kept = compute_map(sampler, subject)
     assert kept is not None
-    again = SamplerMap.from_arrays(kept.to_arrays())
-    assert locations(lambda s: draw_patches(sampler, s, again), subject, count) == own
+    assert locations(lambda s: draw_patches(sampler, s, kept), subject, count) == own
 
 
 SAMPLERS = {
@@ -211,15 +209,8 @@ def test_other_samplers_draw_as_they_are() -> None:
     for sampler in (Corner(4), tio.UniformSampler(4)):
         own = locations(sampler, subject, 20)
         assert locations(lambda s, sampler=sampler: draw_patches(sampler, s), subject, 20) == own
-        assert map_identity(sampler) is None
+        assert not has_map(sampler)
     assert map_bytes(Corner(4)) > map_bytes(tio.LabelSampler(4)) > map_bytes(tio.UniformSampler(4))
-
-
-def test_identity_tells_samplers_apart_whose_maps_differ() -> None:
-    """Class, patch size, image and probabilities all count."""
-    samplers = [*SAMPLERS.values(), tio.WeightedSampler((5, 4, 3), "label"), tio.LabelSampler(5)]
-    assert len({map_identity(sampler) for sampler in samplers}) == len(samplers)
-    assert map_identity(tio.LabelSampler(5)) == map_identity(tio.LabelSampler(5))
 
 
 def test_map_of_labels_is_small_and_said_in_bytes() -> None:
@@ -229,16 +220,7 @@ def test_map_of_labels_is_small_and_said_in_bytes() -> None:
     assert kept is not None
     voxels = int((subject.label.data > 0).sum())
     assert 0 < kept.size_bytes < voxels
-    arrays = kept.to_arrays()
-    assert sum(arrays[name].nbytes for name in ("starts", "steps", "ends")) == kept.size_bytes
-    for name, other in (
-        ("starts", arrays["starts"][1:]),
-        ("steps", np.empty(0)),
-        ("ends", arrays["ends"].astype(np.float32)),
-        ("starts", arrays["starts"].astype(np.int64)),
-    ):
-        with pytest.raises(ValueError, match="No sampler's map"):
-            SamplerMap.from_arrays({**arrays, name: other})
+    assert sum(array.nbytes for array in (kept.starts, kept.steps, kept.ends)) == kept.size_bytes
 
 
 def test_computing_a_map_holds_less_than_torchio_does() -> None:

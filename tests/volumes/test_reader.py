@@ -20,6 +20,7 @@ from tio_openneuro.content import TreeFile
 from tio_openneuro.errors import DamagedImageError, UnsafeDatasetError
 from tio_openneuro.select.patterns import Scalar
 from tio_openneuro.torchio_seams.images import FetchedScalarImage, ImageFiles, Metadata
+from tio_openneuro.volumes.headers import VolumeFile
 from tio_openneuro.volumes.reader import read_nifti
 
 TYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "i8", "f4", "f8")
@@ -88,7 +89,7 @@ def by_torchio(path: Path) -> tuple[torch.Tensor, np.ndarray]:
 
 def assert_equal_to_torchio(path: Path) -> None:
     """Compare every bit of voxels and affine, the type, and the layout."""
-    found = read_nifti(path, path.name)
+    found = read_nifti(VolumeFile(path), path.name)
     assert found is not None
     voxels, affine = by_torchio(path)
     assert found[0].dtype == voxels.dtype
@@ -240,7 +241,7 @@ def test_what_is_not_certain_is_left_to_torchio(
     fields = {name: value for name, value in change.items() if name != "second"}
     content = nifti_bytes(voxels.reshape(4, 4, 4), second="second" in change, fields=fields)
     path.write_bytes(gzip.compress(content))
-    assert read_nifti(path, "image") is None
+    assert read_nifti(VolumeFile(path), "image") is None
     image = fetched(path)
     try:
         voxels, affine = by_torchio(path)
@@ -279,7 +280,7 @@ def test_names_that_lie_about_compression_are_left_to_torchio(tmp_path: Path) ->
         ("e.nii", content[:300]),
     ):
         (tmp_path / name).write_bytes(stored)
-        assert read_nifti(tmp_path / name, name) is None
+        assert read_nifti(VolumeFile(tmp_path / name), name) is None
 
 
 # -- damaged files ---------------------------------------------------------------------------
@@ -323,7 +324,7 @@ def test_member_that_is_damaged_before_the_last_is_said(tmp_path: Path) -> None:
     path = tmp_path / "image.nii.gz"
     path.write_bytes(first[:-8] + bytes(4) + first[-4:] + last)
     with pytest.raises(DamagedImageError):
-        read_nifti(path, "image")
+        read_nifti(VolumeFile(path), "image")
     path.write_bytes(first + last)
     assert_equal_to_torchio(path)
 
@@ -335,9 +336,9 @@ def test_cut_file_that_torchio_would_read_is_said(tmp_path: Path) -> None:
     path = tmp_path / "image.nii"
     path.write_bytes(content[:-1])
     with pytest.raises(DamagedImageError, match="image: its voxels end early: 1 of"):
-        read_nifti(path, "image")
+        read_nifti(VolumeFile(path), "image")
     path.write_bytes(content)
-    assert read_nifti(path, "image") is None
+    assert read_nifti(VolumeFile(path), "image") is None
 
 
 def test_no_more_is_inflated_than_the_header_states(tmp_path: Path) -> None:
@@ -346,7 +347,7 @@ def test_no_more_is_inflated_than_the_header_states(tmp_path: Path) -> None:
     path = tmp_path / "image.nii.gz"
     path.write_bytes(gzip.compress(nifti_bytes(numbers("i2", (8, 8, 8)))) + zeros * 40)
     tracemalloc.start()
-    found = read_nifti(path, "image")
+    found = read_nifti(VolumeFile(path), "image")
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found is not None
@@ -355,7 +356,7 @@ def test_no_more_is_inflated_than_the_header_states(tmp_path: Path) -> None:
     one = gzip.compress(nifti_bytes(numbers("i2", (8, 8, 8))) + bytes(1 << 28))
     path.write_bytes(one)
     tracemalloc.start()
-    assert read_nifti(path, "image") is not None
+    assert read_nifti(VolumeFile(path), "image") is not None
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 2_000_000
@@ -414,7 +415,7 @@ def test_whatever_the_header_says_it_is_torchios_answer_or_none(
     members = [gzip.compress(content[a:b], 1) for a, b in itertools.pairwise(ends)]
     path = tmp_path / ("image.nii.gz" if cuts else "plain.nii")
     path.write_bytes(b"".join(members) if cuts else content)
-    if read_nifti(path, "image") is not None:
+    if read_nifti(VolumeFile(path), "image") is not None:
         assert_equal_to_torchio(path)
 
 
@@ -427,7 +428,7 @@ def test_place_that_is_no_number_is_refused(tmp_path: Path) -> None:
         fetched(path).load()
     with pytest.raises(UnsafeDatasetError, match=r"image\.nii of sub-01"):
         assert fetched(path).shape
-    assert read_nifti(path, "image") is None
+    assert read_nifti(VolumeFile(path), "image") is None
     path.write_bytes(nifti_bytes(numbers("u1", (6, 2)), fields={**fields, "sform_code": 0}))
     assert fetched(path).shape == (1, 6, 2, 1)
 
@@ -437,7 +438,7 @@ def test_file_beside_its_uncompressed_namesake_is_read_itself(tmp_path: Path) ->
     voxels = numbers("i2", (6, 5, 4))
     (tmp_path / "a.nii").write_bytes(nifti_bytes(voxels * 0))
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress(nifti_bytes(voxels)))
-    found = read_nifti(tmp_path / "a.nii.gz", "a")
+    found = read_nifti(VolumeFile(tmp_path / "a.nii.gz"), "a")
     assert found is not None
     assert np.array_equal(found[0][0], voxels)
 

@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from tio_openneuro.annex.processes import CommandError, run
-from tio_openneuro.annex.tree import index_tree, read_blobs_if_present
+from tio_openneuro.annex.tree import index_tree, list_files, read_blobs_if_present
+from tio_openneuro.content import AnnexKey
 
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
-    from pathlib import Path
-
-    from tio_openneuro.content import AnnexKey
-
-BRANCH_REFS = ("refs/heads/git-annex", "refs/remotes/origin/git-annex")
+_BRANCH_REFS = ("refs/heads/git-annex", "refs/remotes/origin/git-annex")
 _ESCAPED = re.compile(r"&(\d{1,7});")
 _DEAD = "X"
+_RMET = ".log.rmet"
 _FEW_KEYS = 50
 _EXPORT_WORDS = 3
 
@@ -75,14 +72,9 @@ def git_folder(clone: Path) -> Path | None:
 
 def branch_refs(clone: Path) -> list[str]:
     """Return the refs of the clone's git-annex branch and of its origin's, as far as there."""
-    command = ["git", "for-each-ref", "--format=%(refname)", *BRANCH_REFS]
+    command = ["git", "for-each-ref", "--format=%(refname)", *_BRANCH_REFS]
     found = run(command, cwd=clone).decode().split()
-    return [ref for ref in BRANCH_REFS if ref in found]
-
-
-def branch_ref(clone: Path) -> str | None:
-    """Return the ref of the clone's git-annex branch, or of its origin's; None without one."""
-    return next(iter(branch_refs(clone)), None)
+    return [ref for ref in _BRANCH_REFS if ref in found]
 
 
 def special_remotes(clone: Path, ref: str) -> list[SpecialRemote]:
@@ -90,14 +82,21 @@ def special_remotes(clone: Path, ref: str) -> list[SpecialRemote]:
 
     Args:
         clone: The clone's folder.
-        ref: The branch, of :func:`branch_ref`.
+        ref: The branch, of :func:`branch_refs`.
     """
     logs = read_blobs_if_present(clone, [f"{ref}:remote.log", f"{ref}:trust.log"])
-    remote_log, trust_log = (_newest_by_uuid(log or b"") for log in logs)
+    remote_log, trust_log = (
+        _newest(
+            (words[-1].removeprefix("timestamp="), uuid, words[:-1])
+            for uuid, *words in _lines(log)
+            if words and words[-1].startswith("timestamp=")
+        )
+        for log in logs
+    )
     remotes = []
     for uuid, words in remote_log.items():
         fields = dict(_assignment(word) for word in words if "=" in word)
-        dead = trust_log.get(uuid, [""])[0] == _DEAD
+        dead = trust_log.get(uuid, [])[:1] == [_DEAD]
         remotes.append(SpecialRemote(uuid, fields.get("name", ""), dead, fields))
     return remotes
 
@@ -109,7 +108,7 @@ def keys_with_version(
 
     Args:
         clone: The clone's folder.
-        ref: The branch, of :func:`branch_ref`.
+        ref: The branch, of :func:`branch_refs`.
         keys: Keys to look for.
         uuids: Ids of the remotes.
     """
@@ -117,7 +116,7 @@ def keys_with_version(
         blobs = {key: f"{ref}:{_log_path(key)}" for key in keys}
     else:
         # git finds one path after another in 0.6 ms each; the whole branch takes it 20 ms.
-        listed = _metadata_blobs(clone, ref)
+        listed = {path: blob for _, blob, path in list_files(clone, ref) if path.endswith(_RMET)}
         blobs = {key: listed[path] for key in keys if (path := _log_path(key)) in listed}
     logs = read_blobs_if_present(clone, list(blobs.values()))
     fields = {f"{uuid}:V".encode() for uuid in uuids}
@@ -135,83 +134,60 @@ def exported_keys(clone: Path, ref: str, uuids: Collection[str]) -> set[AnnexKey
 
     Args:
         clone: The clone's folder.
-        ref: The branch, of :func:`branch_ref`.
+        ref: The branch, of :func:`branch_refs`.
         uuids: Ids of the remotes.
     """
     (log,) = read_blobs_if_present(clone, [f"{ref}:export.log"])
-    trees: dict[str, tuple[float, str]] = {}
-    for line in (log or b"").decode(errors="replace").splitlines():
-        words = line.split(" ")
-        if len(words) < _EXPORT_WORDS or words[1].partition(":")[2] not in uuids:
-            continue
-        at_s = _timestamp(words[0])
-        if at_s >= trees.get(words[1], (0.0, ""))[0]:
-            trees[words[1]] = (at_s, words[2])
+    exports = _newest(
+        (words[0], words[1], words[2:])
+        for words in _lines(log)
+        if len(words) >= _EXPORT_WORDS and words[1].partition(":")[2] in uuids
+    )
     keys: set[AnnexKey] = set()
-    for _, tree in trees.values():
+    for tree, *_ in exports.values():
         with contextlib.suppress(CommandError):
             keys.update(file.key for file in index_tree(clone, tree) if file.key is not None)
     return keys
 
 
-def configured_uuids(clone: Path) -> dict[str, str]:
-    """Return the annex ids of the remotes in the clone's git configuration, by name."""
-    command = ["git", "config", "--local", "-z", "--get-regexp", r"^remote\..*\.annex-uuid$"]
-    listed = _nothing_if_1(command, clone)
-    pairs = [entry.split("\n", 1) for entry in listed.split("\0") if "\n" in entry]
-    return {name[len("remote.") : -len(".annex-uuid")]: value for name, value in pairs}
-
-
-def config_value(clone: Path, name: str, *, blob: str = "") -> str:
-    """Return a value of the clone's own git configuration, or an empty string.
+def git_config(clone: Path, pattern: str) -> dict[str, str]:
+    """Return the settings of the clone's own git configuration whose names match.
 
     Args:
         clone: The clone's folder.
-        name: Name of the setting.
-        blob: Read it from this blob instead, ``"HEAD:.datalad/config"``.
+        pattern: A regular expression, as git reads it.
     """
-    where = ["--blob", blob] if blob else ["--local"]
-    return _nothing_if_1(["git", "config", *where, "--get", name], clone).strip()
-
-
-def _nothing_if_1(command: Sequence[str], clone: Path) -> str:
+    command = ["git", "config", "--local", "-z", "--get-regexp", pattern]
     try:
-        return run(command, cwd=clone).decode(errors="replace")
+        listed = run(command, cwd=clone).decode(errors="replace")
     except CommandError as error:
-        # git's way to say that nothing matches is 1; that a blob is not there, 128.
-        if error.returncode == 1 or "--blob" in command:
-            return ""
+        if error.returncode == 1:  # git's way to say that nothing matches
+            return {}
         raise
+    return dict(entry.split("\n", 1) for entry in listed.split("\0") if "\n" in entry)
+
+
+def configured_uuids(clone: Path) -> dict[str, str]:
+    """Return the annex ids of the remotes in the clone's git configuration, by name."""
+    found = git_config(clone, r"^remote\..*\.annex-uuid$")
+    return {name[len("remote.") : -len(".annex-uuid")]: value for name, value in found.items()}
 
 
 def _log_path(key: AnnexKey) -> str:
     """Return where the branch has a key's remote metadata, ``"f9f/b63/KEY.log.rmet"``."""
     folders = key.object_paths()[1].removeprefix("annex/objects/")[:8]
-    return f"{folders}{key.name}.log.rmet"
+    return f"{folders}{key.name}{_RMET}"
 
 
-def _metadata_blobs(clone: Path, ref: str) -> dict[str, str]:
-    """Return the blobs of all remote metadata logs by their path."""
-    listing = run(["git", "ls-tree", "-r", "-z", "--full-tree", ref], cwd=clone, timeout_s=600.0)
-    blobs = {}
-    for entry in listing.split(b"\0"):
-        if entry.endswith(b".log.rmet"):
-            facts, _, path = entry.partition(b"\t")
-            blobs[path.decode(errors="surrogateescape")] = facts.split()[2].decode()
-    return blobs
+def _lines(log: bytes | None) -> list[list[str]]:
+    """Return the words of each line of a log that may not be there."""
+    return [line.split(" ") for line in (log or b"").decode(errors="replace").splitlines()]
 
 
-def _newest_by_uuid(log: bytes) -> dict[str, list[str]]:
-    """Return the words of each id's newest line; a union merge leaves several."""
-    newest: dict[str, tuple[float, list[str]]] = {}
-    for line in log.decode(errors="replace").splitlines():
-        uuid, *words = line.split(" ")
-        if not words or not words[-1].startswith("timestamp="):
-            continue
-        at_s = _timestamp(words[-1].removeprefix("timestamp="))
-        if uuid not in newest or at_s >= newest[uuid][0]:
-            newest[uuid] = (at_s, words[:-1])
-    return {uuid: words for uuid, (_, words) in newest.items()}
+def _newest(entries: Iterable[tuple[str, str, list[str]]]) -> dict[str, list[str]]:
+    """Return the words of each id's newest entry: a union merge leaves several."""
+    in_time = sorted(entries, key=lambda entry: _timestamp(entry[0]))
+    return {name: words for _, name, words in in_time}
 
 
 def _timestamp(text: str) -> float:

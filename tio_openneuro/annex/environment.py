@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import sysconfig
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from collections.abc import Mapping
+from pathlib import Path
 
 _STRIPPED = (
     "AWS_ACCESS_KEY_ID",
@@ -68,15 +68,35 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     environment["GIT_TERMINAL_PROMPT"] = "0"
     environment["LC_ALL"] = "C.UTF-8"
     environment.update(extra or {})
-    _add_git_config(environment)
-    return environment
-
-
-def _add_git_config(environment: dict[str, str]) -> None:
-    """Append our settings of git to those that the environment carries."""
+    # Beside the settings that the environment carries.
     given = environment.get("GIT_CONFIG_COUNT", "0")
     first = int(given) if given.isdigit() else 0
     for number, (name, value) in enumerate(_GIT_CONFIG, start=first):
         environment[f"GIT_CONFIG_KEY_{number}"] = name
         environment[f"GIT_CONFIG_VALUE_{number}"] = value
     environment["GIT_CONFIG_COUNT"] = str(first + len(_GIT_CONFIG))
+    return environment
+
+
+def annex_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a coprocess, in which git finds git-annex's binary itself.
+
+    What the wheel puts into the scripts folder is a Python script that starts the binary. That
+    start costs a coprocess as much again as git-annex's own.
+
+    Args:
+        extra: Variables that go over all others.
+    """
+    environment = child_environment(extra)
+    found = shutil.which("git-annex", path=environment["PATH"])
+    wheel = importlib.util.find_spec("git_annex")
+    if found is None or wheel is None or wheel.origin is None:
+        return environment
+    folder = Path(wheel.origin).parent
+    binary = shutil.which("git-annex", path=str(folder))
+    if binary is not None and Path(found).parent == Path(scripts_folder()):
+        environment["PATH"] = os.pathsep.join((str(folder), environment["PATH"]))
+        # As the script does.
+        if (folder / "magic.mgc").exists():
+            environment["MAGIC"] = str(folder / "magic.mgc")
+    return environment

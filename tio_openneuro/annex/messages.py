@@ -1,209 +1,270 @@
-"""git-annex's words, what they mean to us, and how often each is tried again.
+"""What git and git-annex say, what it means to us, and how often each is tried again.
 
-One table, tried in order. Reads the clock and the system's randomness, nothing else.
+The only place that reads their words. Reads the clock and the system's randomness, nothing else.
 
-git-annex has no error codes; its messages were provoked with git-annex 10.20261026 against the
-loopback OpenNeuro. What no row matches is :attr:`Failure.UNKNOWN`, retried and reported whole.
+Neither has error codes; git-annex's messages were provoked with git-annex 10.20261026 against the
+loopback OpenNeuro. What no words match is tried again as unknown, and reported whole.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import Any, Self
 
-from tio_openneuro.errors import ContentMismatchError, FetchError, RemoteUnavailableError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What is done about a class of failure.
-
-    Attributes:
-        error: What is raised in the end.
-        attempts: Tries at one remote in all, unless bytes arrive in between.
-        backoff_s: Pause before the second try in seconds; it doubles.
-        longest_backoff_s: Up to this.
-        cause: The likely cause, as a clause.
-        advice: What to do next, as a sentence.
-    """
-
-    error: type[FetchError]
-    attempts: int
-    backoff_s: float
-    cause: str
-    advice: str
-    longest_backoff_s: float = 30.0
-
+from tio_openneuro.errors import (
+    ContentMismatchError,
+    FetchError,
+    NotAnAnnexError,
+    RemoteUnavailableError,
+    TioOpenNeuroError,
+)
 
 _PROGRESS_BYTES = 1 << 20
 _LATER = "Try again later, or look at the network."
 _SKIP = "Skip this file, or ask the dataset's owners."
+_MISSING = {"git-annex": "'annex' is not a git command", "datalad": "No module named 'datalad'"}
+_VERIFY = re.compile(r"verifyremote \S+ --safe (\S+)")
 
 
-class Failure(Enum):
-    """Why content did not arrive; the value is the policy."""
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a class of failure is told, and what is done about it.
+
+    Attributes:
+        error: What is raised in the end.
+        cause: The likely cause, as a clause.
+        advice: What to do next, as a sentence.
+        words: A regular expression for the words that tell of it; empty where none do.
+        attempts: Tries at one remote in all, unless bytes arrive in between.
+        backoff_s: Pause before the second try in seconds; it doubles.
+        longest_backoff_s: Up to this.
+    """
+
+    error: type[TioOpenNeuroError]
+    cause: str
+    advice: str
+    words: str = ""
+    attempts: int = 1
+    backoff_s: float = 0.5
+    longest_backoff_s: float = 30.0
+
+
+class _Told(Enum):
+    """Classes of failure, told by what a program says; the values are policies."""
+
+    @classmethod
+    def of(cls, said: str, otherwise: Self) -> Self:
+        """Return the first class of which these words tell.
+
+        Args:
+            said: Error messages of a JSON answer, or standard error.
+            otherwise: What words mean that are not known.
+
+        Example:
+            >>> Failure.of("download failed: Service Unavailable", Failure.UNKNOWN)
+            <Failure.THROTTLED: ...>
+        """
+        known = (each for each in cls if each.value.words)
+        return next((each for each in known if re.search(each.value.words, said)), otherwise)
+
+    def error(self, act: str, program: str, said: str, *, key: str = "") -> TioOpenNeuroError:
+        """Return what is to be raised.
+
+        Args:
+            act: What could not be done, ``"clone ds004199"``.
+            program: Who failed.
+            said: The program's own words, or an empty string.
+            key: Name of the annex key concerned.
+        """
+        policy: Policy = self.value
+        quoted = f" {program} said: {said[:500]}" if said else ""
+        return policy.error(f"Cannot {act}: {policy.cause}.{quoted} {policy.advice}", key=key)
+
+
+class Failure(_Told):
+    """Why content did not arrive, from what git-annex says."""
 
     BUSY = Policy(
         FetchError,
+        "another process transfers the same content",
+        "Wait for it, or end it.",
+        r"transfer already in progress|unable to take transfer lock",
         attempts=1000,
         backoff_s=0.1,
-        cause="another process transfers the same content",
-        advice="Wait for it, or end it.",
         longest_backoff_s=1.0,
-    )
-    STALLED = Policy(
-        RemoteUnavailableError,
-        attempts=4,
-        backoff_s=0.5,
-        cause="the remote sent nothing more, or next to nothing",
-        advice=_LATER,
     )
     NO_VERSION = Policy(
         FetchError,
-        attempts=1,
-        backoff_s=0.0,
-        cause="the dataset records no S3 version of this file, so that it cannot be asked for",
-        advice=_SKIP,
+        "the dataset records no S3 version of this file, so that it cannot be asked for",
+        _SKIP,
+        r"no S3 version ID is recorded",
     )
-    NOT_RECORDED = Policy(
-        FetchError,
-        attempts=1,
-        backoff_s=0.0,
-        cause="the dataset does not record that this remote has it",
-        advice="Name a remote that has it with remotes=, or skip this file.",
-    )
-    NOT_USABLE = Policy(
+    NOT_ALLOWED = Policy(
         RemoteUnavailableError,
-        attempts=1,
-        backoff_s=0.0,
-        cause="git-annex does not let the remote be used here",
-        advice="Follow what git-annex says, in the clone.",
-    )
-    NOT_FOUND = Policy(
-        RemoteUnavailableError,
-        attempts=2,
-        backoff_s=0.5,
-        cause="the remote does not have it (404)",
-        advice=_SKIP,
-    )
-    FORBIDDEN = Policy(
-        RemoteUnavailableError,
-        attempts=2,
-        backoff_s=0.5,
-        cause="the remote refuses access (403)",
-        advice="Look whether the dataset is still public; skip this file if not.",
-    )
-    THROTTLED = Policy(
-        RemoteUnavailableError,
-        attempts=8,
-        backoff_s=0.5,
-        cause="the remote is overloaded",
-        advice="Try again later, or with fewer jobs.",
-    )
-    CONNECTION = Policy(
-        RemoteUnavailableError,
-        attempts=6,
-        backoff_s=0.5,
-        cause="the connection failed",
-        advice=_LATER,
-    )
-    BAD_RANGE = Policy(
-        RemoteUnavailableError,
-        attempts=3,
-        backoff_s=0.5,
-        cause="the remote does not send the part of the file that was asked for (416)",
-        advice=_LATER,
-    )
-    CORRUPT = Policy(
-        ContentMismatchError,
-        attempts=3,
-        backoff_s=0.2,
-        cause="what arrived has another size or checksum than the annex key says",
-        advice="Report it to the dataset's owners, or skip this file.",
+        "git-annex does not let the remote be used here",
+        "Follow what git-annex says, in the clone.",
+        r"cannot be used since it's not verified|[Cc]onfiguration does not allow accessing",
     )
     DISK_FULL = Policy(
         FetchError,
+        "the disk is full",
+        "Free space on the clone's disk, or lower disk_budget.",
+        r"not enough free space|No space left|disk full|ResourceExhausted|resource exhausted",
         attempts=4,
         backoff_s=1.0,
-        cause="the disk is full",
-        advice="Free space on the clone's disk, or lower disk_budget.",
+    )
+    CORRUPT = Policy(
+        ContentMismatchError,
+        "what arrived has another size or checksum than the annex key says",
+        "Report it to the dataset's owners, or skip this file.",
+        r"Verification of content failed|incorrect size|checksum|bad content",
+        attempts=3,
+        backoff_s=0.2,
     )
     READ_ONLY = Policy(
         FetchError,
-        attempts=1,
-        backoff_s=0.0,
-        cause="the clone cannot be written to",
-        advice="Use a clone of your own, or give the accession.",
+        "the clone cannot be written to",
+        "Use a clone of your own, or give the accession.",
+        r"Read-only file system|[Pp]ermission denied|readonly database",
+    )
+    BAD_RANGE = Policy(
+        RemoteUnavailableError,
+        "the remote does not send the part of the file that was asked for (416)",
+        _LATER,
+        r"\b416\b|Range Not Satisfiable",
+        attempts=3,
+    )
+    NOT_FOUND = Policy(
+        RemoteUnavailableError,
+        "the remote does not have it (404)",
+        _SKIP,
+        r"\b(404|[Nn]ot ?[Ff]ound|NoSuchKey|NoSuchVersion)\b",
+        attempts=2,
+    )
+    FORBIDDEN = Policy(
+        RemoteUnavailableError,
+        "the remote refuses access (403)",
+        "Look whether the dataset is still public; skip this file if not.",
+        r"\b(403|401|Forbidden|AccessDenied)\b",
+        attempts=2,
+    )
+    THROTTLED = Policy(
+        RemoteUnavailableError,
+        "the remote is overloaded",
+        "Try again later, or with fewer jobs.",
+        r"\b(429|500|502|503|504|SlowDown|Service Unavailable|Too Many Requests)\b",
+        attempts=8,
+    )
+    CONNECTION = Policy(
+        RemoteUnavailableError,
+        "the connection failed",
+        _LATER,
+        r"[Cc]onnection|[Tt]imed? ?out|getAddrInfo|resolve|NoResponseDataReceived|"
+        r"ResponseTimeout|TlsException|TLS|IncompleteHeaders|InvalidChunk|"
+        r"ResponseBodyTooShort|Network|unreachable|reset by peer|does not exist",
+        attempts=6,
+    )
+    NOT_USABLE = Policy(
+        RemoteUnavailableError,
+        "git-annex cannot use the remote in this clone",
+        "Look at 'git annex info' of the remote, in the clone.",
+        r"unable to access|not available|not configured|unable to use special remote",
+    )
+    STALLED = Policy(
+        RemoteUnavailableError,
+        "the remote sent nothing more, or next to nothing",
+        _LATER,
+        attempts=4,
+    )
+    NOT_RECORDED = Policy(
+        FetchError,
+        "the dataset does not record that this remote has it",
+        "Name a remote that has it with remotes=, or skip this file.",
     )
     DIED = Policy(
         FetchError,
+        "git-annex ended in the middle",
+        "Run 'git annex fsck --fast' in the clone.",
         attempts=3,
         backoff_s=0.2,
-        cause="git-annex ended in the middle",
-        advice="Run 'git annex fsck --fast' in the clone.",
     )
     UNKNOWN = Policy(
         FetchError,
+        "git-annex failed, for a reason that is not known here",
+        "Run 'git annex get --key' in the clone to see more.",
         attempts=3,
-        backoff_s=0.5,
-        cause="git-annex failed, for a reason that is not known here",
-        advice="Run 'git annex get --key' in the clone to see more.",
     )
 
 
-_TABLE: tuple[tuple[str, Failure], ...] = (
-    (r"transfer already in progress|unable to take transfer lock", Failure.BUSY),
-    (r"no S3 version ID is recorded", Failure.NO_VERSION),
-    (r"cannot be used since it's not verified", Failure.NOT_USABLE),
-    (r"[Cc]onfiguration does not allow accessing", Failure.NOT_USABLE),
-    (
-        r"not enough free space|No space left|disk full|ResourceExhausted|resource exhausted",
-        Failure.DISK_FULL,
-    ),
-    (r"Verification of content failed|incorrect size|checksum|bad content", Failure.CORRUPT),
-    (r"Read-only file system|[Pp]ermission denied|readonly database", Failure.READ_ONLY),
-    (r"\b416\b|Range Not Satisfiable", Failure.BAD_RANGE),
-    (r"\b(404|[Nn]ot ?[Ff]ound|NoSuchKey|NoSuchVersion)\b", Failure.NOT_FOUND),
-    (r"\b(403|401|Forbidden|AccessDenied)\b", Failure.FORBIDDEN),
-    (
-        r"\b(429|500|502|503|504|SlowDown|Service Unavailable|Too Many Requests)\b",
-        Failure.THROTTLED,
-    ),
-    (
-        (
-            r"[Cc]onnection|[Tt]imed? ?out|getAddrInfo|resolve|NoResponseDataReceived|"
-            r"ResponseTimeout|TlsException|TLS|IncompleteHeaders|InvalidChunk|"
-            r"ResponseBodyTooShort|Network|unreachable|reset by peer|does not exist"
-        ),
-        Failure.CONNECTION,
-    ),
-    (
-        r"unable to access|not available|not configured|unable to use special remote",
-        Failure.NOT_USABLE,
-    ),
-)
-_COMPILED = tuple((re.compile(pattern), failure) for pattern, failure in _TABLE)
+class CloneFailure(_Told):
+    """Why a clone, or its new versions, did not arrive, from what git says."""
+
+    NO_REPOSITORY = Policy(
+        NotAnAnnexError,
+        "there is no git repository",
+        "Give an accession like 'ds004199', a git URL, or the path of a clone.",
+        r"not appear to be a git repository|not valid: is this a git repo",
+    )
+    NO_DATASET = Policy(
+        RemoteUnavailableError,
+        "there is no such dataset, or it is not public (404)",
+        "Look at the accession on openneuro.org.",
+        r"not found|could not read Username|Authentication failed|does not exist|"
+        r"returned error: 40[134]|[Pp]ermission denied",
+    )
+    UNREACHABLE = Policy(
+        RemoteUnavailableError,
+        "the server cannot be reached",
+        "Look at the network, and try again; a dataset that was cloned before works without.",
+        r"[Cc]ould not resolve|[Ff]ailed to connect|Connection|timed out|unable to access|"
+        r"[Cc]ould not read from remote|returned error: 5\d\d|early EOF|hung up",
+    )
+    UNKNOWN = Policy(
+        RemoteUnavailableError, "git failed, for a reason that is not known here", _LATER
+    )
 
 
-def classify(messages: Sequence[str]) -> Failure:
-    """Return the class of failure that git-annex's messages tell of.
+def clone_error(act: str, said: str) -> TioOpenNeuroError:
+    """Return the error that git's words mean, where a clone or new versions did not arrive.
 
     Args:
-        messages: The ``error-messages`` of its JSON answer, or lines of its standard error.
-
-    Example:
-        >>> classify(["download failed: Service Unavailable"])
-        <Failure.THROTTLED: ...>
+        act: What could not be done, ``"clone ds004199"``.
+        said: Its standard error.
     """
-    said = "\n".join(messages)
-    return next((failure for row, failure in _COMPILED if row.search(said)), Failure.UNKNOWN)
+    telling = [line for line in said.splitlines() if "fatal" in line or "error" in line.lower()]
+    short = " ".join(telling or said.splitlines()[-3:])
+    return CloneFailure.of(said, CloneFailure.UNKNOWN).error(act, "git", short)
+
+
+def missing_program(said: str) -> str:
+    """Return the program that a child says is not installed; empty where it says no such thing."""
+    return next((program for program, words in _MISSING.items() if words in said), "")
+
+
+def verification(said: str) -> str:
+    """Return the number by which ``enableremote`` wants the remote verified; empty without one."""
+    found = _VERIFY.search(said)
+    return found[1] if found else ""
+
+
+def parse_answer(line: bytes) -> dict[str, Any]:
+    """Return git-annex's answer; a line that is no JSON object tells nothing."""
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def complaints(answer: dict[str, Any]) -> str:
+    """Return git-annex's own words about what failed."""
+    said = [*answer.get("error-messages", ()), answer.get("note") or ""]
+    return " ".join(str(message) for message in said).strip()
 
 
 class Retries:

@@ -18,57 +18,57 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import deque
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
 
 from tio_openneuro.annex.environment import child_environment
+from tio_openneuro.annex.messages import missing_program
 from tio_openneuro.errors import TioOpenNeuroError
+from tio_openneuro.forks import at_fork
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-_WINDOWS = sys.platform == "win32"
 _READ_BYTES = 1 << 16
 _STDERR_LINES = 40
 _KILL_WAIT_S = 10.0
 _STARTING = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_STARTING.acquire,
-        after_in_parent=_STARTING.release,
-        after_in_child=_STARTING.release,
-    )
+at_fork(
+    "gate",
+    _STARTING,
+    before=lambda gate: gate.acquire(),
+    in_parent=lambda gate: gate.release(),
+    in_child=lambda gate: gate.release(),
+)
 
 
 class CommandError(TioOpenNeuroError):
     """A child process failed, or passed its deadline."""
 
     def __init__(
-        self,
-        message: str = "",
-        *,
-        arguments: tuple[str, ...] = (),
-        returncode: int | None = None,
-        stderr: str = "",
+        self, message: str = "", *, returncode: int | None = None, stderr: str = ""
     ) -> None:
         """Keep the message and what the child left.
 
         Args:
             message: The whole message.
-            arguments: The command line.
             returncode: Exit status; None where the child was killed at its deadline.
             stderr: What the child wrote to standard error.
         """
         super().__init__(message)
-        self.arguments = arguments
         self.returncode = returncode
         self.stderr = stderr
 
 
-class MissingProgramError(CommandError):
+class MissingProgramError(TioOpenNeuroError):
     """A program that this library needs is not installed."""
+
+    @classmethod
+    def of(cls, program: str) -> MissingProgramError:
+        """Return the error that names a program and how to install it."""
+        return cls(
+            f"Cannot run {program}: it is not installed, or not on the path. Install it with your "
+            f"system's packages (git-annex and DataLad also with 'pip install {program}')."
+        )
 
 
 def _start(
@@ -76,11 +76,11 @@ def _start(
     *,
     cwd: Path | None,
     environment: Mapping[str, str] | None,
-    keep_fds: tuple[int, ...],
+    keep_fds: tuple[int, ...] = (),
     stdin: IO[bytes] | int = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
     """Start a child that leads its own process group, with unbuffered pipes."""
-    given = dict(environment) if environment is not None else child_environment()
+    environment = child_environment() if environment is None else environment
     apart: dict[str, Any] = {"start_new_session": True, "pass_fds": keep_fds}
     if sys.platform == "win32":
         apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
@@ -93,18 +93,14 @@ def _start(
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 cwd=cwd,
-                env=given,
+                env=environment,
                 **apart,
             )
     except FileNotFoundError as error:
         if cwd is not None and not cwd.is_dir():
             message = f"Cannot run {arguments[0]} in {cwd}: there is no such folder."
-            raise CommandError(message, arguments=tuple(arguments)) from error
-        message = (
-            f"Cannot run {arguments[0]}: it is not installed, or not on the path. Install it "
-            f"with your system's packages (git-annex also with 'pip install git-annex')."
-        )
-        raise MissingProgramError(message, arguments=tuple(arguments)) from error
+            raise CommandError(message) from error
+        raise MissingProgramError.of(arguments[0]) from error
 
 
 def has_ended(process: subprocess.Popen[bytes]) -> bool:
@@ -139,6 +135,13 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
         process.wait(_KILL_WAIT_S)
 
 
+def _close(*pipes: IO[bytes] | None) -> None:
+    for pipe in pipes:
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
 def run(
     arguments: Sequence[str],
     *,
@@ -146,7 +149,6 @@ def run(
     stdin: bytes = b"",
     timeout_s: float = 120.0,
     environment: Mapping[str, str] | None = None,
-    keep_fds: tuple[int, ...] = (),
 ) -> bytes:
     """Run a program to its end and return its standard output.
 
@@ -158,37 +160,32 @@ def run(
         stdin: What the child reads.
         timeout_s: Deadline in seconds.
         environment: The whole environment; default: :func:`child_environment`.
-        keep_fds: Descriptors that the child inherits (ignored on Windows).
 
     Raises:
-        MissingProgramError: The program is not installed.
+        MissingProgramError: The program is not installed, or git-annex or DataLad, which it needs.
         CommandError: It failed, or passed its deadline.
     """
     # From a file and not a pipe, whose other end a process forked meanwhile would keep open.
     with tempfile.TemporaryFile() as source:
         source.write(stdin)
         source.seek(0)
-        process = _start(
-            arguments, cwd=cwd, environment=environment, keep_fds=keep_fds, stdin=source
-        )
+        process = _start(arguments, cwd=cwd, environment=environment, stdin=source)
     shown = " ".join(arguments[:6])
     try:
         stdout, stderr = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
         message = f"Cannot finish '{shown}': no end after {timeout_s:g} s; it was killed."
-        raise CommandError(message, arguments=tuple(arguments)) from error
+        raise CommandError(message) from error
     finally:
         if process.returncode is None:
             kill_group(process)
-        for pipe in (process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
+        _close(process.stdout, process.stderr)
     if process.returncode != 0:
         said = stderr.decode(errors="replace").strip()
+        if missing := missing_program(said):
+            raise MissingProgramError.of(missing)
         message = f"Cannot run '{shown}': it exited with {process.returncode}: {said[-2000:]}"
-        raise CommandError(
-            message, arguments=tuple(arguments), returncode=process.returncode, stderr=said
-        )
+        raise CommandError(message, returncode=process.returncode, stderr=said)
     return stdout
 
 
@@ -218,7 +215,7 @@ class Coprocess:
         Raises:
             MissingProgramError: The program is not installed.
         """
-        self._arguments = tuple(arguments)
+        self._program = arguments[0]
         self._process = _start(arguments, cwd=cwd, environment=environment, keep_fds=keep_fds)
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stderr: deque[bytes] = deque(maxlen=_STDERR_LINES)
@@ -257,8 +254,8 @@ class Coprocess:
             while rest:
                 rest = rest[self._process.stdin.write(rest) or 0 :]
         except (OSError, ValueError) as error:
-            message = f"Cannot ask '{self._arguments[0]}' (process {self.pid}): it has ended."
-            raise CommandError(message, arguments=self._arguments, stderr=self.stderr) from error
+            message = f"Cannot ask '{self._program}' (process {self.pid}): it has ended."
+            raise CommandError(message, stderr=self.stderr) from error
 
     def read_line(self, timeout_s: float) -> bytes | None:
         """Return the next line without its newline, or None at the end of the output.
@@ -284,16 +281,12 @@ class Coprocess:
         Returns:
             Whether it ended by itself.
         """
-        deadline = time.monotonic() + timeout_s
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(max(deadline - time.monotonic(), 0.0))
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return False
+        _close(self._process.stdin)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+        ended = self._process.returncode is not None
         self.kill()
-        return True
+        return ended
 
     def kill(self) -> None:
         """Kill the child and its process group, and close the pipes. Idempotent."""
@@ -301,21 +294,16 @@ class Coprocess:
         for thread in self._threads:
             # A grandchild that left the group may hold the pipe open: the thread is a daemon.
             thread.join(1.0)
-        self.abandon(close_output=False)
+        self._ended = True
+        _close(self._process.stdin)
 
-    def abandon(self, *, close_output: bool = True) -> None:
+    def abandon(self) -> None:
         """Close this process's ends of the pipes and leave the child alone.
 
         For a forked process, whose copies of the pipes would keep the child waiting.
         """
         self._ended = True
-        pipes = [self._process.stdin]
-        if close_output:
-            pipes += [self._process.stdout, self._process.stderr]
-        for pipe in pipes:
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        _close(self._process.stdin, self._process.stdout, self._process.stderr)
 
     def _read_stdout(self) -> None:
         assert self._process.stdout is not None  # noqa: S101 - opened as a pipe in _start

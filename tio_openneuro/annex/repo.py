@@ -9,18 +9,19 @@ Never uses ``--force``, and never initialises a clone or enables a remote.
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import shutil
+import stat
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tio_openneuro.annex.branch import (
     SpecialRemote,
-    branch_ref,
+    branch_refs,
     configured_uuids,
     exported_keys,
     git_folder,
@@ -29,22 +30,18 @@ from tio_openneuro.annex.branch import (
 )
 from tio_openneuro.annex.children import AnnexChildren
 from tio_openneuro.annex.messages import Failure, Retries
-from tio_openneuro.annex.transfer import Outcome
-from tio_openneuro.annex.tree import externals, index_tree, read_blobs, refuse_external
-from tio_openneuro.content import StoredContent, TreeFile
-from tio_openneuro.errors import DropRefusedError, FetchError, NotAnAnnexError
+from tio_openneuro.annex.transfer import POLL_S, FailedTransfer, TransferRequest
+from tio_openneuro.content import AnnexKey, StoredContent
+from tio_openneuro.errors import (
+    DropRefusedError,
+    FetchError,
+    NotAnAnnexError,
+    UnsafeDatasetError,
+)
 from tio_openneuro.sizes import format_size
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from tio_openneuro.content import AnnexKey
-
-__all__ = ["AnnexRepo", "TreeFile", "git_folder", "index_tree", "read_blobs"]
 
 _LOG = logging.getLogger(__name__)
 
-_POLL_S = 0.1
 _SLOWEST_BYTES_PER_S = 50e3
 _DROP_ATTEMPTS = 4
 _NO_VERSION = "no S3 version id is recorded for it, so that the remote cannot give it"
@@ -55,6 +52,11 @@ class AnnexRepo:
 
     Safe to share by threads, forked processes (which start children of their own) and, pickled,
     by spawned ones. Implements :class:`tio_openneuro.content.ContentRepo`.
+
+    Attributes:
+        path: Absolute folder of the clone.
+        remotes: Names of the trusted remotes.
+        retries: How often a transfer was tried again; waits for another process's do not count.
     """
 
     def __init__(
@@ -77,23 +79,23 @@ class AnnexRepo:
         Raises:
             NotAnAnnexError: There is no git repository.
         """
-        self._path = Path(path).absolute()
-        self._remotes = tuple(remotes)
+        self.path = Path(path).absolute()
+        self.remotes = tuple(remotes)
         self._stall_timeout_s = stall_timeout_s
         self._total_timeout_s = total_timeout_s
-        folder = git_folder(self._path)
+        folder = git_folder(self.path)
         if folder is None:
-            message = f"Cannot use {self._path} as an annex: it is not a git repository."
+            message = f"Cannot use {self.path} as an annex: it is not a git repository."
             raise NotAnAnnexError(message)
         self._git_folder = folder
         self._by_process: dict[int, AnnexChildren] = {}
         self._proven: set[str] = set()
-        self._retries = 0
+        self.retries = 0
         self._counting = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
         """Return what another process needs: names and numbers, no children."""
-        fresh = {"_by_process": {}, "_proven": set(), "_retries": 0, "_counting": None}
+        fresh = {"_by_process": {}, "_proven": set(), "retries": 0, "_counting": None}
         return {**self.__dict__, **fresh}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -103,32 +105,14 @@ class AnnexRepo:
 
     def __repr__(self) -> str:
         """Return the path and the remotes."""
-        return f"AnnexRepo({str(self._path)!r}, remotes={self._remotes!r})"
-
-    @property
-    def path(self) -> Path:
-        """Absolute folder of the clone."""
-        return self._path
-
-    @property
-    def remotes(self) -> tuple[str, ...]:
-        """Names of the trusted remotes."""
-        return self._remotes
-
-    @property
-    def retries(self) -> int:
-        """How often a transfer was tried again; waits for another process's do not count."""
-        return self._retries
+        return f"AnnexRepo({str(self.path)!r}, remotes={self.remotes!r})"
 
     def locate(self, key: AnnexKey) -> Path | None:
         """Return the file that holds the whole content, or None where it is absent."""
         for relative in key.object_paths():
             path = self._git_folder / relative
-            try:
-                size_bytes = path.stat().st_size
-            except OSError:
-                continue
-            if key.size_bytes is None or size_bytes == key.size_bytes:
+            size_bytes = _file_size(path)
+            if size_bytes is not None and key.size_bytes in {None, size_bytes}:
                 return path
         return None
 
@@ -142,7 +126,7 @@ class AnnexRepo:
         """Fetch the content, verified by its checksum, and return its file.
 
         Goes on where an earlier try stopped. Each class of failure has its own number of tries
-        at a remote (:mod:`tio_openneuro.annex_messages`); then the next remote is asked. If the
+        at a remote (:mod:`tio_openneuro.annex.messages`); then the next remote is asked. If the
         process is killed, the partial download stays, and git-annex ends with it or soon after.
 
         Args:
@@ -157,7 +141,9 @@ class AnnexRepo:
             FetchError: Cancelled, disk full, no version recorded, deadline passed.
             UnsafeDatasetError: To check the key, git-annex would run a program that it names.
         """
-        refuse_external(key)
+        if why := _why_unsafe(key):
+            message = f"Refused to fetch {key}: {why}. Skip this file."
+            raise UnsafeDatasetError(message, key=key.name)
         children = self._children()
         begun_s = time.monotonic()
         allowed_s = self._total_timeout_s + (key.size_bytes or 0) / _SLOWEST_BYTES_PER_S
@@ -165,21 +151,25 @@ class AnnexRepo:
         def stopped() -> bool:
             return children.closing.is_set() or (cancelled is not None and cancelled())
 
-        outcome = Outcome(Failure.NOT_RECORDED, "no remote is trusted")
-        remote = ""
-        for remote in self._remotes:
-            request = _Request(
+        failed = FailedTransfer(Failure.NOT_RECORDED, "no remote is trusted")
+        for remote in self.remotes:
+            request = TransferRequest(
+                key,
                 remote,
                 keep_fds=() if owner_fd is None else (owner_fd,),
                 stopped=stopped,
+                stall_timeout_s=self._stall_timeout_s,
                 deadline_s=begun_s + allowed_s,
             )
-            result = self._get_from(children, key, request)
+            result = self._get_from(children, request)
             if isinstance(result, Path):
                 self._proven.add(key.name)
                 return result
-            outcome = result
-        raise self._failed(key, remote, outcome, time.monotonic() - begun_s)
+            failed = result
+        size = "unknown size" if key.size_bytes is None else format_size(key.size_bytes)
+        remote = self.remotes[-1] if self.remotes else "any remote"
+        act = f"fetch {key} ({size}) from {remote} after {time.monotonic() - begun_s:.0f} s"
+        raise failed.why.error(act, "git-annex", failed.said, key=key.name)
 
     def drop(self, key: AnnexKey) -> None:
         """Remove the content and what is left of its download; absent content is no error.
@@ -200,12 +190,12 @@ class AnnexRepo:
                 break
             if attempt:
                 # Another process may hold the content's lock for the length of its own drop.
-                children.closing.wait(_POLL_S * 2**attempt)
-            said = children.drop(key.text)
+                children.closing.wait(POLL_S * 2**attempt)
+            said = children.drop(key)
         if self._object_exists(key):
             message = (
-                f"Cannot drop {key} from {self._path}: {said or 'git-annex gave no reason'}. "
-                f"Trusted remotes: {', '.join(self._remotes) or 'none'}. It stays; name a remote "
+                f"Cannot drop {key} from {self.path}: {said or 'git-annex gave no reason'}. "
+                f"Trusted remotes: {', '.join(self.remotes) or 'none'}. It stays; name a remote "
                 f"that has it with remotes=."
             )
             raise DropRefusedError(message, key=key.name)
@@ -223,7 +213,10 @@ class AnnexRepo:
 
     def stored(self) -> Iterator[StoredContent]:
         """Yield every object and every partial download that lies in the clone."""
-        for folder in _subfolders(self._git_folder / "annex" / "objects", depth=3):
+        objects = self._git_folder / "annex" / "objects"
+        # Path.glob raises where another process removes a folder meanwhile.
+        for relative in sorted(glob.iglob("*/*/*", root_dir=objects)):  # noqa: PTH207
+            folder = objects / relative
             size_bytes = _file_size(folder / folder.name)
             if size_bytes is not None:
                 yield StoredContent(folder.name, size_bytes, partial=False)
@@ -243,15 +236,15 @@ class AnnexRepo:
         Args:
             keys: Keys to look for.
         """
-        unsafe = externals(keys)
-        ref = branch_ref(self._path)
-        remotes = self._special_remotes(ref)
-        if ref is None or remotes is None or not all(remote.needs_version for remote in remotes):
+        unsafe = {key: why for key in keys if (why := _why_unsafe(key))}
+        ref = next(iter(branch_refs(self.path)), "")
+        remotes = self._special_remotes(ref) if ref else []
+        if not ref or not all(remote.needs_version for remote in remotes):
             return unsafe
         living = [remote.uuid for remote in remotes if not remote.dead]
-        versioned = keys_with_version(self._path, ref, keys, living)
+        versioned = keys_with_version(self.path, ref, keys, living)
         lacking = [key for key in keys if key not in versioned]
-        exported = exported_keys(self._path, ref, living) if lacking else set()
+        exported = exported_keys(self.path, ref, living) if lacking else set()
         return {key: _NO_VERSION for key in lacking if key not in exported} | unsafe
 
     def close(self) -> None:
@@ -272,129 +265,76 @@ class AnnexRepo:
                 inherited.abandon()
             # A thread that does not exist here may have held it.
             self._counting = threading.Lock()
-        return self._by_process.setdefault(pid, AnnexChildren(self._path, self._remotes))
+        return self._by_process.setdefault(pid, AnnexChildren(self.path, self.remotes))
 
-    def _get_from(
-        self, children: AnnexChildren, key: AnnexKey, request: _Request
-    ) -> Path | Outcome:
+    def _get_from(self, children: AnnexChildren, request: TransferRequest) -> Path | FailedTransfer:
         """Try one remote as often as each failure's policy says."""
+        key = request.key
         retries = Retries(request.deadline_s)
         while True:
             found = self.locate(key)
             if found is not None:
                 return found
-            outcome = self._ask(children, key, request)
-            if request.stopped():
-                raise self._stopped(key)
-            if outcome.failure is None:
-                found = self.locate(key)
-                if found is not None:
-                    return found
-                outcome = Outcome(Failure.CORRUPT, "git-annex said ok, but it is not there")
-            if outcome.failure is Failure.NOT_RECORDED and self._object_exists(key):
-                said = "an object of another size lies in its place: run 'git annex fsck'"
-                return Outcome(Failure.CORRUPT, said)
-            failure = outcome.failure or Failure.UNKNOWN
-            pause_s = retries.pause_s(failure, self._partial_bytes(key))
+            self._refuse_stopped(request)
+            failed = children.get(request)
+            self._refuse_stopped(request)
+            if failed is None and self.locate(key) is not None:
+                continue
+            failed = failed or FailedTransfer(Failure.CORRUPT, "it is said to be there, and is not")
+            if failed.why is Failure.NOT_RECORDED and self._object_exists(key):
+                said = "an object of another size lies where it belongs: run 'git annex fsck'"
+                return FailedTransfer(Failure.CORRUPT, said)
+            pause_s = retries.pause_s(failed.why, _file_size(self._partial_path(key)) or 0)
             if pause_s is None:
-                return outcome
-            if failure is Failure.BAD_RANGE:
+                return failed
+            if failed.why is Failure.BAD_RANGE:
                 self.discard_partial(key)
-            if failure is not Failure.BUSY:
+            if failed.why is not Failure.BUSY:
                 with self._counting:
-                    self._retries += 1
-            _LOG.debug("Again in %.1f s: %s: %s", pause_s, key, outcome.said)
-            self._pause(pause_s, request.stopped)
+                    self.retries += 1
+            _LOG.debug("Again in %.1f s: %s: %s", pause_s, key, failed.said)
+            again_s = time.monotonic() + pause_s
+            while not request.stopped() and (left_s := again_s - time.monotonic()) > 0:
+                children.closing.wait(min(left_s, POLL_S))
 
-    def _ask(self, children: AnnexChildren, key: AnnexKey, request: _Request) -> Outcome:
+    @staticmethod
+    def _refuse_stopped(request: TransferRequest) -> None:
         if request.stopped():
-            raise self._stopped(key)
-        return children.get(
-            key.text,
-            key.size_bytes,
-            remote=request.remote,
-            keep_fds=request.keep_fds,
-            stopped=request.stopped,
-            stall_timeout_s=self._stall_timeout_s,
-            deadline_s=request.deadline_s,
-        )
-
-    @staticmethod
-    def _pause(seconds: float, stopped: Callable[[], bool]) -> None:
-        """Wait, but not when it is over."""
-        until_s = time.monotonic() + seconds
-        ticking = threading.Event()
-        while not stopped() and (left_s := until_s - time.monotonic()) > 0:
-            ticking.wait(min(left_s, _POLL_S))
-
-    @staticmethod
-    def _stopped(key: AnnexKey) -> FetchError:
-        message = f"Stopped fetching {key}: it was cancelled, or the clone was closed."
-        return FetchError(message, key=key.name)
-
-    @staticmethod
-    def _failed(key: AnnexKey, remote: str, outcome: Outcome, took_s: float) -> FetchError:
-        failure = outcome.failure or Failure.UNKNOWN
-        policy = failure.value
-        size = "unknown size" if key.size_bytes is None else format_size(key.size_bytes)
-        said = f" git-annex said: {outcome.said[:500]}" if outcome.said else ""
-        message = (
-            f"Cannot fetch {key} ({size}) from {remote or 'any remote'} after {took_s:.0f} s: "
-            f"{policy.cause}.{said} {policy.advice}"
-        )
-        return policy.error(message, key=key.name)
+            message = f"Stopped fetching {request.key}: it was cancelled, or the clone was closed."
+            raise FetchError(message, key=request.key.name)
 
     def _partial_path(self, key: AnnexKey) -> Path:
         return self._git_folder / "annex" / "tmp" / key.name
 
-    def _partial_bytes(self, key: AnnexKey) -> int:
-        return _file_size(self._partial_path(key)) or 0
-
     def _object_exists(self, key: AnnexKey) -> bool:
         return any((self._git_folder / path).exists() for path in key.object_paths())
 
-    def _special_remotes(self, ref: str | None) -> list[SpecialRemote] | None:
-        """Return the records of the trusted remotes, or None where one is not a special remote."""
-        if ref is None:
-            return None
-        uuids = configured_uuids(self._path)
-        known = special_remotes(self._path, ref)
+    def _special_remotes(self, ref: str) -> list[SpecialRemote]:
+        """Return the records of the trusted remotes, an empty one where there is none."""
+        uuids = configured_uuids(self.path)
+        known = special_remotes(self.path, ref)
         chosen: list[SpecialRemote] = []
-        for name in self._remotes:
-            same = [
-                remote
-                for remote in known
-                if (remote.uuid == uuids[name] if name in uuids else remote.name == name)
-            ]
-            if not same:
-                return None
-            chosen += same
+        for name in self.remotes:
+            uuid = uuids.get(name)
+            same = [each for each in known if (each.uuid == uuid if uuid else each.name == name)]
+            chosen += same or [SpecialRemote("", name, dead=False)]
         return chosen
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """Where to fetch a key from, and until when."""
+def _why_unsafe(key: AnnexKey) -> str:
+    """Return why a key must not be fetched; empty where it may be.
 
-    remote: str
-    keep_fds: tuple[int, ...]
-    stopped: Callable[[], bool]
-    deadline_s: float
+    To check a key of a backend ``X…``, git-annex starts the program ``git-annex-backend-X…``.
+    """
+    if not key.backend.startswith("X"):
+        return ""
+    return f"its backend {key.backend} is a program that git-annex would run, named by the dataset"
 
 
 def _file_size(path: Path) -> int | None:
     """Return the size of a regular file; None where there is none."""
     try:
-        return path.stat().st_size if path.is_file() else None
+        found = path.stat()
     except OSError:
         return None
-
-
-def _subfolders(folder: Path, *, depth: int) -> Iterator[Path]:
-    """Yield the folders that lie so many levels below a folder."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for below in sorted(folder.iterdir()):
-            if depth > 1:
-                yield from _subfolders(below, depth=depth - 1)
-            else:
-                yield below
+    return found.st_size if stat.S_ISREG(found.st_mode) else None

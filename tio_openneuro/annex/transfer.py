@@ -2,31 +2,27 @@
 
 Owns the watchdog: a child that stands still, or stands because the disk is full, is killed with
 its process group; what it downloaded stays as a partial, which the next one resumes. Never
-retries: that is :mod:`tio_openneuro.annex`'s.
+retries: that is :mod:`tio_openneuro.annex.repo`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
-import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tio_openneuro.annex.branch import git_folder
-from tio_openneuro.annex.environment import child_environment, scripts_folder
-from tio_openneuro.annex.messages import Failure, classify
+from tio_openneuro.annex.environment import annex_environment
+from tio_openneuro.annex.messages import Failure, complaints, parse_answer
 from tio_openneuro.annex.processes import CommandError, Coprocess
+from tio_openneuro.content import AnnexKey
 from tio_openneuro.errors import FetchError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-_POLL_S = 0.1
+POLL_S = 0.1
 _SPACE_CHECK_S = 1.0
 _SPACE_LEFT_BYTES = 1 << 20
 _HASHED_BYTES_PER_S = 1e8
@@ -34,46 +30,43 @@ _CRAWL_BYTES_PER_S = 1024.0
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """How one request for content ended.
+class TransferRequest:
+    """What to fetch, from where, and until when.
 
     Attributes:
-        failure: Why it failed; None where git-annex says that it is there.
+        key: The content wanted.
+        remote: Name of the annex remote.
+        keep_fds: Descriptors that git-annex inherits.
+        stopped: Polled; once true, the child is killed.
+        stall_timeout_s: Seconds in which something must arrive.
+        deadline_s: When to give up, in ``time.monotonic()``'s seconds.
+    """
+
+    key: AnnexKey
+    remote: str
+    keep_fds: tuple[int, ...]
+    stopped: Callable[[], bool]
+    stall_timeout_s: float
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FailedTransfer:
+    """Why one request for content brought none.
+
+    Attributes:
+        why: The class of failure.
         said: git-annex's own words.
     """
 
-    failure: Failure | None
+    why: Failure
     said: str = ""
 
 
-def annex_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a coprocess, in which git finds git-annex's binary itself.
-
-    What the wheel puts into the scripts folder is a Python script that starts the binary. That
-    start costs a coprocess as much again as git-annex's own.
-
-    Args:
-        extra: Variables that go over all others.
-    """
-    environment = child_environment(extra)
-    found = shutil.which("git-annex", path=environment["PATH"])
-    wheel = importlib.util.find_spec("git_annex")
-    if found is None or wheel is None or wheel.origin is None:
-        return environment
-    folder = Path(wheel.origin).parent
-    binary = shutil.which("git-annex", path=str(folder))
-    if binary is not None and Path(found).parent == Path(scripts_folder()):
-        environment["PATH"] = os.pathsep.join((str(folder), environment["PATH"]))
-        # As the script does.
-        if (folder / "magic.mgc").exists():
-            environment["MAGIC"] = str(folder / "magic.mgc")
-    return environment
-
-
-class Transfer:
+class Transfer(Coprocess):
     """A coprocess that gets keys from one remote. Used by one thread at a time."""
 
-    def __init__(self, clone: Path, remote: str, *, keep_fds: tuple[int, ...] = ()) -> None:
+    def __init__(self, clone: Path, remote: str, keep_fds: tuple[int, ...]) -> None:
         """Start the child.
 
         Args:
@@ -91,7 +84,7 @@ class Transfer:
         except OSError as error:
             message = f"Cannot fetch into {clone}: it cannot be written to ({error})."
             raise FetchError(message) from error
-        self._child = Coprocess(
+        super().__init__(
             [
                 "git",
                 # With an index and databases of our own git-annex knows of no unlocked file in
@@ -112,74 +105,46 @@ class Transfer:
             keep_fds=keep_fds,
         )
 
-    @property
-    def alive(self) -> bool:
-        """Whether it can be asked."""
-        return self._child.alive
+    def get(self, request: TransferRequest) -> FailedTransfer | None:
+        """Ask for one key and wait for the end; None where git-annex says that it is there.
 
-    def kill(self) -> None:
-        """Kill the child and all that it started."""
-        self._child.kill()
-
-    def abandon(self) -> None:
-        """Leave the child to the process that this one was forked from."""
-        self._child.abandon()
-
-    def get(
-        self,
-        key_text: str,
-        size_bytes: int | None,
-        *,
-        stopped: Callable[[], bool],
-        stall_timeout_s: float,
-        deadline_s: float,
-    ) -> Outcome:
-        """Ask for one key and wait for the end; the child is dead after a failure to answer.
-
-        Args:
-            key_text: The key as git-annex writes it.
-            size_bytes: Its size, where known.
-            stopped: Polled; once true, the child is killed.
-            stall_timeout_s: Seconds in which something must arrive.
-            deadline_s: When to give up, in ``time.monotonic()``'s seconds.
+        After a failure to answer the child is dead.
         """
         try:
-            self._child.write_line(key_text.encode(errors="surrogateescape"))
-        except CommandError as error:
-            self.kill()
-            return Outcome(classify([error.stderr]) if error.stderr else Failure.DIED, error.stderr)
-        watch = _Watch(self._clone, stall_timeout_s, size_bytes or 0)
+            self.write_line(request.key.text.encode(errors="surrogateescape"))
+        except CommandError:
+            return self._died()
+        watch = _Watch(self._clone, request.stall_timeout_s, request.key.size_bytes or 0)
         while True:
             try:
-                line = self._child.read_line(_POLL_S)
+                line = self.read_line(POLL_S)
             except TimeoutError:
                 line = b"{}"
             if line is None:
-                self.kill()
-                said = self._child.stderr
-                failure = classify([said]) if said else Failure.DIED
-                return Outcome(Failure.DIED if failure is Failure.UNKNOWN else failure, said)
+                return self._died()
             if not line:
-                return Outcome(Failure.NOT_RECORDED)
-            answer = _parse(line)
+                return FailedTransfer(Failure.NOT_RECORDED)
+            answer = parse_answer(line)
             if "success" in answer:
-                return self._finished(answer, key_text)
+                return self._finished(answer, request.key.text)
             watch.note(answer.get("byte-progress"))
-            reason = watch.complaint(deadline_s)
-            if reason is not None or stopped():
+            failed = watch.complaint(request.deadline_s)
+            if failed is not None or request.stopped():
                 self.kill()
-                return reason or Outcome(Failure.STALLED, "cancelled")
+                return failed or FailedTransfer(Failure.STALLED)
 
-    def _finished(self, answer: dict[str, Any], key_text: str) -> Outcome:
+    def _died(self) -> FailedTransfer:
+        self.kill()
+        return FailedTransfer(Failure.of(self.stderr, Failure.DIED), self.stderr)
+
+    def _finished(self, answer: dict[str, Any], key_text: str) -> FailedTransfer | None:
         if answer.get("key") not in {None, key_text}:
             self.kill()
-            return Outcome(Failure.DIED, f"it answered for {answer.get('key')} instead")
+            return FailedTransfer(Failure.DIED, f"it answered for {answer.get('key')} instead")
         if answer["success"]:
-            return Outcome(None)
-        messages = [str(message) for message in answer.get("error-messages", [])]
-        if answer.get("note"):
-            messages.append(str(answer["note"]))
-        return Outcome(classify(messages), " ".join(messages))
+            return None
+        said = complaints(answer)
+        return FailedTransfer(Failure.of(said, Failure.UNKNOWN), said)
 
 
 class _Watch:
@@ -204,7 +169,7 @@ class _Watch:
             self._window_bytes = self._bytes
             self._since_s = now_s
 
-    def complaint(self, deadline_s: float) -> Outcome | None:
+    def complaint(self, deadline_s: float) -> FailedTransfer | None:
         """Return why to give up, or None."""
         now_s = time.monotonic()
         if now_s - max(self._since_s, self._space_checked_s) >= _SPACE_CHECK_S:
@@ -213,20 +178,11 @@ class _Watch:
             with contextlib.suppress(OSError):
                 free_bytes = shutil.disk_usage(self._folder).free
                 if free_bytes < _SPACE_LEFT_BYTES:
-                    return Outcome(Failure.DISK_FULL, f"{free_bytes} bytes are free")
+                    return FailedTransfer(Failure.DISK_FULL, f"{free_bytes} bytes are free")
         if now_s - self._since_s >= self._stall_s:
             silent_s = now_s - self._since_s
             got_bytes = self._bytes - self._window_bytes
-            return Outcome(Failure.STALLED, f"{got_bytes} bytes in {silent_s:.0f} s")
+            return FailedTransfer(Failure.STALLED, f"{got_bytes} bytes in {silent_s:.0f} s")
         if now_s >= deadline_s:
-            return Outcome(Failure.STALLED, "it is past its deadline")
+            return FailedTransfer(Failure.STALLED, "it is past its deadline")
         return None
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    """Return an answer; a line that is no JSON object tells nothing."""
-    try:
-        answer = json.loads(line)
-    except ValueError:
-        return {}
-    return answer if isinstance(answer, dict) else {}

@@ -10,16 +10,13 @@ import contextlib
 import gc
 import logging
 import posixpath
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from tio_openneuro.annex.processes import run
 from tio_openneuro.content import AnnexKey, TreeFile
 from tio_openneuro.errors import UnsafeDatasetError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,9 +29,9 @@ _LARGEST_POINTER_BYTES = 32 * 1024
 # Read only where small: text that datasets have by the ten thousand, and never unlocked.
 _TEXT_SUFFIXES = (".json", ".tsv", ".txt", ".md", ".bval", ".bvec", ".csv", ".html", ".svg", ".py")
 _LONGEST_LINK_CHAIN = 8
-_EXTERNAL_BACKEND = "X"
 _LINK_MODE = b"120000"
 _FILE_MODES = frozenset({b"100644", b"100755", b"100664", _LINK_MODE})
+_ABSENT = (b" missing", b" ambiguous")
 _FORBIDDEN_PARTS = frozenset({"", ".", "..", ".git"})
 
 
@@ -56,28 +53,19 @@ def index_tree(clone: Path, commit: str) -> list[TreeFile]:
         CommandError: The commit is not there, or git cannot read it.
         UnsafeDatasetError: A path would leave the dataset's folder.
     """
-    listing = run(
-        ["git", "ls-tree", "-r", "-z", "--full-tree", commit], cwd=clone, timeout_s=_INDEX_TIMEOUT_S
-    )
     with _without_collection():
         paths: list[str] = []
         blobs: list[str] = []
         links: list[int] = []
         regular: list[int] = []
-        for entry in listing.split(b"\0"):
-            # MODE, a space, TYPE, a space, the object's id, a tab, the path.
-            facts, _, raw_path = entry.partition(b"\t")
-            mode = facts[:6]
-            if mode not in _FILE_MODES:
-                continue
-            path = raw_path.decode(errors="surrogateescape")
+        for mode, blob, path in list_files(clone, commit):
             _refuse_unsafe(path)
             (links if mode == _LINK_MODE else regular).append(len(paths))
             paths.append(path)
-            blobs.append(facts[12:].decode())
-        del listing
+            blobs.append(blob)
         # Not by `ls-tree -l`, which takes six times as long to tell the links' sizes too.
-        sizes = dict(zip(regular, _sizes(clone, [blobs[n] for n in regular]), strict=True))
+        facts = object_facts(clone, "objectsize", [blobs[n] for n in regular])
+        sizes = {n: int(_required(blobs[n], fact)) for n, fact in zip(regular, facts, strict=True)}
         candidates = [n for n, size in sizes.items() if _may_be_pointer(paths[n], size)]
         keys, plain_links = _find_keys(clone, blobs, links, candidates)
         files = [
@@ -87,16 +75,19 @@ def index_tree(clone: Path, commit: str) -> list[TreeFile]:
     return _resolve_links(files, plain_links) if plain_links else files
 
 
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Keep Python from looking for cycles, of which an index has none, at each 700 files."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def list_files(clone: Path, tree: str) -> Iterator[tuple[bytes, str, str]]:
+    """Yield mode, object id and path of each file and link of a commit or tree, in git's order.
+
+    Raises:
+        CommandError: It is not there, or git cannot read it.
+    """
+    command = ["git", "ls-tree", "-r", "-z", "--full-tree", tree]
+    for entry in run(command, cwd=clone, timeout_s=_INDEX_TIMEOUT_S).split(b"\0"):
+        # MODE, a space, TYPE, a space, the object's id, a tab, the path.
+        facts, _, path = entry.partition(b"\t")
+        mode = facts[:6]
+        if mode in _FILE_MODES:
+            yield mode, facts[12:].decode(), path.decode(errors="surrogateescape")
 
 
 def read_blobs(clone: Path, blobs: Sequence[str]) -> list[bytes]:
@@ -110,36 +101,48 @@ def read_blobs(clone: Path, blobs: Sequence[str]) -> list[bytes]:
         KeyError: An object is not in the clone.
         CommandError: git failed.
     """
-    return [
-        _required(blob, content) for blob, content in zip(blobs, _read(clone, blobs), strict=True)
-    ]
+    contents = read_blobs_if_present(clone, blobs)
+    return [_required(blob, content) for blob, content in zip(blobs, contents, strict=True)]
 
 
-def read_blobs_if_present(clone: Path, blobs: Sequence[str]) -> list[bytes | None]:
-    """Return the contents of git objects, with None for each that is not there."""
-    return list(_read(clone, blobs))
+def read_blobs_if_present(clone: Path, blobs: Sequence[str]) -> Iterator[bytes | None]:
+    """Yield the contents of git objects, and None for each that is not there."""
+    answer = _ask_git(clone, "--batch", blobs)
+    position = 0
+    for _ in blobs:
+        end = answer.index(b"\n", position)
+        header = answer[position:end]
+        position = end + 1
+        if header.endswith(_ABSENT):
+            yield None
+            continue
+        size_bytes = int(header.rpartition(b" ")[2])
+        yield answer[position : position + size_bytes]
+        position += size_bytes + 1
 
 
-def externals(keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
-    """Return the keys that must not be fetched, with the reason; see :func:`why_external`."""
-    return {key: complaint for key in keys if (complaint := why_external(key))}
+def object_facts(clone: Path, fact: str, names: Sequence[str]) -> list[bytes | None]:
+    """Return a fact about each of some git objects, with None for each that is not there.
 
-
-def why_external(key: AnnexKey) -> str:
-    """Return why a key must not be fetched; empty where it may be.
-
-    To check a key of a backend ``X…``, git-annex starts the program ``git-annex-backend-X…``.
+    Args:
+        clone: The clone's folder.
+        fact: As git names it: ``"objectsize"``, ``"objectname"``.
+        names: Their ids, or other names without a newline.
     """
-    if not key.backend.startswith(_EXTERNAL_BACKEND):
-        return ""
-    return f"its backend {key.backend} is a program that git-annex would run, named by the dataset"
+    lines = _ask_git(clone, f"--batch-check=%({fact})", names).split(b"\n")[:-1]
+    return [None if line.endswith(_ABSENT) else line for line in lines]
 
 
-def refuse_external(key: AnnexKey) -> None:
-    """Raise UnsafeDatasetError where a key must not be fetched; see :func:`why_external`."""
-    if complaint := why_external(key):
-        message = f"Refused to fetch {key}: {complaint}. Skip this file."
-        raise UnsafeDatasetError(message, key=key.name)
+def _ask_git(clone: Path, what: str, blobs: Sequence[str]) -> bytes:
+    """Return what one ``git cat-file`` answers about all these blobs."""
+    if not blobs:
+        return b""
+    return run(
+        ["git", "cat-file", what, "--buffer"],
+        cwd=clone,
+        stdin="".join(f"{blob}\n" for blob in blobs).encode(errors="surrogateescape"),
+        timeout_s=_INDEX_TIMEOUT_S,
+    )
 
 
 def _required(blob: str, content: bytes | None) -> bytes:
@@ -148,28 +151,16 @@ def _required(blob: str, content: bytes | None) -> bytes:
     return content
 
 
-def _read(clone: Path, blobs: Sequence[str]) -> Iterator[bytes | None]:
-    """Yield the contents from one ``git cat-file --batch``."""
-    if not blobs:
-        return
-    asked = "".join(f"{blob}\n" for blob in blobs).encode(errors="surrogateescape")
-    answer = run(
-        ["git", "cat-file", "--batch", "--buffer"],
-        cwd=clone,
-        stdin=asked,
-        timeout_s=_INDEX_TIMEOUT_S,
-    )
-    position = 0
-    for _ in blobs:
-        end = answer.index(b"\n", position)
-        header = answer[position:end]
-        position = end + 1
-        if header.endswith((b" missing", b" ambiguous")):
-            yield None
-            continue
-        size_bytes = int(header.rpartition(b" ")[2])
-        yield answer[position : position + size_bytes]
-        position += size_bytes + 1
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep Python from looking for cycles, of which an index has none, at each 700 files."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _may_be_pointer(path: str, size_bytes: int) -> bool:
@@ -194,71 +185,52 @@ def _refuse_unsafe(path: str) -> None:
     parts = path.replace("\\", "/").lower().split("/")
     if _FORBIDDEN_PARTS.isdisjoint(parts):
         return
-    message = (
+    raise UnsafeDatasetError(
         f"Refused to index the dataset: its tree has the path {path!r}, which leaves the "
         f"dataset's folder or reaches into git's own. No dataset needs that: do not use it."
     )
-    raise UnsafeDatasetError(message)
 
 
 def _find_keys(
     clone: Path, blobs: list[str], links: list[int], candidates: list[int]
 ) -> tuple[list[AnnexKey | None], dict[int, str]]:
-    """Return the key of each blob, by its place, and the targets of links that have none."""
-    places: dict[str, list[int]] = {}
-    for place in (*links, *candidates):
-        places.setdefault(blobs[place], []).append(place)
+    """Return the key of each file by its number, and the targets of links that have none."""
+    numbers: dict[str, list[int]] = {}
+    for number in (*links, *candidates):
+        numbers.setdefault(blobs[number], []).append(number)
     is_link = set(links)
     keys: list[AnnexKey | None] = [None] * len(blobs)
     plain_links: dict[int, str] = {}
-    for (blob, where), content in zip(places.items(), _read(clone, list(places)), strict=True):
+    contents = read_blobs_if_present(clone, list(numbers))
+    for (blob, same), content in zip(numbers.items(), contents, strict=True):
         text = _required(blob, content)
         key = None
         if b"annex/objects" in text:
             key = AnnexKey.from_pointer(text.decode(errors="surrogateescape"))
-        for place in where:
-            if key is not None and (place in is_link or text.startswith(_POINTER_START)):
-                keys[place] = key
-            elif place in is_link:
-                plain_links[place] = text.decode(errors="surrogateescape")
+        for number in same:
+            if key is not None and (number in is_link or text.startswith(_POINTER_START)):
+                keys[number] = key
+            elif number in is_link:
+                plain_links[number] = text.decode(errors="surrogateescape")
     return keys, plain_links
-
-
-def _sizes(clone: Path, blobs: list[str]) -> list[int]:
-    """Return the sizes of blobs in git, in bytes."""
-    if not blobs:
-        return []
-    answer = run(
-        ["git", "cat-file", "--batch-check=%(objectsize)", "--buffer"],
-        cwd=clone,
-        stdin="".join(f"{blob}\n" for blob in blobs).encode(),
-        timeout_s=_INDEX_TIMEOUT_S,
-    )
-    sizes = answer.split(b"\n")[:-1]
-    for blob, size in zip(blobs, sizes, strict=True):
-        _required(blob, size if size.isdigit() else None)
-    return [int(size) for size in sizes]
 
 
 def _resolve_links(files: list[TreeFile], targets: dict[int, str]) -> list[TreeFile]:
     """Replace links inside the dataset by what they name, and leave out the others."""
-    by_path = {file.path: place for place, file in enumerate(files)}
+    by_path = {file.path: number for number, file in enumerate(files)}
     result = []
     left_out: list[int] = []
-    for place, file in enumerate(files):
-        if place not in targets:
-            result.append(file)
-            continue
-        end: int | None = place
+    for number, file in enumerate(files):
+        end: int | None = number
         for _ in range(_LONGEST_LINK_CHAIN):
             if end is None or end not in targets:
                 break
             folder = posixpath.dirname(files[end].path)
             end = by_path.get(posixpath.normpath(posixpath.join(folder, targets[end])))
         if end is None or end in targets:
-            left_out.append(place)
+            left_out.append(number)
         else:
-            result.append(replace(files[end], path=file.path))
+            result.append(file if end == number else replace(files[end], path=file.path))
     if left_out:
         first = left_out[0]
         _LOG.info(

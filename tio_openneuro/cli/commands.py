@@ -18,12 +18,14 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from tio_openneuro.errors import TioOpenNeuroError
-from tio_openneuro.ledger import automatic_budget, free_bytes
-from tio_openneuro.select import Label, Scalar
+from tio_openneuro.ledger import Ledger
+from tio_openneuro.select import Label, Scalar, Unit
 from tio_openneuro.sizes import format_size, parse_size
 
+# What a command needs is imported when it runs: `--help` and `status` wait for no torch.
 if TYPE_CHECKING:
-    from tio_openneuro.select import Unit
+    from tio_openneuro.dataset import DataladSubjectsDataset
+    from tio_openneuro.disk import Engine
 
 app = typer.Typer(
     name="tio-openneuro",
@@ -90,14 +92,14 @@ def info(
     as_json: Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Show what a dataset has and what patterns select of it, from git metadata alone."""
-    from tio_openneuro.cli.summary import summarise
+    from tio_openneuro.cli.summary import summarise, summarise_selection
     from tio_openneuro.sources import open_catalog
 
-    patterns = _patterns(image, label)
     catalog = open_catalog(source, root, version=version)
-    summary = summarise(catalog, patterns, cast("Unit", unit))
-    record = dataclasses.asdict(summary)
-    record |= record.pop("selected") or {}
+    record = dataclasses.asdict(summarise(catalog))
+    if patterns := _patterns(image, label):
+        selected = summarise_selection(catalog, patterns, cast(Unit, unit))
+        record |= dataclasses.asdict(selected)
     _report(str(source), record, as_json=as_json)
 
 
@@ -121,9 +123,9 @@ def plan(
     from tio_openneuro.sources import open_catalog
 
     catalog = open_catalog(source, root, version=version)
-    units = unit_contents(catalog, _patterns(image, label), cast("Unit", unit))
+    units = unit_contents(catalog, _patterns(image, label), cast(Unit, unit))
     automatic = disk_budget == "auto"
-    budget_bytes = automatic_budget(free_bytes(root), 0) if automatic else parse_size(disk_budget)
+    budget_bytes = Ledger.planned_budget(root) if automatic else parse_size(disk_budget)
     found = plan_disk(units, budget_bytes, epochs=epochs, seed=seed)
     record = {"dataset": catalog.dataset_id, "commit": catalog.commit, **dataclasses.asdict(found)}
     record |= {"epochs": epochs, "rate_bytes": parse_size(rate)}
@@ -162,14 +164,12 @@ def fetch(
 @app.command()
 def status(root: Root, as_json: Json = False) -> None:  # noqa: FBT002 - typer
     """Show what is held under the root, the budget that binds, and who is at work."""
-    from tio_openneuro.disk import Engine
-
     if not (root / "ledger").is_dir():
         raise TioOpenNeuroError(
             f"Cannot show {root}: it holds no ledger. Nothing was fetched under it yet; give the "
             f"root of your training with --root or TIO_OPENNEURO_ROOT."
         )
-    with Engine(root, disk_budget=_NEUTRAL_BUDGET) as engine:
+    with _engine(root) as engine:
         record = dataclasses.asdict(engine.status())
     _report(f"Held under {root}", record, as_json=as_json)
 
@@ -184,10 +184,8 @@ def evict(
     as_json: Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Drop what this library fetched and nobody leases; what was yours before stays."""
-    from tio_openneuro.disk import Engine
-
     if source is None:
-        with Engine(root, disk_budget=_NEUTRAL_BUDGET) as engine:
+        with _engine(root) as engine:
             evicted_bytes, used_bytes = engine.evict_all(), engine.statistics().used_bytes
     else:
         with _open(source, root, image, label, version, _NEUTRAL_BUDGET) as dataset:
@@ -220,18 +218,22 @@ def doctor(
     as_json: Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Compare ledger and disk; exit with 1 where they disagree."""
-    from tio_openneuro.disk import Engine
-
-    with Engine(root, disk_budget=_NEUTRAL_BUDGET) as engine:
+    with _engine(root) as engine:
         findings = engine.check(repair=repair)
     if as_json:
-        Console(soft_wrap=True).print_json(json.dumps({"findings": findings}))
+        _print_json({"findings": findings})
     else:
         for finding in findings:
             typer.echo(finding)
         typer.echo(f"{root}: {len(findings) or 'no'} inconsistencies")
     if findings:
         raise typer.Exit(1)
+
+
+def _engine(root: Path) -> Engine:
+    from tio_openneuro.disk import Engine
+
+    return Engine(root, disk_budget=_NEUTRAL_BUDGET)
 
 
 def _open(
@@ -242,16 +244,15 @@ def _open(
     version: str | None,
     disk_budget: str,
     unit: str = "subject",
-) -> Any:  # noqa: ANN401 - imported late, since torch takes seconds
+) -> DataladSubjectsDataset:
     from tio_openneuro.dataset import DataladSubjectsDataset
 
-    patterns = _patterns(image, label)
     return DataladSubjectsDataset(
         source,
-        patterns or None,
+        _patterns(image, label) or None,
         version=version,
         root=root,
-        unit=cast("Unit", unit),
+        unit=cast(Unit, unit),
         disk_budget=disk_budget,
     )
 
@@ -267,9 +268,13 @@ def _patterns(image: list[str], label: list[str]) -> dict[str, Scalar | Label]:
     return patterns
 
 
+def _print_json(record: dict[str, Any]) -> None:
+    Console(soft_wrap=True).print_json(json.dumps(record, default=str))
+
+
 def _report(title: str, record: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        Console(soft_wrap=True).print_json(json.dumps(record, default=str))
+        _print_json(record)
         return
     table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
     table.add_column(overflow="fold")

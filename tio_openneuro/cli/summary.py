@@ -18,7 +18,7 @@ _SHOWN_REASONS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Selected:
+class SelectionSummary:
     """What patterns select.
 
     Attributes:
@@ -36,7 +36,7 @@ class Selected:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One dataset at one commit, and what patterns select of it.
+    """One dataset at one commit.
 
     Attributes:
         dataset: Accession, or the name of the repository or folder.
@@ -51,7 +51,6 @@ class Summary:
         remotes: Annex remotes that are used.
         unavailable_files: Annexed images that no remote can give.
         unavailable_reasons: Why, with the number of files.
-        selected: What the patterns select; None without patterns.
     """
 
     dataset: str
@@ -66,22 +65,10 @@ class Summary:
     remotes: tuple[str, ...]
     unavailable_files: int
     unavailable_reasons: dict[str, int]
-    selected: Selected | None
 
 
-def summarise(
-    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit = "subject"
-) -> Summary:
-    """Count what the catalog has, and what the patterns select of it.
-
-    Args:
-        catalog: The dataset's files.
-        patterns: Patterns by image name; may be empty.
-        unit: What one unit of the selection is.
-
-    Raises:
-        SelectionError: The patterns select nothing.
-    """
+def summarise(catalog: Catalog) -> Summary:
+    """Count what the catalog has."""
     parsed = [parse_path(file.path) for file in catalog.files]
     images = [
         (file, path)
@@ -90,9 +77,7 @@ def summarise(
     ]
     keys = {file.key for file in catalog.files if file.key is not None}
     present = [k for k in keys if catalog.repo is not None and catalog.repo.locate(k) is not None]
-    lost: dict[AnnexKey, str] = {}
-    if catalog.repo is not None:
-        lost = catalog.repo.unavailable([f.key for f, _ in images if f.key is not None])
+    lost = _unavailable(catalog)
     reasons = Counter(lost[file.key] for file, _ in images if file.key in lost)
     return Summary(
         dataset=catalog.dataset_id,
@@ -107,21 +92,26 @@ def summarise(
         remotes=catalog.repo.remotes if catalog.repo is not None else (),
         unavailable_files=sum(reasons.values()),
         unavailable_reasons=dict(reasons),
-        selected=_selected(catalog, patterns, lost, unit) if patterns else None,
     )
 
 
-def _selected(
-    catalog: Catalog,
-    patterns: Mapping[str, Scalar | Label],
-    lost: Mapping[AnnexKey, str],
-    unit: Unit,
-) -> Selected:
-    units, why = _usable(catalog, patterns, lost, unit)
-    kept = {key: size_bytes for contents in units.values() for key, size_bytes in contents.items()}
-    return Selected(
-        len(units), sum(kept.values()), len(why), dict(Counter(why).most_common(_SHOWN_REASONS))
-    )
+def summarise_selection(
+    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit
+) -> SelectionSummary:
+    """Count what patterns select of the catalog.
+
+    Args:
+        catalog: The dataset's files.
+        patterns: Patterns by image name.
+        unit: What one unit is.
+
+    Raises:
+        SelectionError: The patterns select nothing.
+    """
+    units, why = _usable(catalog, patterns, unit)
+    sizes = {key: size for contents in units.values() for key, size in contents.items()}
+    reasons = dict(Counter(why).most_common(_SHOWN_REASONS))
+    return SelectionSummary(len(units), sum(sizes.values()), len(why), reasons)
 
 
 def unit_contents(
@@ -137,30 +127,32 @@ def unit_contents(
     Raises:
         SelectionError: The patterns select nothing, or nothing that can be had.
     """
-    keys = [file.key for file in catalog.files if file.key is not None]
-    lost = catalog.repo.unavailable(keys) if catalog.repo is not None else {}
-    units, why = _usable(catalog, patterns, lost, unit)
+    units, why = _usable(catalog, patterns, unit)
     if not units:
         message = f"Cannot use {catalog.dataset_id}: no unit can be had ({', '.join({*why})})."
         raise SelectionError(message)
     return units
 
 
+def _unavailable(catalog: Catalog) -> dict[AnnexKey, str]:
+    """Return the keys that no remote can give, each with the reason."""
+    keys = [file.key for file in catalog.files if file.key is not None]
+    return catalog.repo.unavailable(keys) if catalog.repo is not None else {}
+
+
 def _usable(
-    catalog: Catalog,
-    patterns: Mapping[str, Scalar | Label],
-    lost: Mapping[AnnexKey, str],
-    unit: Unit,
+    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit
 ) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Return the units that can be had, with their files' bytes, and why others cannot."""
+    lost = _unavailable(catalog)
     selection = select(catalog.files, patterns, unit=unit)
     why = [skip.reason for skip in selection.skipped]
     units: dict[str, dict[str, int]] = {}
     for row in selection.rows:
         files = [file for found in row.images.values() for file in found]
-        missing = next((file for file in files if file.key in lost), None)
-        if missing is not None and missing.key is not None:
-            why.append(lost[missing.key])
+        reasons = [lost[f.key] for f in files if f.key is not None and f.key in lost]
+        if reasons:
+            why.append(reasons[0])
         else:
             units[row.unit] = {str(f.key or f.path): f.size_bytes or 0 for f in files}
     return units, why

@@ -14,7 +14,7 @@ from tio_openneuro.dataset.dataset import DataladSubjectsDataset
 from tio_openneuro.dataset.rows import SubjectRow
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.torchio_seams import FetchedImage
+from tio_openneuro.torchio_seams import FetchedImage, transform_of
 
 
 def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset:
@@ -68,7 +68,7 @@ def _check_alike(first: DataladSubjectsDataset, other: DataladSubjectsDataset) -
             f"Cannot concatenate {names}: their roots are {first._root} and {other._root}, and "  # noqa: SLF001
             f"one budget covers one root. Open both with the same root."
         )
-    if first.preprocess is not other.preprocess or first._transform is not other._transform:  # noqa: SLF001
+    if first.preprocess is not other.preprocess or transform_of(first) is not transform_of(other):
         raise SelectionError(
             f"Cannot concatenate {names}: they have different preprocess or transform objects. "
             f"Give both the same ones, or set the transform on the result."

@@ -30,8 +30,14 @@ from tio_openneuro.ram import available_bytes, read_budget
 from tio_openneuro.select import Label, OnIncomplete, OnMissing, OnMultiple, Scalar, Unit, select
 from tio_openneuro.sizes import format_size
 from tio_openneuro.sources import open_catalog, read_file, showing
-from tio_openneuro.torchio_seams import FetchedImage, refuse_random, transform_in_place
-from tio_openneuro.volumes import SubjectSize, announce_files
+from tio_openneuro.torchio_seams import (
+    FetchedImage,
+    refuse_random,
+    share_subjects,
+    transform_in_place,
+    transform_of,
+)
+from tio_openneuro.volumes import SubjectSize, VolumeFile, announce_files
 
 
 class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
@@ -183,7 +189,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             subject = self._preparation.load(row.subject, row.content)
         if subject is None:
             subject = self._make(row)
-        return transform_in_place(self._transform, subject)
+        return transform_in_place(transform_of(self), subject)
 
     def _make(self, row: SubjectRow) -> tio.Subject:
         """Return a subject from its files, preprocessed."""
@@ -204,7 +210,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             index: Number of the subject, whose images are read box by box, as they are asked for.
         """
         preparation = self._own_preparation()
-        if preparation is None or self._transform is not None:
+        if preparation is None or transform_of(self) is not None:
             yield None
             return
         row = self._rows[to_index(index)]
@@ -236,10 +242,11 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         if self._engine is not None and row.content.files:
             lease = self._engine.lease(row.content)
         with lease as leased:
-            announce_files(leased.values() or filter(Path.exists, row.paths))
+            files = {key: VolumeFile(path) for key, path in leased.items()}
+            announce_files(files.values() or map(VolumeFile, filter(Path.exists, row.paths)))
             for image in subject.get_images(intensity_only=False):
                 if isinstance(image, FetchedImage):
-                    image.load_leased(leased)
+                    image.load_leased(files)
                 else:
                     image.load()
 
@@ -260,7 +267,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         """Return a copy that has other rows, and shares the engine."""
         view = copy.copy(self)
         view._rows = rows  # noqa: SLF001 - itself
-        view._subjects = [row.subject for row in rows]  # noqa: SLF001 - itself
+        share_subjects(view, [row.subject for row in rows])
         return view
 
     def _contents(self) -> list[ContentUnit]:
@@ -350,7 +357,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
 
     def statistics(self) -> DiskStatistics:
         """Return what was fetched and evicted by this process, and what the root holds."""
-        return self._engine.statistics() if self._engine else DiskStatistics(*[0] * 10)
+        return self._engine.statistics() if self._engine else DiskStatistics.empty()
 
     def check(self) -> list[str]:
         """Compare ledger and disk; return the inconsistencies, none when sound."""

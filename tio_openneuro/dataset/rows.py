@@ -17,7 +17,15 @@ import torchio as tio
 from tio_openneuro.content import AnnexKey, ContentUnit, TreeFile
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select import Label, Participants, Row, Scalar, Selection, Sidecars, Skipped
+from tio_openneuro.select import (
+    Label,
+    Participants,
+    Scalar,
+    SelectedUnit,
+    Selection,
+    Sidecars,
+    Skipped,
+)
 from tio_openneuro.sources import Catalog
 from tio_openneuro.torchio_seams import (
     FetchedLabelMap,
@@ -79,7 +87,7 @@ def build_rows(
     return [builder.row(row) for row in rows], skipped
 
 
-def _available(catalog: Catalog, selection: Selection) -> tuple[list[Row], list[Skipped]]:
+def _available(catalog: Catalog, selection: Selection) -> tuple[list[SelectedUnit], list[Skipped]]:
     """Part the rows that can be fetched, or are present, from those that never can."""
     if catalog.repo is None:
         return list(selection.rows), []
@@ -101,7 +109,7 @@ def _available(catalog: Catalog, selection: Selection) -> tuple[list[Row], list[
     return kept, skipped
 
 
-def _files_of(row: Row) -> tuple[TreeFile, ...]:
+def _files_of(row: SelectedUnit) -> tuple[TreeFile, ...]:
     return tuple(file for files in row.images.values() for file in files)
 
 
@@ -126,7 +134,7 @@ class _Builder:
         }
         self._names = self._column_names()
 
-    def row(self, row: Row) -> SubjectRow:
+    def row(self, row: SelectedUnit) -> SubjectRow:
         sources = self._sources(row)
         attributes: dict[str, Any] = {name: self._image(source) for name, source in sources.items()}
         attributes["subject_id"] = row.subject_id
@@ -151,7 +159,7 @@ class _Builder:
             ),
         )
 
-    def _sources(self, row: Row) -> dict[str, ImageFiles]:
+    def _sources(self, row: SelectedUnit) -> dict[str, ImageFiles]:
         sources = {
             name: self._files(row, selector, row.images[name])
             for name, selector in self._images.items()
@@ -165,7 +173,9 @@ class _Builder:
                 sources[name] = replace(self._files(row, selector, ()), grid_of=by_kind[0])
         return {name: sources[name] for name in self._images if name in sources}
 
-    def _files(self, row: Row, selector: Scalar | Label, files: tuple[TreeFile, ...]) -> ImageFiles:
+    def _files(
+        self, row: SelectedUnit, selector: Scalar | Label, files: tuple[TreeFile, ...]
+    ) -> ImageFiles:
         catalog = self._catalog
         return ImageFiles(files, catalog.folder, catalog.repo, self._engine, row.unit, selector)
 

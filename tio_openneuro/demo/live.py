@@ -5,9 +5,7 @@ Owns the look of the demo's text. Computes nothing; the numbers come with the ev
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeAlias
 
 from rich.console import Console, Group, RenderableType
@@ -38,36 +36,35 @@ def render(run: Run, console: Console) -> DemoResult:
     Returns:
         What ``run`` returned.
     """
-    result = _run_live(run, console) if console.is_terminal else _run_plain(run, console)
-    console.print(summary(result))
+    if console.is_terminal:
+        board = _Board()
+        with Live(board, console=console, refresh_per_second=_REFRESH_PER_S):
+            result = run(board.take)
+    else:
+        result = _run_plain(run, console)
+    console.print(_summary(result))
     return result
 
 
-def _run_live(run: Run, console: Console) -> DemoResult:
-    board = _Board()
-    with Live(board, console=console, refresh_per_second=_REFRESH_PER_S, transient=False):
-        return run(board.take)
-
-
 def _run_plain(run: Run, console: Console) -> DemoResult:
+    """Print each stage once, and each scored epoch."""
     said: set[Stage] = set()
 
     def say(event: DemoEvent) -> None:
-        if event.stage is Stage.SCORED:
-            console.print(_line(event), highlight=False, soft_wrap=True)
-        elif event.stage not in said:
-            console.print(f"{event.elapsed_s:5.0f} s  {event.stage.value}", highlight=False)
+        scored = event.stage is Stage.SCORED
+        if scored or event.stage not in said:
+            line = _scored_line(event) if scored else event.stage.value
+            console.print(f"{event.elapsed_s:5.0f} s  {line}", highlight=False, soft_wrap=True)
         said.add(event.stage)
 
     return run(say)
 
 
-def _line(event: DemoEvent) -> str:
-    """Return one scored epoch as one line."""
+def _scored_line(event: DemoEvent) -> str:
     if event.epoch == 0:
-        return f"{event.elapsed_s:5.0f} s  untrained: held-out Dice {event.dice:.2f}"
+        return f"untrained: held-out Dice {event.dice:.2f}"
     return (
-        f"{event.elapsed_s:5.0f} s  epoch {event.epoch}/{event.epochs}: loss {event.loss:.3f}, "
+        f"epoch {event.epoch}/{event.epochs}: loss {_number(event.loss)}, "
         f"held-out Dice {event.dice:.2f}, disk held {format_size(event.held_bytes)} of "
         f"{format_size(event.budget_bytes)}, fetched {format_size(event.fetched_bytes)}, "
         f"waited {event.wait_s:.1f} s"
@@ -91,10 +88,9 @@ class _Board:
 
     def __rich__(self) -> RenderableType:
         """Return the epochs so far, and what is being done."""
-        event = self._event
         parts: list[RenderableType] = [self._epochs()] if self._scored else []
-        if event.stage is not Stage.REPORTING or not self._scored:
-            parts.append(self._now(event))
+        if self._event.stage is not Stage.REPORTING:
+            parts.append(self._now(self._event))
         return Group(*parts)
 
     def _epochs(self) -> RenderableType:
@@ -105,7 +101,7 @@ class _Board:
             table.add_row(
                 str(event.epoch) if event.epoch else "untrained",
                 _number(event.loss),
-                _number(event.dice),
+                f"{event.dice:.3f}",
                 format_size(event.held_bytes),
                 format_size(event.fetched_bytes),
                 f"{event.wait_s:.1f} s",
@@ -114,7 +110,7 @@ class _Board:
 
     def _now(self, event: DemoEvent) -> RenderableType:
         doing = event.stage.value
-        if event.stage in (Stage.TRAINING, Stage.SCORED) and event.epochs:
+        if event.stage in (Stage.TRAINING, Stage.SCORED):
             doing = f"epoch {max(event.epoch, 1)} of {event.epochs}"
         self._spinner.update(text=Text(f" {doing}  ({event.elapsed_s:.0f} s)", style="bold"))
         rows = Table.grid(padding=(0, 2))
@@ -123,15 +119,15 @@ class _Board:
         rows.add_column()
         if event.steps:
             rows.add_row("progress", _bar(event.step, event.steps), f"{event.step}/{event.steps}")
-        if event.budget_bytes and event.stage is not Stage.UNTRAINED:
+        if self._scored:
             share = event.held_bytes / event.budget_bytes
             style = "red" if share > 1 else "green" if share <= _FULL else "yellow"
             shown = f"{format_size(event.held_bytes)} of {format_size(event.budget_bytes)}"
             rows.add_row("disk held", _bar(event.held_bytes, event.budget_bytes, style), shown)
             shown = f"{format_size(event.link_bytes_per_s)}/s"
-            rows.add_row("link", Text(shown), f"{format_size(event.fetched_bytes)} fetched")
-            rows.add_row("loss", Text(_number(event.loss)), f"held-out Dice {_number(event.dice)}")
-            rows.add_row("waited", Text(f"{event.wait_s:.1f} s for patches"), "")
+            rows.add_row("link", shown, f"{format_size(event.fetched_bytes)} fetched")
+            rows.add_row("loss", _number(event.loss), f"held-out Dice {event.dice:.3f}")
+            rows.add_row("waited", f"{event.wait_s:.1f} s for patches")
         return Group(self._spinner, rows)
 
 
@@ -141,22 +137,23 @@ def _bar(done: float, total: float, style: str = "cyan") -> ProgressBar:
     )
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
-def summary(result: DemoResult) -> RenderableType:
+def _summary(result: DemoResult) -> RenderableType:
     """Return the closing report: what was learnt, held, fetched, waited for, and the PNG."""
+    first, last = result.epochs[0], result.epochs[-1]
     fetched = result.fetched_bytes / result.budget_bytes
     share = result.dataset_bytes / result.budget_bytes
-    ram_peak, ram_budget = format_size(result.ram_peak_bytes), format_size(result.ram_budget_bytes)
+    ram_peak, ram_budget = format_size(last.ram_peak_bytes), format_size(result.ram_budget_bytes)
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim")
     rows.add_column()
     rows.add_row(
         "held-out Dice",
-        f"{result.dice_untrained:.2f} untrained, [bold]{result.dice_trained:.2f}[/bold] after "
-        f"{len(result.epochs) - 1} epochs ({result.held_out} of {result.heads} heads)",
+        f"{first.dice:.2f} untrained, [bold]{last.dice:.2f}[/bold] after "
+        f"{last.epoch} epochs ({len(last.scores)} of {result.heads} heads)",
     )
     rows.add_row(
         "disk held",
@@ -172,13 +169,7 @@ def summary(result: DemoResult) -> RenderableType:
     rows.add_row(
         "time",
         f"{result.wall_s:.0f} s in all, {result.train_s:.0f} s of training, of which "
-        f"{result.wait_s:.1f} s waiting for patches",
+        f"{last.wait_s:.1f} s waiting for patches",
     )
-    rows.add_row("picture", _short(result.report))
+    rows.add_row("picture", str(result.report))
     return Panel(rows, title="tio-openneuro demo", title_align="left", expand=False)
-
-
-def _short(path: Path) -> str:
-    """Return the path as one would type it from here."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -6,7 +6,6 @@ and beside other uses of Matplotlib, since it never touches pyplot.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tio_openneuro.demo.records import DemoResult, Illustration
+from tio_openneuro.demo.records import DemoResult
 from tio_openneuro.sizes import format_size
 
 _INK = "#1c2733"
@@ -27,17 +26,16 @@ _BUDGET = "#c8372d"
 _TRUTH = "#35d07f"
 _GUESS = "#ff9d2e"
 _TITLE_SIZE, _TEXT_SIZE, _SMALL_SIZE = 11.0, 9.5, 8.5
+_CURVE: Any = {"marker": "o", "markersize": 5, "color": _HELD}
 _DPI = 150
 _LEFT = 0.055
 
 
-def write_report(result: DemoResult, picture: Illustration, path: Path) -> None:
-    """Write the PNG, making its folder.
+def write_report(result: DemoResult) -> None:
+    """Write the PNG that the result names, making its folder.
 
     Args:
-        result: The numbers.
-        picture: A slice of one held-out head.
-        path: The file; replaced whole, never left half written.
+        result: The numbers and the picture. The file is replaced whole, never left half written.
     """
     figure = Figure(figsize=(13.2, 8.6), facecolor="white")
     canvas = FigureCanvasAgg(figure)
@@ -46,15 +44,15 @@ def write_report(result: DemoResult, picture: Illustration, path: Path) -> None:
         height_ratios=(1.12, 1), hspace=0.36, wspace=1.6,
     )  # fmt: skip
     _draw_heading(figure, result)
-    _draw_slices([figure.add_subplot(grid[0, at : at + 3]) for at in (0, 3, 6)], picture)
+    _draw_slices([figure.add_subplot(grid[0, at : at + 3]) for at in (0, 3, 6)], result)
     _draw_heads(figure.add_subplot(grid[0, 9:]), result)
     _draw_disk(figure.add_subplot(grid[1, :6]), result)
     _draw_loss(figure.add_subplot(grid[1, 6:9]), result)
     _draw_dice(figure.add_subplot(grid[1, 9:]), result)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part.png")
+    result.report.parent.mkdir(parents=True, exist_ok=True)
+    partial = result.report.with_suffix(".part.png")
     canvas.print_figure(str(partial), dpi=_DPI)
-    partial.replace(path)
+    partial.replace(result.report)
 
 
 def _draw_heading(figure: Figure, result: DemoResult) -> None:
@@ -76,13 +74,15 @@ def _draw_heading(figure: Figure, result: DemoResult) -> None:
         figure.text(_LEFT, height, line, fontsize=10.5, color=_FAINT)
 
 
-def _draw_slices(axes: list[Axes], picture: Illustration) -> None:
+def _draw_slices(axes: list[Axes], result: DemoResult) -> None:
     """Draw the slice alone, then with both networks' lesion over the true outline."""
+    picture = result.picture
+    before, after = (result.epochs[at].scores[picture.head] for at in (0, -1))
     dark, bright = np.percentile(picture.image, (1, 99.95))
     panels: list[tuple[str, str, Any]] = [
-        ("Held-out head", f"{picture.name}, slice {picture.slice_index}", None),
-        ("Before training", f"Dice {picture.dice_untrained:.2f}", picture.untrained),
-        ("After training", f"Dice {picture.dice_trained:.2f}", picture.trained),
+        ("Held-out head", f"{after.name}, slice {picture.slice_index}", None),
+        ("Before training", f"Dice {before.dice:.2f}", picture.untrained),
+        ("After training", f"Dice {after.dice:.2f}", picture.trained),
     ]
     for axis, (title, note, guess) in zip(axes, panels, strict=True):
         axis.imshow(
@@ -123,7 +123,7 @@ def _draw_heads(axis: Axes, result: DemoResult) -> None:
     axis.set_xlim(-0.04, 1.0)
     axis.set_xlabel("Dice", fontsize=_TEXT_SIZE, color=_INK)
     _plain(axis, grid_axis="x")
-    note = f"mean {result.dice_untrained:.2f} → {result.dice_trained:.2f}"
+    note = f"mean {result.epochs[0].dice:.2f} → {result.epochs[-1].dice:.2f}"
     _title(axis, "All held-out heads", note)
 
 
@@ -153,29 +153,27 @@ def _draw_disk(axis: Axes, result: DemoResult) -> None:
 
 
 def _draw_loss(axis: Axes, result: DemoResult) -> None:
-    epochs = [report.epoch for report in result.epochs[1:]]
-    axis.plot(
-        epochs, [report.loss for report in result.epochs[1:]], "-o", color=_HELD, markersize=5
-    )
+    trained = result.epochs[1:]
+    losses = np.array([at.loss for at in trained], dtype=float)
+    axis.plot([at.epoch for at in trained], losses, **_CURVE)
     axis.set_ylim(bottom=0)
-    _epochs(axis, result, first=1)
-    waited = result.wait_s / result.train_s
+    waited = result.epochs[-1].wait_s / result.train_s
     _title(axis, "Training loss", f"{waited:.0%} of the time waiting for patches")
+    _epochs(axis, 1, trained[-1].epoch)
 
 
 def _draw_dice(axis: Axes, result: DemoResult) -> None:
-    epochs = [report.epoch for report in result.epochs]
-    dice = [report.dice for report in result.epochs]
-    axis.plot(epochs, dice, "-o", color=_HELD, markersize=5)
-    axis.scatter(epochs[:1], dice[:1], s=34, color=_FAINT, zorder=3)
+    first, last = result.epochs[0], result.epochs[-1]
+    axis.plot([at.epoch for at in result.epochs], [at.dice for at in result.epochs], **_CURVE)
+    axis.scatter([first.epoch], [first.dice], s=34, color=_FAINT, zorder=3)
     axis.set_ylim(-0.04, 1.0)
-    _epochs(axis, result)
-    _title(axis, "Held-out Dice", f"mean of {result.held_out} heads, epoch 0 untrained")
+    _title(axis, "Held-out Dice", f"mean of {len(last.scores)} heads, epoch 0 untrained")
+    _epochs(axis, 0, last.epoch)
 
 
-def _epochs(axis: Axes, result: DemoResult, *, first: int = 0) -> None:
-    axis.set_xlim(first - 0.25, len(result.epochs) - 0.75)
-    axis.set_xticks([report.epoch for report in result.epochs[first:]])
+def _epochs(axis: Axes, first: int, last: int) -> None:
+    axis.set_xlim(first - 0.25, last + 0.25)
+    axis.set_xticks(range(first, last + 1))
     axis.set_xlabel("epoch", fontsize=_TEXT_SIZE, color=_INK)
     _plain(axis, grid_axis="y")
 

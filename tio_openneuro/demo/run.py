@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from tio_openneuro.demo.phantom import make_heads
 from tio_openneuro.demo.records import DemoEvent, DemoResult, Illustration, Stage
 from tio_openneuro.demo.report import write_report
 from tio_openneuro.demo.training import (
-    EpochReport,
-    Report,
-    StepReport,
-    Task,
-    dice_score,
+    IMAGE,
+    LABEL,
+    SubjectScore,
+    score,
     segment,
-    train,
+    train_epoch,
+    warm_up_and_cosine,
 )
 from tio_openneuro.demo.watch import DiskWatch
 from tio_openneuro.loopback import LoopbackOpenNeuro, Volume
@@ -54,8 +54,7 @@ _PATCHES_PER_HEAD = 8
 _BATCH = 4
 _LEARNING_RATE = 0.01
 _WORKERS = 2
-_RATE_WINDOW_S = 2.0
-_TASK = Task(image="flair", label="lesion", classes=2)
+_RATE_READINGS = 8
 
 
 def run_demo(
@@ -83,119 +82,77 @@ def run_demo(
     progress = _Progress(on_event, epochs)
     with (
         tempfile.TemporaryDirectory(prefix="tio-openneuro-demo-") as scratch,
-        LoopbackOpenNeuro(Path(scratch, "openneuro")) as openneuro,
+        LoopbackOpenNeuro(
+            Path(scratch, "openneuro"), rate_bytes_per_s=_LINK_BYTES_PER_S, latency_s=_LATENCY_S
+        ) as openneuro,
     ):
         _publish(openneuro, progress, heads=heads, seed=seed)
-        openneuro.set_rate(_LINK_BYTES_PER_S)
-        openneuro.set_latency(_LATENCY_S)
-        openneuro.reset_counters()
         progress.say(Stage.INDEXING)
         root = Path(scratch, "root")
-        dataset_bytes = _size_of_dataset(root)
+        with _open_dataset(root, parse_size("1 GB")) as dataset:  # fetches nothing
+            dataset_bytes = dataset.nbytes
         budget_bytes = dataset_bytes // _BUDGET_SHARE
-        progress.say(Stage.UNTRAINED, dataset_bytes=dataset_bytes, budget_bytes=budget_bytes)
-        with DiskWatch(root) as watch:
-            progress.watch_link_and_disk(openneuro, watch)
-            with _open_dataset(root, budget_bytes) as dataset:
-                training = _train(dataset, progress, epochs=epochs, seed=seed)
-        fetched_bytes = openneuro.total(ACCESSION).bytes
-    report = folder / REPORT
+        progress.say(Stage.UNTRAINED, budget_bytes=budget_bytes)
+        with DiskWatch(root) as watch, _open_dataset(root, budget_bytes) as dataset:
+            gauges = _Gauges(openneuro, watch)
+            scored, picture = _train(dataset, progress, gauges, epochs=epochs, seed=seed)
+        fetched_bytes = openneuro.content_bytes()
     progress.say(Stage.REPORTING)
     result = DemoResult(
         heads=heads,
-        held_out=len(training.epochs[-1].scores),
-        epochs=training.epochs,
+        epochs=scored,
+        picture=picture,
         samples=watch.samples(),
         dataset_bytes=dataset_bytes,
         budget_bytes=budget_bytes,
         fetched_bytes=fetched_bytes,
         ram_budget_bytes=parse_size(RAM_BUDGET),
-        ram_peak_bytes=training.ram_peak_bytes,
         link_bytes_per_s=_LINK_BYTES_PER_S,
         latency_s=_LATENCY_S,
-        train_s=training.train_s,
         wall_s=progress.elapsed_s,
-        report=report,
+        report=folder / REPORT,
     )
-    write_report(result, training.picture, report)
+    write_report(result)
     return replace(result, wall_s=progress.elapsed_s)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Training:
-    """What training leaves behind once the dataset is closed."""
-
-    epochs: tuple[EpochReport, ...]
-    picture: Illustration
-    ram_peak_bytes: int
-    train_s: float
-
-
-@dataclass(slots=True, eq=False)
 class _Progress:
-    """The state of the demo as its events tell it."""
+    """Sends events, each of them the one before with some fields changed."""
 
-    on_event: Callable[[DemoEvent], None]
-    epochs: int
-    _event: DemoEvent = field(default_factory=lambda: DemoEvent(Stage.HEADS))
-    _began_s: float = field(default_factory=time.monotonic)
-    _openneuro: LoopbackOpenNeuro | None = None
-    _watch: DiskWatch | None = None
-    _sent: deque[tuple[float, int]] = field(default_factory=deque)
-    first_step_s: float = 0.0
+    def __init__(self, on_event: Callable[[DemoEvent], None], epochs: int) -> None:
+        """Begin to count the seconds."""
+        self._on_event = on_event
+        self._event = DemoEvent(Stage.HEADS, epochs=epochs)
+        self._began_s = time.monotonic()
 
     @property
     def elapsed_s(self) -> float:
         """Seconds since the demo began."""
         return time.monotonic() - self._began_s
 
-    def watch_link_and_disk(self, openneuro: LoopbackOpenNeuro, watch: DiskWatch) -> None:
-        """Put link and disk into the events from now on."""
+    def say(self, stage: Stage, **changed: Any) -> DemoEvent:  # noqa: ANN401 - its fields
+        """Send an event with these fields changed, and return it."""
+        self._event = replace(self._event, stage=stage, elapsed_s=self.elapsed_s, **changed)
+        self._on_event(self._event)
+        return self._event
+
+
+class _Gauges:
+    """Reads link and disk from outside the code that fetches and holds."""
+
+    def __init__(self, openneuro: LoopbackOpenNeuro, watch: DiskWatch) -> None:
+        """Read from these two, both running."""
         self._openneuro, self._watch = openneuro, watch
+        self._sent = deque([(time.monotonic(), 0)], maxlen=_RATE_READINGS)
 
-    def say(self, stage: Stage, **changed: Any) -> None:  # noqa: ANN401 - fields of DemoEvent
-        """Send an event with these fields changed."""
-        self._event = replace(
-            self._event, stage=stage, epochs=self.epochs, elapsed_s=self.elapsed_s, **changed
-        )
-        self.on_event(self._event)
-
-    def say_report(self, report: Report) -> None:
-        """Send what the training loop reports."""
-        if isinstance(report, StepReport):
-            self.first_step_s = self.first_step_s or self.elapsed_s
-            self.say(
-                Stage.TRAINING,
-                epoch=report.epoch,
-                step=report.step,
-                steps=report.steps,
-                loss=report.loss,
-                wait_s=self._event.wait_s + report.wait_s,
-                **self._link_and_disk(),
-            )
-        else:
-            self.say(
-                Stage.SCORED,
-                epoch=report.epoch,
-                step=0,
-                loss=report.loss,
-                dice=report.dice,
-                **self._link_and_disk(),
-            )
-
-    def _link_and_disk(self) -> dict[str, Any]:
-        if self._openneuro is None or self._watch is None:
-            return {}
-        now_s, sent_bytes = self.elapsed_s, self._openneuro.total(ACCESSION).bytes
-        self._sent.append((now_s, sent_bytes))
-        while now_s - self._sent[0][0] > _RATE_WINDOW_S and len(self._sent) > 2:  # noqa: PLR2004
-            self._sent.popleft()
-        since_s, before_bytes = self._sent[0]
-        rate = (sent_bytes - before_bytes) / (now_s - since_s) if now_s > since_s else 0.0
+    def read(self) -> dict[str, float]:
+        """Return fields of an event; the rate is that since a few readings ago."""
+        self._sent.append((time.monotonic(), self._openneuro.content_bytes()))
+        (before_s, before_bytes), (now_s, sent_bytes) = self._sent[0], self._sent[-1]
         return {
             "held_bytes": self._watch.held_bytes(),
             "fetched_bytes": sent_bytes,
-            "link_bytes_per_s": rate,
+            "link_bytes_per_s": (sent_bytes - before_bytes) / (now_s - before_s),
         }
 
 
@@ -217,66 +174,80 @@ def _publish(openneuro: LoopbackOpenNeuro, progress: _Progress, *, heads: int, s
     openneuro.publish(ACCESSION, files)
 
 
-def _size_of_dataset(root: Path) -> int:
-    """Clone and index, fetch nothing, and return the bytes of the images selected."""
-    with _open_dataset(root, parse_size("1 GB")) as dataset:
-        return int(dataset.nbytes)
-
-
-@contextmanager
-def _open_dataset(root: Path, budget_bytes: int) -> Iterator[DataladSubjectsDataset]:
+def _open_dataset(root: Path, budget_bytes: int) -> DataladSubjectsDataset:
     """Open the published dataset by its accession."""
-    with DataladSubjectsDataset(
+    scale = tio.RescaleIntensity((-1, 1), percentiles=(0.5, 99.5))
+    return DataladSubjectsDataset(
         ACCESSION,
         {
-            _TASK.image: Scalar("sub-*/anat/*_FLAIR.nii.gz"),
-            _TASK.label: Label("sub-*/anat/*_FLAIR_roi.nii.gz"),
+            IMAGE: Scalar("sub-*/anat/*_FLAIR.nii.gz"),
+            LABEL: Label("sub-*/anat/*_FLAIR_roi.nii.gz"),
         },
         root=root,
         disk_budget=budget_bytes,
-        preprocess=tio.Compose(
-            [tio.ToCanonical(), tio.RescaleIntensity((-1, 1), percentiles=(0.5, 99.5))]
-        ),
-    ) as dataset:
-        yield dataset
+        preprocess=tio.Compose([tio.ToCanonical(), scale]),
+    )
 
 
 def _train(
-    dataset: DataladSubjectsDataset, progress: _Progress, *, epochs: int, seed: int
-) -> _Training:
+    dataset: DataladSubjectsDataset,
+    progress: _Progress,
+    gauges: _Gauges,
+    *,
+    epochs: int,
+    seed: int,
+) -> tuple[tuple[DemoEvent, ...], Illustration]:
     """Train on three quarters of the heads, score on the others."""
     held_out = dataset[list(range(0, len(dataset), _HELD_OUT_EVERY))]
     kept = dataset[[index for index in range(len(dataset)) if index % _HELD_OUT_EVERY]]
     kept.set_transform(tio.RandomFlip(axes=0))  # left to right, the heads being canonical
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = UNet(classes=_TASK.classes)
+        network = UNet()
     untrained = copy.deepcopy(network)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE)
     with (
         _one_core_left(),
         BudgetedQueue(
             kept,
             samples_per_volume=_PATCHES_PER_HEAD,
             max_length=_PATCHES_PER_HEAD * len(kept) // 2,
-            sampler=tio.LabelSampler(_PATCH_SIDE, _TASK.label, {0: 1, 1: 1}),
+            sampler=tio.LabelSampler(_PATCH_SIDE, LABEL, {0: 1, 1: 1}),
             num_workers=_WORKERS,
             ram_budget=RAM_BUDGET,
             seed=seed,
         ) as queue,
     ):
-        reports = train(
-            network,
-            tio.SubjectsLoader(queue, batch_size=_BATCH, num_workers=0),
-            torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE),
-            task=_TASK,
-            epochs=epochs,
-            held_out=held_out,
-            on_report=progress.say_report,
-        )
-        ram_peak_bytes = queue.statistics().ram_peak_bytes
-    train_s = progress.elapsed_s - progress.first_step_s
-    picture = _illustrate(held_out, reports[-1], untrained, network)
-    return _Training(tuple(reports), picture, ram_peak_bytes, train_s)
+        loader = tio.SubjectsLoader(queue, batch_size=_BATCH, num_workers=0)
+        schedule = warm_up_and_cosine(optimiser, epochs * len(loader))
+        scores = score(network, held_out)
+        scored = [progress.say(Stage.SCORED, scores=scores, **gauges.read())]
+        wait_s = 0.0
+        for epoch in range(1, epochs + 1):
+            losses: list[float] = []
+            steps = len(loader)
+            for step in train_epoch(network, loader, optimiser, schedule):
+                losses.append(step.loss)
+                wait_s += step.wait_s
+                progress.say(
+                    Stage.TRAINING,
+                    epoch=epoch,
+                    step=len(losses),
+                    steps=steps,
+                    loss=step.loss,
+                    wait_s=wait_s,
+                    **gauges.read(),
+                )
+            event = progress.say(
+                Stage.SCORED,
+                step=0,
+                loss=sum(losses) / len(losses),
+                scores=score(network, held_out),
+                ram_peak_bytes=queue.statistics().ram_peak_bytes,
+                **gauges.read(),
+            )
+            scored.append(event)
+    return tuple(scored), _illustrate(held_out, scored[-1].scores, untrained, network)
 
 
 @contextmanager
@@ -295,23 +266,24 @@ def _one_core_left() -> Iterator[None]:
 
 
 def _illustrate(
-    held_out: DataladSubjectsDataset, last: EpochReport, untrained: UNet, trained: UNet
+    held_out: DataladSubjectsDataset,
+    scores: tuple[SubjectScore, ...],
+    untrained: UNet,
+    trained: UNet,
 ) -> Illustration:
     """Show the held-out head of median Dice, where its lesion is largest."""
-    by_dice = sorted(range(len(last.scores)), key=lambda index: last.scores[index].dice)
+    by_dice = sorted(range(len(scores)), key=lambda index: scores[index].dice)
     median = by_dice[len(by_dice) // 2]
     subject: Any = held_out[median]
-    image, truth = subject[_TASK.image], subject[_TASK.label].data[0] > 0
-    before, after = segment(untrained, image.data), segment(trained, image.data)
+    image, truth = subject[IMAGE], subject[LABEL].data[0] > 0
+    before, after = (segment(network, image.data) for network in (untrained, trained))
     at = int(truth.sum(dim=(0, 1)).argmax())
     return Illustration(
-        name=last.scores[median].name,
+        head=median,
         slice_index=at,
         image=np.asarray(image.data[0, :, :, at]),
         truth=np.asarray(truth[:, :, at]),
-        untrained=np.asarray(before[:, :, at] > 0),
-        trained=np.asarray(after[:, :, at] > 0),
-        dice_untrained=dice_score(before, truth.long()),
-        dice_trained=dice_score(after, truth.long()),
+        untrained=np.asarray(before[:, :, at]),
+        trained=np.asarray(after[:, :, at]),
         aspect=float(image.spacing[1] / image.spacing[0]),
     )

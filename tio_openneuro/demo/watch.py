@@ -5,11 +5,11 @@ Owns the observer's process, and ends it.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from tio_openneuro.annex import Coprocess
 from tio_openneuro.demo import observer
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 _END_TIMEOUT_S = 20.0
 
 
-@dataclass(frozen=True, slots=True)
-class HeldSample:
+class HeldSample(NamedTuple):
     """What an observer saw at one instant.
 
     Attributes:
@@ -80,22 +79,14 @@ class DiskWatch:
 
     def samples(self) -> tuple[HeldSample, ...]:
         """Return all samples so far, the oldest first."""
-        self._take_waiting()
+        with contextlib.suppress(TimeoutError):
+            while self._process is not None and self._take(self._process, timeout_s=0.0):
+                pass
         return tuple(self._samples)
 
     def held_bytes(self) -> int:
         """Return what the newest sample saw."""
-        self._take_waiting()
-        return self._samples[-1].held_bytes
-
-    def _take_waiting(self) -> None:
-        if self._process is None:
-            return
-        try:
-            while self._take(self._process, timeout_s=0.0):
-                pass
-        except TimeoutError:
-            return
+        return self.samples()[-1].held_bytes
 
     def _take(self, process: Coprocess, *, timeout_s: float) -> bool:
         """Read one sample; return False at the end of them."""

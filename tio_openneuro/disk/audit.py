@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from tio_openneuro.content import AnnexKey
-from tio_openneuro.disk.prepared_store import PreparedRepo
-from tio_openneuro.disk.store import Store
+from tio_openneuro.content import ContentId
+from tio_openneuro.disk.prepared_volumes import PreparedRepo
+from tio_openneuro.disk.store import Store, key_of
 from tio_openneuro.errors import DropRefusedError
-from tio_openneuro.ledger import ContentId, ContentState, Ledger, Row, Want
+from tio_openneuro.ledger import ContentRow, ContentState, Ledger, Want
 
 
 def audit(ledger: Ledger, store: Store, folders: tuple[Path, ...], *, repair: bool) -> list[str]:
@@ -44,7 +44,7 @@ def audit(ledger: Ledger, store: Store, folders: tuple[Path, ...], *, repair: bo
     return found + [f"{name} is the lock of no owner" for name in ledger.stray_locks(remove=False)]
 
 
-def _suspects(ledger: Ledger, store: Store) -> list[Row]:
+def _suspects(ledger: Ledger, store: Store) -> list[ContentRow]:
     """Return the rows that the disk contradicts, twice, without having changed between."""
     rows = ledger.rows()
     partials = _partials(store, {content.clone for content in rows})
@@ -70,10 +70,10 @@ def _partials(store: Store, clones: set[str]) -> dict[ContentId, int]:
     return found
 
 
-def _is_sound(row: Row, store: Store, partials: dict[ContentId, int]) -> bool:
+def _is_sound(row: ContentRow, store: Store, partials: dict[ContentId, int]) -> bool:
     """Return whether the disk has what the row says."""
     repo = store.repo_of(row.content.clone)
-    path = None if repo is None else repo.locate(_key(row.content))
+    path = None if repo is None else repo.locate(key_of(row.content))
     if row.state is ContentState.PRESENT:
         return path is not None and path.stat().st_size == row.size_bytes
     if row.owner_id:
@@ -83,20 +83,20 @@ def _is_sound(row: Row, store: Store, partials: dict[ContentId, int]) -> bool:
     return row.state is ContentState.RESERVED and path is None and held_bytes <= row.size_bytes
 
 
-def _describe(row: Row, store: Store) -> str:
+def _describe(row: ContentRow, store: Store) -> str:
     repo = store.repo_of(row.content.clone)
     where = f"{row.content.clone}: {row.content.key} ({row.size_bytes} bytes charged)"
     if repo is None:
         return f"{where} is in a clone that is gone"
-    path = repo.locate(_key(row.content))
+    path = repo.locate(key_of(row.content))
     there = "absent" if path is None else f"whole, {path.stat().st_size} bytes"
     return f"{where} is recorded as {row.state} and is {there}"
 
 
-def _mend(ledger: Ledger, store: Store, row: Row) -> None:
+def _mend(ledger: Ledger, store: Store, row: ContentRow) -> None:
     """Make ledger and disk agree about one row."""
     repo = store.repo_of(row.content.clone)
-    path = None if repo is None else repo.locate(_key(row.content))
+    path = None if repo is None else repo.locate(key_of(row.content))
     if row.state is ContentState.RESERVED and path is not None:
         if path.stat().st_size == row.size_bytes:
             ledger.arrived(row.content)
@@ -105,11 +105,12 @@ def _mend(ledger: Ledger, store: Store, row: Row) -> None:
         if repo is not None:
             # An object of another size is not located, and takes room all the same.
             with contextlib.suppress(DropRefusedError):
-                repo.drop(_key(row.content))
+                repo.drop(key_of(row.content))
         if not row.leased:
             ledger.disowned(row.content)
         return
-    marked = ledger.give_up([row.content])
+    with ledger.transaction() as decide:
+        marked = decide.give_up([row.content])
     store.drop([given.content for given in marked], "to mend the ledger")
 
 
@@ -133,15 +134,13 @@ def _unknown_partials(
 
 def _charge(ledger: Ledger, store: Store, content: ContentId, size_bytes: int) -> None:
     """Charge a download that nobody charges, or clear it away where it does not fit."""
-    key = _key(content)
+    key = key_of(content)
     repo = store.repo_of(content.clone)
     if isinstance(repo, PreparedRepo):
         repo.drop(key)
         return
     want = Want(content, max(key.size_bytes or 0, size_bytes), located=False)
-    if not ledger.adopt(want) and repo is not None:
+    with ledger.transaction() as decide:
+        adopted = decide.adopt(want)
+    if not adopted and repo is not None:
         repo.discard_partial(key)
-
-
-def _key(content: ContentId) -> AnnexKey:
-    return AnnexKey.parse(content.key) or AnnexKey(content.key, None)

@@ -1,6 +1,6 @@
 """Content on disk within a budget: reserve, evict, fetch, verify, lease.
 
-Owns nothing but its settings and, in each process, one :class:`~tio_openneuro.disk.leases.Runtime`.
+Owns nothing but its settings and, in each process, one :class:`~tio_openneuro.disk.leases.Leases`.
 Promises that the bytes held under the root stay within the budget at every instant, in every
 process, and that content under a lease stays. Knows nothing of images or of torch.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -19,14 +20,15 @@ from tio_openneuro.annex import AnnexRepo
 from tio_openneuro.content import AnnexKey, ContentRepo, ContentUnit
 from tio_openneuro.disk import many_units, prepared_volumes
 from tio_openneuro.disk.audit import audit
-from tio_openneuro.disk.leases import Runtime, Settings
+from tio_openneuro.disk.leases import Leases, Settings
 from tio_openneuro.disk.look_ahead import is_prepared
-from tio_openneuro.disk.prepared_store import FOLDER, PreparedRepo
+from tio_openneuro.disk.prepared_volumes import FOLDER, PreparedRepo
 from tio_openneuro.disk.statistics import DiskStatistics, RootStatus
 from tio_openneuro.disk.store import OpenRepo
-from tio_openneuro.errors import DiskBudgetError, LedgerError
-from tio_openneuro.ledger import FLOOR_BYTES
-from tio_openneuro.sizes import format_size, parse_size
+from tio_openneuro.errors import LedgerError
+from tio_openneuro.forks import at_fork
+from tio_openneuro.ledger import FLOOR_BYTES, too_large
+from tio_openneuro.sizes import parse_size
 
 __all__ = ["DiskStatistics", "Engine", "open_annex"]
 
@@ -83,35 +85,24 @@ class Engine:
         self._budget_bytes = self._here().ledger.budget_bytes
 
     def _begin(self) -> None:
-        """Have no runtime yet, in this process."""
+        """Have no leases yet, in this process."""
         self._opening = threading.Lock()
-        self._runtime: Runtime | None = None
+        self._leases: Leases | None = None
         self._closed = False
-        itself = weakref.ref(self)
-
-        def after_fork() -> None:
-            engine = itself()
-            if engine is not None:
-                engine._after_fork()  # noqa: SLF001 - the same class
-
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=after_fork)
+        at_fork("engine", self, in_child=Engine._after_fork)
 
     def _after_fork(self) -> None:
-        """Let go of the parent's runtime; the thread that held the lock may be gone."""
+        """Let go of the parent's leases; the thread that held the lock may be gone."""
         self._opening = threading.Lock()
-        if self._runtime is not None:
-            self._runtime.abandon()
+        if self._leases is not None:
+            self._leases.abandon()
             # Kept, since closing a connection that was carried over a fork is not safe.
-            self._inherited = self._runtime
-            self._runtime = None
+            self._inherited = self._leases
+            self._leases = None
 
     def __getstate__(self) -> dict[str, object]:
         """Return the settings, with the budget chosen."""
-        s = self._settings
-        return {
-            "settings": Settings(s.root, self._budget_bytes, s.floor_bytes, s.jobs, s.open_repo)
-        }
+        return {"settings": replace(self._settings, budget_bytes=self._budget_bytes)}
 
     def __setstate__(self, state: dict[str, Settings]) -> None:
         """Take the settings; this process opens the ledger when it needs it."""
@@ -119,16 +110,16 @@ class Engine:
         self._budget_bytes = state["settings"].budget_bytes or 0
         self._begin()
 
-    def _here(self) -> Runtime:
-        """Return this process's runtime, made if need be."""
+    def _here(self) -> Leases:
+        """Return this process's leases, made if need be."""
         with self._opening:
             if self._closed:
                 message = f"Cannot use the engine of {self._settings.root}: it was closed."
                 raise LedgerError(message)
-            if self._runtime is None or self._runtime.pid != os.getpid():
-                self._runtime = Runtime(self._settings)
-                weakref.finalize(self, self._runtime.close)
-            return self._runtime
+            if self._leases is None or self._leases.pid != os.getpid():
+                self._leases = Leases(self._settings)
+                weakref.finalize(self, self._leases.close)
+            return self._leases
 
     @property
     def root(self) -> Path:
@@ -146,26 +137,18 @@ class Engine:
         Raises:
             DiskBudgetError: It cannot.
         """
-        runtime = self._here()
-        files = runtime.store.files_of(unit)
-        wants = runtime.store.wants(files)
-        known = runtime.ledger.rows(files)
+        leases = self._here()
+        files = leases.store.files_of(unit)
+        wants = leases.store.wants(files)
+        known = leases.ledger.rows(files)
         ours = [want for want in wants if want.content in known or not want.located]
-        size_bytes = sum(want.size_bytes for want in ours)
-        budget_bytes = min(self._budget_bytes, runtime.ledger.holdings().budget_bytes)
-        if size_bytes > budget_bytes:
-            message = (
-                f"Cannot hold {unit.name}: its {len(ours)} files need {size_bytes} bytes "
-                f"({format_size(size_bytes)}) at once, and the disk budget is {budget_bytes} bytes "
-                f"({format_size(budget_bytes)}). Raise disk_budget to at least {size_bytes}, or "
-                f"select fewer images per unit."
-            )
-            raise DiskBudgetError(message, unit=unit.name)
+        budget_bytes = min(self._budget_bytes, leases.ledger.holdings().budget_bytes)
+        if sum(want.size_bytes for want in ours) > budget_bytes:
+            raise too_large(unit.name, [want.size_bytes for want in ours], budget_bytes)
 
-    @contextmanager
     def lease(
         self, unit: ContentUnit, *, timeout_s: float = 600.0
-    ) -> Iterator[dict[AnnexKey, Path]]:
+    ) -> AbstractContextManager[dict[AnnexKey, Path]]:
         """Hold a unit's content while the block runs; fetch what is absent.
 
         All of its bytes are reserved at once, in the order in which leases of all processes were
@@ -176,30 +159,24 @@ class Engine:
             unit: What to hold.
             timeout_s: Seconds to wait for room while nobody gets ahead.
 
-        Yields:
-            The file of each key's content.
+        Returns:
+            A context that gives the file of each key's content.
 
         Raises:
             DiskBudgetError: The unit exceeds the budget, or no room came free.
             FetchError: Content did not arrive.
         """
-        runtime = self._here()
-        with runtime.lease(unit, timeout_s) as found:
-            names = {file.key: runtime.store.content_of(file) for file in unit.files}
-            yield {key: found[content] for key, content in names.items()}
+        return self._here().lease(unit, timeout_s)
 
-    @contextmanager
-    def lease_prepared(self, unit: ContentUnit) -> Iterator[Path | None]:
+    def lease_prepared(self, unit: ContentUnit) -> AbstractContextManager[Path | None]:
         """Hold a unit's prepared volume while the block runs, where it is present; never wait.
 
-        Yields:
-            Its file, or None.
+        Returns:
+            A context that gives its file, or None.
         """
         if unit.prepared is None:
-            yield None
-            return
-        with prepared_volumes.lease(self._here(), unit, unit.prepared) as path:
-            yield path
+            return nullcontext()
+        return prepared_volumes.lease(self._here(), unit, unit.prepared)
 
     def keep_prepared(self, unit: ContentUnit, data: bytes, prepare_s: float) -> bool:
         """Keep a unit's prepared volume if there is room that is worth less; never wait.
@@ -223,8 +200,8 @@ class Engine:
         """Drop a unit's prepared volume where nobody leases it; return the bytes."""
         if unit.prepared is None:
             return 0
-        runtime = self._here()
-        return many_units.drop(runtime, [runtime.store.content_of(unit.prepared)], reason)
+        leases = self._here()
+        return leases.drop([leases.store.content_of(unit.prepared)], reason)
 
     def prefetch(self, units: Sequence[ContentUnit], *, again: Sequence[ContentUnit] = ()) -> None:
         """Make this the known order from now on, and fetch ahead along it; return at once.
@@ -237,11 +214,7 @@ class Engine:
             again: What is used after them in an order that is not known yet, the likeliest first;
                 it is not prefetched, and gives way in reverse.
         """
-        runtime = self._here()
-        runtime.flights.cancel_prefetches(keep=runtime.prefetcher.replace(units, again))
-        if units:
-            runtime.flights.start()
-        runtime.signal.notify()
+        self._here().look_ahead.replace(units, again)
 
     def release(self, unit: ContentUnit, *, drop: bool) -> None:
         """Note that a unit is not needed any more for now.
@@ -251,14 +224,14 @@ class Engine:
             drop: Whether to drop its content at once, but for what another unit is known to
                 need or anybody leases; else it stays until room is needed.
         """
-        runtime = self._here()
-        contents = runtime.store.files_of(unit)
-        runtime.prefetcher.release(unit, contents)
+        leases = self._here()
+        contents = leases.store.files_of(unit)
+        leases.look_ahead.release(unit, contents)
         if drop:
-            alone = runtime.store.all_of(unit)
-            alone = [c for c in alone if not runtime.ledger.needed_by_others(c, unit.name)]
-            many_units.drop(runtime, alone, f"since {unit.name} is done")
-        runtime.signal.notify()
+            alone = leases.store.all_of(unit)
+            alone = [c for c in alone if not leases.ledger.needed_by_others(c, unit.name)]
+            leases.drop(alone, f"since {unit.name} is done")
+        leases.changes.notify()
 
     def fetch(
         self,
@@ -280,12 +253,14 @@ class Engine:
 
     def evict(self, units: Sequence[ContentUnit]) -> int:
         """Drop what this library fetched of these units and nobody leases; return the bytes."""
-        return many_units.evict(self._here(), units)
+        leases = self._here()
+        contents = {content for unit in units for content in leases.store.all_of(unit)}
+        return leases.drop(contents, "as asked")
 
     def evict_all(self) -> int:
         """Drop what the root holds and nobody leases, of every dataset; return the bytes."""
-        runtime = self._here()
-        return many_units.drop(runtime, runtime.ledger.rows(), "as asked")
+        leases = self._here()
+        return leases.drop(leases.ledger.rows(), "as asked")
 
     def adopt(self, units: Sequence[ContentUnit]) -> int:
         """Hand content that was there before to the budget, as far as it fits; return the bytes.
@@ -296,19 +271,10 @@ class Engine:
 
     def statistics(self) -> DiskStatistics:
         """Return what this process did, and what the root holds."""
-        runtime = self._here()
-        now, done = runtime.ledger.holdings(), runtime.counters
-        return DiskStatistics(
-            now.budget_bytes,
-            now.used_bytes,
-            now.peak_bytes,
-            done.fetched_bytes,
-            done.fetched_files,
-            done.evicted_bytes,
-            done.evicted_files,
-            done.hit_files,
-            runtime.store.retries(),
-            done.failures,
+        leases = self._here()
+        now, retries = leases.ledger.holdings(), leases.store.retries()
+        return leases.counters.statistics(
+            now.budget_bytes, now.used_bytes, now.peak_bytes, retries=retries
         )
 
     def status(self) -> RootStatus:
@@ -331,18 +297,18 @@ class Engine:
 
     def check(self, *, repair: bool = False) -> list[str]:
         """Return the inconsistencies between ledger and disk, after mending them if asked."""
-        runtime = self._here()
+        leases = self._here()
         root = Path(os.path.realpath(self._settings.root))
         folders = (root / "clones", root / FOLDER)
-        return audit(runtime.ledger, runtime.store, folders, repair=repair)
+        return audit(leases.ledger, leases.store, folders, repair=repair)
 
     def close(self) -> None:
         """End threads, fetches, children and leases of this process, within 2 s; idempotent."""
         with self._opening:
             self._closed = True
-            runtime, self._runtime = self._runtime, None
-        if runtime is not None:
-            runtime.close()
+            leases, self._leases = self._leases, None
+        if leases is not None:
+            leases.close()
 
     def __enter__(self) -> Self:
         """Return itself."""

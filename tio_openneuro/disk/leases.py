@@ -1,8 +1,9 @@
-"""One process's part of an engine: its owner in the ledger, its threads, and its leases.
+"""One process's leases: a unit's content is reserved, fetched, held, and let go.
 
-Made anew in every process that uses an engine, never carried over a fork. Keeps the rules against
-deadlock: a unit's bytes are reserved at once, in the order of the queue; who holds a lease waits
-for content alone, whose fetch is bounded.
+Owns what one process has of an engine: its owner in the ledger, threads and children. Made anew in
+every process, never carried over a fork. Keeps the rules against deadlock: a unit's bytes are
+reserved at once, in the order of the queue; who holds a lease waits for content alone, whose
+fetch is bounded.
 """
 
 from __future__ import annotations
@@ -10,31 +11,31 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from tio_openneuro.content import ContentFile, ContentUnit
-from tio_openneuro.disk.fetching import Flight, Flights, Signal, growing_pause_s
-from tio_openneuro.disk.look_ahead import Prefetcher
-from tio_openneuro.disk.statistics import Counters
-from tio_openneuro.disk.store import OpenRepo, Store
+from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentUnit
+from tio_openneuro.disk.fetching import Fetches
+from tio_openneuro.disk.look_ahead import Ask, LookAhead
+from tio_openneuro.disk.statistics import DiskCounters
+from tio_openneuro.disk.store import Fetch, OpenRepo, Store
 from tio_openneuro.errors import DiskBudgetError, FetchError, LedgerError, TioOpenNeuroError
 from tio_openneuro.ledger import (
-    ContentId,
+    Answer,
+    Changes,
+    ContentRow,
     ContentState,
     Ledger,
-    Outcome,
-    Row,
+    Transaction,
+    Want,
     free_bytes,
     prepare_ledger_folder,
 )
 from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
-_REAP_S = 1.0
 _SLOWEST_BYTES_PER_S = 50_000
 _GRACE_S = 60.0
 """Fetches are bounded by the clone; these bound the wait for them a little more widely."""
@@ -61,7 +62,7 @@ class Settings:
     open_repo: OpenRepo
 
 
-class Runtime:
+class Leases:
     """What one process has of an engine."""
 
     def __init__(self, settings: Settings) -> None:
@@ -74,16 +75,14 @@ class Runtime:
         self.pid = os.getpid()
         folder = prepare_ledger_folder(settings.root)
         self.ledger = Ledger(folder, settings.budget_bytes, free_bytes(folder))
-        self.counters = Counters()
-        self.signal = Signal()
+        self.counters = DiskCounters()
+        self.changes = Changes(self.ledger)
         self.store = Store(
-            self.ledger, self.counters, self.signal, settings.open_repo, settings.floor_bytes
+            self.ledger, self.counters, self.changes, settings.open_repo, settings.floor_bytes
         )
-        self.prefetcher = Prefetcher(self.ledger, self.store, self.signal)
-        self.flights = Flights(
-            settings.jobs, self.signal, self._run, self._look_ahead, self.ledger.cancelled
-        )
-        self._reaped_s = time.monotonic()
+        self.fetches = Fetches(settings.jobs, self.store, self.changes)
+        self.look_ahead = LookAhead(self.ledger, self.store, self.fetches, self.changes)
+        self._has_floor = settings.floor_bytes > 0
         self._closed = False
         try:
             self._settle()
@@ -91,37 +90,6 @@ class Runtime:
         except BaseException:
             self.close()
             raise
-
-    def _run(self, flight: Flight) -> None:
-        try:
-            self.store.fetch(flight)
-        except BaseException:
-            if flight.cancel.is_set():
-                self.prefetcher.lost([flight.content])
-            raise
-
-    def _look_ahead(self) -> float:
-        return self.prefetcher.look_ahead(self.flights)
-
-    # Waiting
-
-    def moment(self) -> tuple[int, int]:
-        """Return what changes whenever anything does, here or in another process."""
-        return self.signal.value, self.ledger.changes()
-
-    def wait(self, since: tuple[int, int], deadline_s: float) -> None:
-        """Wait until something differs from then; reap dead owners meanwhile."""
-        begun_s = time.monotonic()
-        while (now_s := time.monotonic()) < deadline_s:
-            if now_s - self._reaped_s > _REAP_S:
-                self._reaped_s = now_s
-                if self.ledger.reap():
-                    return
-            # Within the process a notification wakes us; other processes can only be looked at,
-            # the more rarely the longer it takes.
-            pause_s = min(growing_pause_s(now_s - begun_s), deadline_s - now_s)
-            if self.signal.wait(since[0], pause_s) or self.ledger.changes() != since[1]:
-                return
 
     def who_leases(self) -> str:
         """Return, for messages, how much is leased and by whom."""
@@ -141,8 +109,14 @@ class Runtime:
             if row.state is ContentState.RESERVED and self.store.is_whole(row):
                 self.ledger.arrived(row.content)
         dropping = [row.content for row in unfinished if row.state is ContentState.DROPPING]
-        marked = self.ledger.give_up(dropping)
-        self.store.drop([row.content for row in marked], "begun by a process that died")
+        self.drop(dropping, "begun by a process that died")
+
+    def drop(self, contents: Iterable[ContentId], reason: str) -> int:
+        """Drop what of this nobody leases; return the bytes that came free."""
+        with self.ledger.transaction() as decide:
+            rows = decide.give_up(contents)
+        failed = self.store.drop([row.content for row in rows], reason)
+        return sum(row.size_bytes for row in rows if row.content not in failed)
 
     def _shrink(self) -> None:
         """Evict until the budget holds.
@@ -150,53 +124,90 @@ class Runtime:
         Raises:
             DiskBudgetError: What others lease does not let it.
         """
-        deadline_s = time.monotonic() + _SHRINK_TIMEOUT_S
+
+        def stalled(answer: Answer) -> str:
+            return (
+                f"Cannot keep to a disk budget of {self.ledger.budget_bytes} bytes: "
+                f"{answer.short_bytes} bytes too many are in use, and {self.who_leases()}. End "
+                f"those processes, or state a larger disk_budget."
+            )
+
+        def ask(decide: Transaction, kept: frozenset[ContentId]) -> Answer:
+            return decide.make_room(0, kept)
+
+        self.make_room(ask, "for a smaller budget", set(), _SHRINK_TIMEOUT_S, stalled)
+
+    def make_room(
+        self,
+        ask: Ask,
+        reason: str,
+        kept: set[ContentId],
+        timeout_s: float,
+        stalled: Callable[[Answer], str],
+        unit: str = "",
+    ) -> Answer:
+        """Have content give way for a request, and wait for those who were there before.
+
+        Args:
+            ask: Decides within one transaction, given what must not be chosen.
+            reason: Why content gives way, for the log.
+            kept: What must not give way; what cannot be dropped is added.
+            timeout_s: Seconds to wait while nobody gets ahead.
+            stalled: Returns the message where that is too long.
+            unit: Name of the unit concerned.
+
+        Returns:
+            The answer: granted, or refused for now.
+
+        Raises:
+            DiskBudgetError: Nobody got ahead for that long.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        progress: tuple[int, ...] = ()
         while True:
-            since = self.moment()
-            over_bytes, victims = self.ledger.make_room()
-            if over_bytes <= 0:
-                return
-            failed = self.store.drop(victims, "for a smaller budget")
-            if victims and not failed:
-                continue
-            if time.monotonic() > deadline_s:
-                message = (
-                    f"Cannot keep to a disk budget of {self.ledger.budget_bytes} bytes: "
-                    f"{over_bytes} bytes too many are in use, and {self.who_leases()}. End those "
-                    f"processes, or state a larger disk_budget."
-                )
-                raise DiskBudgetError(message)
-            self.wait(since, deadline_s)
+            since = self.changes.moment()
+            answer = self.look_ahead.make_way(ask, reason, kept)
+            if answer.granted or answer.refused:
+                return answer
+            if answer.progress != progress:
+                progress = answer.progress
+                deadline_s = time.monotonic() + timeout_s
+            elif time.monotonic() >= deadline_s:
+                raise DiskBudgetError(stalled(answer), unit=unit)
+            self.changes.wait(since, deadline_s)
 
     # Leases
 
     @contextmanager
-    def lease(self, unit: ContentUnit, timeout_s: float) -> Iterator[dict[ContentId, Path]]:
+    def lease(self, unit: ContentUnit, timeout_s: float) -> Iterator[dict[AnnexKey, Path]]:
         """Hold a unit's content: see :meth:`Engine.lease`."""
         files = self.store.files_of(unit)
+        size_bytes = sum(file.key.size_bytes or 0 for file in files.values())
         lease = self._acquire(unit, files, timeout_s)
-        flights: dict[ContentId, Flight] = {}
+        fetches: dict[ContentId, Fetch] = {}
         try:
-            patience_s = timeout_s + _GRACE_S + unit.size_bytes / _SLOWEST_BYTES_PER_S
-            yield self._arrive(unit, files, lease, flights, time.monotonic() + patience_s)
+            patience_s = timeout_s + _GRACE_S + size_bytes / _SLOWEST_BYTES_PER_S
+            deadline_s = time.monotonic() + patience_s
+            found = self._arrive(unit, files, lease, fetches, deadline_s)
+            yield {files[content].key: path for content, path in found.items()}
         finally:
-            self._cancel([flight for flight in flights.values() if not flight.done.is_set()])
+            self._cancel([fetch for fetch in fetches.values() if not fetch.done.is_set()])
             self.end_lease(lease.lease_id)
 
     def end_lease(self, lease_id: int) -> None:
         """End a lease, unless all of this process's have ended."""
         if not self._closed:
             self.ledger.end_lease(lease_id)
-            self.signal.notify()
+            self.changes.notify()
 
     @staticmethod
-    def _cancel(flights: list[Flight]) -> None:
+    def _cancel(fetches: list[Fetch]) -> None:
         """End what a lease that failed still fetches, so that its room is free when it raises."""
-        for flight in flights:
-            flight.cancel.set()
+        for fetch in fetches:
+            fetch.cancel.set()
         deadline_s = time.monotonic() + _CLOSE_TIMEOUT_S
-        for flight in flights:
-            flight.done.wait(max(0.0, deadline_s - time.monotonic()))
+        for fetch in fetches:
+            fetch.done.wait(max(0.0, deadline_s - time.monotonic()))
 
     def _check_open(self, unit: ContentUnit) -> None:
         if self._closed:
@@ -204,107 +215,118 @@ class Runtime:
             raise FetchError(message, unit=unit.name)
 
     def _acquire(
-        self, unit: ContentUnit, files: dict[ContentId, ContentFile], timeout_s: float
-    ) -> Outcome:
+        self,
+        unit: ContentUnit,
+        files: Mapping[ContentId, ContentFile],
+        timeout_s: float,
+    ) -> Answer:
         """Reserve and lease all or none, evicting what is used last."""
-        position = self.prefetcher.take(unit, files)
-        deadline_s = time.monotonic() + timeout_s
+        position = self.look_ahead.take(unit, files)
+        kept: set[ContentId] = set()
         ticket = 0
-        avoid: frozenset[ContentId] = frozenset()
-        progress: tuple[int, ...] = ()
+        wants: list[Want] = []
+
+        def ask(decide: Transaction, avoid: frozenset[ContentId]) -> Answer:
+            nonlocal ticket, wants
+            self._check_open(unit)
+            wants = wants or self.store.wants(files)
+            answer = decide.request(
+                unit.name,
+                wants,
+                ticket=ticket,
+                avoid=avoid,
+                spare_bytes=self.store.spare_bytes(files.values()) if self._has_floor else None,
+                position=position,
+            )
+            ticket = answer.ticket
+            if not answer.victims:
+                wants = []  # after a wait the disk may be another
+            return answer
+
+        def stalled(answer: Answer) -> str:
+            undropped = f", {len(kept)} files could not be dropped" if kept else ""
+            return (
+                f"Cannot make room for {unit.name} ({unit.size_bytes} bytes, "
+                f"{format_size(unit.size_bytes)}): waited {timeout_s:.0f} s without progress for "
+                f"{answer.why}; {self.who_leases()}{undropped}. Raise disk_budget, use fewer "
+                f"workers, or run `tio-openneuro status`."
+            )
+
         try:
             while True:
-                self._check_open(unit)
-                since = self.moment()
-                outcome = self.ledger.request(
-                    unit.name,
-                    self.store.wants(files),
-                    ticket=ticket,
-                    avoid=avoid,
-                    spare_bytes=self.store.spare_bytes(files.values()),
-                    position=position,
+                answer = self.make_room(
+                    ask, f"for {unit.name}", kept, timeout_s, stalled, unit.name
                 )
-                ticket = outcome.ticket
-                if outcome.granted:
-                    if self._is_sound(outcome, files):
-                        self.counters.hit(len(files) - len(outcome.fetch))
-                        if position is not None:
-                            self.signal.notify()  # one more may be fetched ahead
-                        return outcome
-                    self.ledger.end_lease(outcome.lease_id)
-                    continue
-                if outcome.victims:
-                    self.prefetcher.lost(outcome.victims)
-                    avoid |= self.store.drop(outcome.victims, f"for {unit.name}")
-                    continue
-                if outcome.progress != progress:
-                    progress = outcome.progress
-                    deadline_s = time.monotonic() + timeout_s
-                elif time.monotonic() >= deadline_s:
-                    self._stall(unit, outcome, avoid, timeout_s)
-                self.wait(since, deadline_s)
+                if self._is_sound(answer, files):
+                    break
+                self.ledger.end_lease(answer.lease_id)
         except BaseException:
             if ticket and not self._closed:
                 self.ledger.withdraw(ticket)
-                self.signal.notify()
+                self.changes.notify()
             raise
+        self.counters.add(hit_files=len(files) - len(answer.fetch))
+        if position is not None:
+            self.changes.notify()  # one more may be fetched ahead
+        return answer
 
     @staticmethod
-    def _is_sound(outcome: Outcome, files: Mapping[ContentId, ContentFile]) -> bool:
+    def _is_sound(answer: Answer, files: Mapping[ContentId, ContentFile]) -> bool:
         """Return whether content of others is there still; ours could have been dropped."""
-        found = (files[content] for content in outcome.foreign)
+        found = (files[content] for content in answer.foreign)
         return all(file.repo.locate(file.key) is not None for file in found)
-
-    def _stall(
-        self, unit: ContentUnit, outcome: Outcome, avoid: frozenset[ContentId], timeout_s: float
-    ) -> NoReturn:
-        kept = f", {len(avoid)} files could not be dropped" if avoid else ""
-        message = (
-            f"Cannot make room for {unit.name} ({unit.size_bytes} bytes, "
-            f"{format_size(unit.size_bytes)}): waited {timeout_s:.0f} s without progress for "
-            f"{outcome.why}; {self.who_leases()}{kept}. Raise disk_budget, use fewer workers, or "
-            f"run `tio-openneuro status`."
-        )
-        raise DiskBudgetError(message, unit=unit.name)
 
     def _arrive(
         self,
         unit: ContentUnit,
-        files: dict[ContentId, ContentFile],
-        lease: Outcome,
-        flights: dict[ContentId, Flight],
+        files: Mapping[ContentId, ContentFile],
+        lease: Answer,
+        fetches: dict[ContentId, Fetch],
         deadline_s: float,
     ) -> dict[ContentId, Path]:
         """Fetch what is reserved, wait for what others fetch, and return the files."""
         for content in lease.fetch:
-            flights[content] = Flight(content, files[content], unit.name, fresh=True)
-            self.flights.add(flights[content])
+            fetches[content] = Fetch(content, files[content], unit.name, fresh=True)
+            self.fetches.add(fetches[content])
         found: dict[ContentId, Path] = {}
         while True:
             self._check_open(unit)
-            since = self.moment()
-            left = [content for content in files if content not in found]
-            failed = [c for c in left if c in flights and flights[c].failed]
-            if failed:
-                raise _failure(unit, files[failed[0]], flights[failed[0]])
-            asked = [c for c in left if c not in flights or flights[c].done.is_set()]
-            rows = self.ledger.rows(asked)
+            seen = self.changes.value
+            found |= self._arrived(unit, fetches)
+            # What we fetch ourselves wakes us; what others fetch, the ledger alone tells.
+            asked = [c for c in files.keys() - found.keys() if not _under_way(fetches.get(c))]
+            since = (seen, self.ledger.changes() if asked else 0)
+            rows = self.ledger.rows(asked) if asked else {}
             for content in asked:
-                path = self._look(unit, files[content], rows.get(content), flights, content)
+                path = self._look(unit, files[content], rows.get(content), fetches, content)
                 if path is not None:
                     found[content] = path
             if len(found) == len(files):
                 return found
             if time.monotonic() >= deadline_s:
                 raise self._late(unit, [files[c].path for c in files if c not in found])
-            self.wait(since, deadline_s)
+            if asked:
+                self.changes.wait(since, deadline_s)
+            else:
+                self.changes.wait_here(seen, deadline_s - time.monotonic())
+
+    @staticmethod
+    def _arrived(unit: ContentUnit, fetches: Mapping[ContentId, Fetch]) -> dict[ContentId, Path]:
+        """Return what our own fetches have brought; raise the error of one that failed."""
+        found = {}
+        for fetch in fetches.values():
+            if fetch.path is not None and fetch.done.is_set():
+                found[fetch.content] = fetch.path
+            elif fetch.error is not None and fetch.failed:
+                raise _failure(unit, fetch)
+        return found
 
     def _look(
         self,
         unit: ContentUnit,
         file: ContentFile,
-        row: Row | None,
-        flights: dict[ContentId, Flight],
+        row: ContentRow | None,
+        fetches: dict[ContentId, Fetch],
         content: ContentId,
     ) -> Path | None:
         """Return a leased file once it is whole; see to it that somebody fetches it."""
@@ -320,13 +342,15 @@ class Runtime:
             )
             raise LedgerError(message, key=content.key, unit=unit.name)
         if not row.owner_id:
-            if self.ledger.claim(content, absent=whole):
-                flights[content] = Flight(content, file, unit.name, fresh=False)
-                self.flights.add(flights[content])
+            with self.ledger.transaction() as decide:
+                claimed = decide.claim(content, absent=whole)
+            if claimed:
+                fetches[content] = Fetch(content, file, unit.name, fresh=False)
+                self.fetches.add(fetches[content])
         else:
-            ours = self.flights.promote(content)
+            ours = self.fetches.promote(content)
             if ours is not None:
-                flights[content] = ours
+                fetches[content] = ours
         return None
 
     def _late(self, unit: ContentUnit, names: list[str]) -> FetchError:
@@ -348,7 +372,7 @@ class Runtime:
         if self._closed or os.getpid() != self.pid:
             return
         self._closed = True
-        if not self.flights.close(_CLOSE_TIMEOUT_S, self._leave):
+        if not self.fetches.close(_CLOSE_TIMEOUT_S, self._leave):
             self.store.close()
             # Until then the lock stays, so what a thread may still write is counted.
             _LOGGER.warning("A fetch did not end in time; its room is returned when it does.")
@@ -359,9 +383,13 @@ class Runtime:
         self.ledger.close()
 
 
-def _failure(unit: ContentUnit, file: ContentFile, flight: Flight) -> BaseException:
+def _under_way(fetch: Fetch | None) -> bool:
+    return fetch is not None and not fetch.done.is_set()
+
+
+def _failure(unit: ContentUnit, fetch: Fetch) -> BaseException:
     """Return the error of a fetch, naming the unit."""
-    error = flight.error
+    error, file = fetch.error, fetch.file
     if isinstance(error, TioOpenNeuroError):
         message = f"Cannot hold {unit.name}: {file.path} did not arrive. {error}"
         named = type(error)(message, key=file.key.name, unit=unit.name)

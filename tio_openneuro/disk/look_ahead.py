@@ -10,22 +10,25 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tio_openneuro.content import ContentFile, ContentUnit
-from tio_openneuro.disk.fetching import Flight, Flights, Signal, growing_pause_s
-from tio_openneuro.disk.store import Store
+from tio_openneuro.content import ContentFile, ContentId, ContentUnit
+from tio_openneuro.disk.fetching import Fetches
+from tio_openneuro.disk.store import Fetch, Store
 from tio_openneuro.errors import TioOpenNeuroError
-from tio_openneuro.ledger import ContentId, Ledger, Want
+from tio_openneuro.ledger import Answer, Changes, Ledger, Transaction, Want, growing_pause_s
 
 _LOGGER = logging.getLogger(__name__)
 _VERIFY_S = 1.0
 _IDLE_S = 60.0
 _POLL_S = 0.05
-_AGAIN = 1 << 40
+_CANCEL_POLL_S = 0.1
+_EXPECTED = 1 << 40
 """Position, beyond any known one, of the first use that is expected at a time not known yet."""
+
+Ask = Callable[[Transaction, frozenset[ContentId]], Answer]
 
 
 @dataclass(eq=False, slots=True)
@@ -53,39 +56,40 @@ class _Entry:
         return self.unit.name == name and self.files.keys() == set(contents)
 
 
-class Prefetcher:
+class LookAhead:
     """The known order of one process, and how far it is fetched."""
 
-    def __init__(self, ledger: Ledger, store: Store, signal: Signal) -> None:
+    def __init__(self, ledger: Ledger, store: Store, fetches: Fetches, changes: Changes) -> None:
         """Know no order yet."""
+        self._fetches = fetches
+        self._changes = changes
         self._ledger = ledger
         self._store = store
-        self._signal = signal
         self._mutex = threading.Lock()
+        # Held while a fetch may be about to begin: who takes it knows that none is.
+        self._planning = threading.Lock()
         self._entries: list[_Entry] = []
         self._fetched: set[_Entry] = set()
-        self._again: list[ContentUnit] = []
+        self._expected: list[ContentUnit] = []
         self._largest_bytes = 0
         self._reached = 0
         self._last = 0
         self._taken: Counter[str] = Counter()
         self._spared: set[str] = set()
         self._holders = 0
-        self._avoid: frozenset[ContentId] = frozenset()
+        self._avoid: set[ContentId] = set()
         self._blocked: tuple[int, int] | None = None
         self._blocked_s = 0.0
         self._verified: tuple[int, float] = (-1, 0.0)
 
     # The order
 
-    def replace(
-        self, units: Sequence[ContentUnit], again: Sequence[ContentUnit] = ()
-    ) -> frozenset[ContentId]:
-        """Make this the order from now on; return all its content.
+    def replace(self, units: Sequence[ContentUnit], expected: Sequence[ContentUnit] = ()) -> None:
+        """Make this the order from now on, and fetch ahead along it.
 
         Args:
             units: The next uses, in order.
-            again: What is used after them in an order that is not known yet, the likeliest first.
+            expected: What is used after them in an order not known yet, the likeliest first.
         """
         files = [self._store.files_of(unit) for unit in units]
         with self._mutex:
@@ -111,20 +115,23 @@ class Prefetcher:
             self._blocked = None
             self._largest_bytes = max((unit.size_bytes for unit in units), default=0)
             uses = [(e.position, e.unit.name, c) for e in added for c in self._used(e.unit)]
-            expected = list(again)
-            if not follows or expected != self._again:
-                follows, self._again = False, expected
+            if not follows or list(expected) != self._expected:
+                follows, self._expected = False, list(expected)
                 uses = [
                     (e.position, e.unit.name, c) for e in self._entries for c in self._used(e.unit)
                 ]
                 uses += [
-                    (_AGAIN + rank, unit.name, content)
+                    (_EXPECTED + rank, unit.name, content)
                     for rank, unit in enumerate(expected)
                     for content in self._used(unit)
                 ]
             if uses or not follows:
-                self._ledger.set_order(uses, replace=not follows, reached=self._reached)
-        return frozenset(content for contents in files for content in contents)
+                with self._ledger.transaction() as decide:
+                    decide.set_order(uses, replace=not follows, reached=self._reached)
+        self._fetches.cancel_ahead(frozenset(c for contents in files for c in contents))
+        if units:
+            self._fetches.start(self._plan)
+        self._changes.notify()
 
     def _used(self, unit: ContentUnit) -> Iterable[ContentId]:
         """Return the content that a use of the unit is a use of; the rest is the first to go."""
@@ -147,7 +154,7 @@ class Prefetcher:
         """
         with self._mutex:
             (self._spared.discard if worth else self._spared.add)(unit.name)
-            self._publish_again([e for e in self._entries if e.unit.name == unit.name])
+            self._publish_anew([e for e in self._entries if e.unit.name == unit.name])
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -160,10 +167,11 @@ class Prefetcher:
             with self._mutex:
                 self._holders -= 1
 
-    def _publish_again(self, entries: Sequence[_Entry]) -> None:
+    def _publish_anew(self, entries: Sequence[_Entry]) -> None:
         uses = [(e.position, e.unit.name, c) for e in entries for c in self._used(e.unit)]
         gone = [entry.position for entry in entries]
-        self._ledger.set_order(uses, replace=False, reached=self._reached, gone=gone)
+        with self._ledger.transaction() as decide:
+            decide.set_order(uses, replace=False, reached=self._reached, gone=gone)
 
     def take(self, unit: ContentUnit, contents: Iterable[ContentId]) -> int | None:
         """Strike out the next use of a unit, now begun; return its position, if it has one."""
@@ -187,17 +195,24 @@ class Prefetcher:
         position = self.take(unit, contents)
         if position is not None:
             self._taken[unit.name] -= 1
-            self._ledger.reach(position)
+            self.reach(position)
+
+    def reach(self, position: int) -> None:
+        """Tell all processes how far this one has come."""
+        with self._ledger.transaction() as decide:
+            decide.reach(position)
 
     def lost(self, contents: Iterable[ContentId]) -> None:
         """Note that content is gone, so that it is prefetched again when there is room."""
         gone = set(contents)
+        if not gone:
+            return
         with self._mutex:
             for entry in self._entries:
                 if entry.ready and not gone.isdisjoint(self._store.all_of(entry.unit)):
-                    self._look_again(entry)
+                    self._look_anew(entry)
 
-    def _look_again(self, entry: _Entry) -> None:
+    def _look_anew(self, entry: _Entry) -> None:
         """Let an entry be prefetched once more; its files are needed where nothing else is there.
 
         Held: the lock.
@@ -205,12 +220,65 @@ class Prefetcher:
         entry.ready = False
         self._fetched.discard(entry)
         if entry.unit.prepared is not None:
-            self._publish_again([entry])
+            self._publish_anew([entry])
+
+    # Room
+
+    def make_way(self, ask: Ask, reason: str, kept: set[ContentId]) -> Answer:
+        """Ask the ledger, drop what is to give way, and ask again, until nothing more is.
+
+        Args:
+            ask: Decides within one transaction, given what must not be chosen.
+            reason: Why content gives way, for the log.
+            kept: What must not give way; what cannot be dropped is added.
+
+        Returns:
+            The last answer: granted, or refused with nothing to drop.
+        """
+        while True:
+            with self._ledger.transaction() as decide:
+                answer = ask(decide, frozenset(kept))
+            if not answer.victims:
+                return answer
+            self.lost(answer.victims)
+            kept |= self._store.drop(answer.victims, reason)
 
     # Fetching ahead
 
-    def look_ahead(self, flights: Flights) -> float:
-        """Begin the next prefetch if there is room for it.
+    def begin(
+        self, unit: ContentUnit, files: Mapping[ContentId, ContentFile], answer: Answer
+    ) -> list[Fetch]:
+        """Begin to fetch what was reserved ahead of its use, and return the fetches."""
+        begun = []
+        for content in answer.fetch:
+            fresh = content not in answer.resumed
+            begun.append(Fetch(content, files[content], unit.name, fresh, ahead=True))
+            self._fetches.add(begun[-1])
+        self._fetches.start(self._plan)
+        return begun
+
+    def _plan(self) -> None:
+        """Keep as many fetches queued as can run at once, and give up those not wanted."""
+        while not self._fetches.closing:
+            seen = self._changes.value
+            try:
+                with self._planning:
+                    self.lost(self._fetches.given_up())
+                    waiting = self._fetches.end_cancelled()
+                    pause_s = _CANCEL_POLL_S
+                    if waiting < self._fetches.jobs:
+                        ahead_s = self._look_ahead()
+                        pause_s = min(ahead_s, pause_s) if waiting else ahead_s
+            except Exception:
+                if self._fetches.closing:
+                    return
+                _LOGGER.exception("Fetching ahead stops: the ledger could not be used.")
+                pause_s = _IDLE_S
+            if pause_s > 0:
+                self._changes.wait_here(seen, pause_s)
+
+    def _look_ahead(self) -> float:
+        """Begin the next fetch if there is room for it.
 
         Returns:
             Seconds after which another look is worth its while; zero if one was begun.
@@ -224,7 +292,7 @@ class Prefetcher:
         if entry is None:
             self._verify()
             return _POLL_S if held else _VERIFY_S if waiting else _IDLE_S
-        now = (self._signal.value, self._ledger.changes())
+        now = self._changes.moment()
         if now == self._blocked:
             self._verify()
             return growing_pause_s(time.monotonic() - self._blocked_s)
@@ -232,37 +300,33 @@ class Prefetcher:
         if wants is None:
             entry.ready = True
             return 0
-        outcome = self._ledger.request_prefetch(
-            wants,
-            steps,
-            ahead_bytes=ahead_bytes,
-            largest_bytes=self._largest_bytes,
-            keep=self._avoid,
-            spare_bytes=self._store.spare_bytes(entry.files.values()),
-        )
-        if outcome.granted:
-            entry.ready = True
-            entry.fetched_bytes = sum(w.size_bytes for w in wants if w.content in outcome.fetch)
-            with self._mutex:
-                self._fetched.add(entry)
-            self._avoid = frozenset()
-            for content in outcome.fetch:
-                fresh = content not in outcome.resumed
-                flight = Flight(
-                    content, entry.files[content], entry.unit.name, fresh, prefetch=True
-                )
-                flights.add(flight)
-                if entry.dropped:
-                    # The order was replaced after we looked, too late for it to cancel this.
-                    flight.cancel.set()
-        elif outcome.victims:
-            self.lost(outcome.victims)
-            reason = f"for {entry.unit.name}, used sooner"
-            self._avoid |= self._store.drop(outcome.victims, reason)
-        if outcome.granted or outcome.victims:
-            return 0
-        self._blocked, self._blocked_s = now, time.monotonic()
-        return growing_pause_s(0)
+
+        def ask(decide: Transaction, kept: frozenset[ContentId]) -> Answer:
+            if self._holders:
+                return Answer()
+            return decide.request_ahead(
+                wants,
+                steps,
+                ahead_bytes=ahead_bytes,
+                largest_bytes=self._largest_bytes,
+                keep=kept,
+                spare_bytes=self._store.spare_bytes(entry.files.values()),
+            )
+
+        answer = self.make_way(ask, f"for {entry.unit.name}, used sooner", self._avoid)
+        if not answer.granted:
+            self._blocked, self._blocked_s = now, time.monotonic()
+            return growing_pause_s(0)
+        entry.ready = True
+        entry.fetched_bytes = sum(w.size_bytes for w in wants if w.content in answer.fetch)
+        with self._mutex:
+            self._fetched.add(entry)
+        self._avoid.clear()
+        for fetch in self.begin(entry.unit, entry.files, answer):
+            if entry.dropped:
+                # The order was replaced after we looked, too late for it to cancel this.
+                fetch.cancel.set()
+        return 0
 
     def _wants(self, entry: _Entry) -> list[Want] | None:
         """Return what an entry needs, or None where nothing is to be fetched for it."""

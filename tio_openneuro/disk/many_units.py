@@ -6,15 +6,14 @@ is known to use.
 
 from __future__ import annotations
 
+import functools
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 
-from tio_openneuro.content import ContentFile, ContentUnit
-from tio_openneuro.disk.fetching import Flight
-from tio_openneuro.disk.leases import Runtime
-from tio_openneuro.errors import DiskBudgetError
-from tio_openneuro.ledger import ContentId
+from tio_openneuro.content import ContentFile, ContentId, ContentUnit
+from tio_openneuro.disk.leases import Leases
+from tio_openneuro.disk.store import Fetch
+from tio_openneuro.ledger import Answer, Transaction
 from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
@@ -24,23 +23,23 @@ _WAIT_S = 60.0
 
 
 def fetch(
-    runtime: Runtime,
+    leases: Leases,
     units: Sequence[ContentUnit],
     jobs: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> int:
     """Fetch units in order, as far as there is room: see :meth:`Engine.fetch`."""
-    all_files = [runtime.store.files_of(unit) for unit in units]
-    keep = frozenset(content for files in all_files for content in files)
+    all_files = [leases.store.files_of(unit) for unit in units]
+    kept = {content for files in all_files for content in files}
     total_bytes = sum(unit.size_bytes for unit in units)
     done_bytes = 0
-    under_way = _UnderWay(runtime)
+    under_way = _UnderWay(leases)
     for unit, files in zip(units, all_files, strict=True):
-        started = _begin(runtime, unit, files, keep)
+        started = _begin(leases, unit, files, kept)
         if started is None:
             _LOGGER.info("Stopped fetching at %s: the disk budget is full.", unit.name)
             break
-        under_way.flights += started
+        under_way.fetches += started
         under_way.collect(2 * jobs - 1)
         done_bytes += unit.size_bytes
         if on_progress is not None:
@@ -54,96 +53,68 @@ def fetch(
 class _UnderWay:
     """Fetches that were begun and have not been looked at since they ended."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self.flights: list[Flight] = []
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+        self.fetches: list[Fetch] = []
         self.fetched_bytes = 0
         self.error: BaseException | None = None
 
     def collect(self, most: int) -> None:
         """Wait until no more than that many are under way; each ends within its own deadline."""
-        while len(self.flights) > most:
-            seen = self._runtime.signal.value
-            ended = [flight for flight in self.flights if flight.done.is_set()]
-            for flight in ended:
-                self.flights.remove(flight)
-                if flight.error is None:
-                    self.fetched_bytes += flight.file.key.size_bytes or 0
-                elif flight.failed:
-                    self.error = self.error or flight.error
+        while len(self.fetches) > most:
+            seen = self._leases.changes.value
+            ended = [fetch for fetch in self.fetches if fetch.done.is_set()]
+            for fetch in ended:
+                self.fetches.remove(fetch)
+                if fetch.error is None:
+                    self.fetched_bytes += fetch.file.key.size_bytes or 0
+                elif fetch.failed:
+                    self.error = self.error or fetch.error
             if not ended:
-                self._runtime.signal.wait(seen, _WAIT_S)
+                self._leases.changes.wait_here(seen, _WAIT_S)
 
 
 def _begin(
-    runtime: Runtime,
+    leases: Leases,
     unit: ContentUnit,
     files: dict[ContentId, ContentFile],
-    keep: frozenset[ContentId],
-) -> list[Flight] | None:
+    kept: set[ContentId],
+) -> list[Fetch] | None:
     """Begin to fetch a unit; return its fetches, or None where there is no room for it."""
-    deadline_s = time.monotonic() + _QUEUE_TIMEOUT_S
-    while True:
-        since = runtime.moment()
-        wants = runtime.store.wants(files)
-        spare_bytes = runtime.store.spare_bytes(files.values())
-        outcome = runtime.ledger.request_prefetch(
-            wants, _LATEST, keep=keep, spare_bytes=spare_bytes
+
+    def ask(decide: Transaction, avoid: frozenset[ContentId]) -> Answer:
+        wants, spare_bytes = leases.store.wants(files), leases.store.spare_bytes(files.values())
+        return decide.request_ahead(wants, _LATEST, keep=avoid, spare_bytes=spare_bytes)
+
+    def stalled(_: Answer) -> str:
+        return (
+            f"Cannot fetch {unit.name} ({unit.size_bytes} bytes): others waited for room for "
+            f"{_QUEUE_TIMEOUT_S:.0f} s; {leases.who_leases()}. Raise disk_budget."
         )
-        if outcome.granted:
-            flights = []
-            for content in outcome.fetch:
-                fresh = content not in outcome.resumed
-                flights.append(Flight(content, files[content], unit.name, fresh, prefetch=True))
-                runtime.flights.add(flights[-1])
-            return flights
-        if outcome.why == "room":
-            return None
-        if outcome.victims:
-            keep |= runtime.store.drop(outcome.victims, f"for {unit.name}")
-            continue
-        if time.monotonic() >= deadline_s:
-            message = (
-                f"Cannot fetch {unit.name} ({unit.size_bytes} bytes): others waited for room for "
-                f"{_QUEUE_TIMEOUT_S:.0f} s; {runtime.who_leases()}. Raise disk_budget."
-            )
-            raise DiskBudgetError(message, unit=unit.name)
-        runtime.wait(since, deadline_s)
+
+    answer = leases.make_room(ask, f"for {unit.name}", kept, _QUEUE_TIMEOUT_S, stalled, unit.name)
+    return leases.look_ahead.begin(unit, files, answer) if answer.granted else None
 
 
-def evict(runtime: Runtime, units: Iterable[ContentUnit]) -> int:
-    """Drop what the ledger has of units and nobody leases: see :meth:`Engine.evict`."""
-    contents = {content for unit in units for content in runtime.store.all_of(unit)}
-    return drop(runtime, contents, "as asked")
-
-
-def drop(runtime: Runtime, contents: Iterable[ContentId], reason: str) -> int:
-    """Drop what of this nobody leases; return the bytes that came free."""
-    rows = runtime.ledger.give_up(contents)
-    failed = runtime.store.drop([row.content for row in rows], reason)
-    return sum(row.size_bytes for row in rows if row.content not in failed)
-
-
-def adopt(runtime: Runtime, units: Iterable[ContentUnit]) -> int:
+def adopt(leases: Leases, units: Iterable[ContentUnit]) -> int:
     """Charge content that was there before: see :meth:`Engine.adopt`."""
-    files = {c: file for unit in units for c, file in runtime.store.files_of(unit).items()}
-    known = runtime.ledger.rows(files)
-    wants = [w for w in runtime.store.wants(files) if w.located and w.content not in known]
+    files = {c: file for unit in units for c, file in leases.store.files_of(unit).items()}
+    known = leases.ledger.rows(files)
+    wants = [w for w in leases.store.wants(files) if w.located and w.content not in known]
     lost = _unavailable([files[want.content] for want in wants])
     adopted_bytes = 0
-    spared = frozenset(want.content for want in wants)
+    kept = {want.content for want in wants}
     for want in wants:
         if want.content.key in lost:
             continue
-        if not runtime.ledger.adopt(want):
-            _, victims = runtime.ledger.make_room(want.size_bytes, spared)
-            spared |= runtime.store.drop(victims, "for adopted content")
-            if not runtime.ledger.adopt(want):
-                _LOGGER.warning(
-                    "Adopted %s; the rest does not fit into the disk budget and stays yours.",
-                    format_size(adopted_bytes),
-                )
-                break
+        ask = functools.partial(Transaction.request_adoption, want=want)
+        answer = leases.look_ahead.make_way(ask, "for adopted content", kept)
+        if not answer.granted:
+            _LOGGER.warning(
+                "Adopted %s; the rest does not fit into the disk budget and stays yours.",
+                format_size(adopted_bytes),
+            )
+            break
         adopted_bytes += want.size_bytes
     return adopted_bytes
 

@@ -1,88 +1,168 @@
-"""Prepared volumes within the budget: keep one where there is room, lease one that is there.
+"""Prepared volumes within the budget: their folder, and keeping one where there is room.
 
-Owns no state. A convenience: it only ever tries to reserve, evicts nothing that is used sooner
-or that saves more time for its bytes, and never waits.
+Owns ``root/prepared``, which the ledger knows as it knows a clone: found, dropped, never fetched.
+What lies there can be made again, so it may always be dropped. Keeping one only ever tries to
+reserve, evicts nothing that is used sooner or that saves more time for its bytes, and never
+waits. It stands here and not with those who prepare, since ``status`` and ``evict`` need no torch.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tio_openneuro.content import ContentFile, ContentUnit
-from tio_openneuro.disk.leases import Runtime
-from tio_openneuro.disk.prepared_store import PreparedRepo
-from tio_openneuro.errors import LedgerError
-from tio_openneuro.ledger import ContentState, Want, is_worth_room
+from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentUnit, StoredContent
+from tio_openneuro.disk.leases import Leases
+from tio_openneuro.errors import FetchError, LedgerError
+from tio_openneuro.ledger import Answer, Transaction, Want, is_worth_room
 from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
 _LATEST = 1 << 60
-_TRIES = 4
+FOLDER = "prepared"
+_SUFFIX = ".part"
+
+
+def key_of(digest: str) -> AnnexKey:
+    """Return the key of the prepared volume that has this digest as its name."""
+    return AnnexKey(f"PREPARED--{digest}", None)
+
+
+class PreparedRepo:
+    """A :class:`~tio_openneuro.content.ContentRepo` of files that this library makes itself."""
+
+    remotes: tuple[str, ...] = ()
+    retries = 0
+
+    def __init__(self, root: Path) -> None:
+        """Make the folder, for this user alone.
+
+        Args:
+            root: Folder of clones and ledger.
+        """
+        self.path = Path(os.path.realpath(root)) / FOLDER
+        self.path.mkdir(mode=0o700, exist_ok=True)
+
+    def file(self, digest: str) -> ContentFile:
+        """Return the name of a prepared volume, as the engine wants it."""
+        return ContentFile(self, key_of(digest), f"prepared volume {digest}")
+
+    def place(self, key: AnnexKey) -> Path:
+        """Return where the file lies, if it does."""
+        return self.path / key.name.rpartition("-")[2][:2] / key.name
+
+    def locate(self, key: AnnexKey) -> Path | None:
+        """Return the whole file, or None where it is absent."""
+        path = self.place(key)
+        return path if path.is_file() else None
+
+    def write(self, key: AnnexKey, data: bytes) -> None:
+        """Write a file whole, or leave what :meth:`discard_partial` removes."""
+        path = self.place(key)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        partial = path.with_name(path.name + _SUFFIX)
+        partial.write_bytes(data)
+        # Not synced, which would cost more than to prepare anew: what a power failure tears, its
+        # size and its checksums tell.
+        partial.replace(path)
+
+    def get(
+        self,
+        key: AnnexKey,
+        *,
+        owner_fd: int | None = None,  # noqa: ARG002 - the seam's
+        cancelled: Callable[[], bool] | None = None,  # noqa: ARG002 - the seam's
+    ) -> Path:
+        """Raise: nobody gives a prepared volume but who prepares it.
+
+        Raises:
+            FetchError: Always.
+        """
+        message = f"Cannot fetch {key}: a prepared volume is made anew, not fetched."
+        raise FetchError(message, key=key.name)
+
+    def drop(self, key: AnnexKey) -> None:
+        """Remove the file, and what is left of writing it."""
+        self.place(key).unlink(missing_ok=True)
+        self.discard_partial(key)
+
+    def discard_partial(self, key: AnnexKey) -> None:
+        """Remove what a kill left of writing the file, if anything."""
+        path = self.place(key)
+        path.with_name(path.name + _SUFFIX).unlink(missing_ok=True)
+
+    def stored(self) -> Iterator[StoredContent]:
+        """Yield every file, whole and partial."""
+        for path in sorted(self.path.glob("*/PREPARED--*")):
+            partial = path.suffix == _SUFFIX
+            name = path.name.removesuffix(_SUFFIX)
+            try:
+                yield StoredContent(name, path.stat().st_size, partial)
+            except FileNotFoundError:
+                continue
+
+    def unavailable(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
+        """Return why no key can be adopted or fetched: there is no remote."""
+        return dict.fromkeys(keys, "a prepared volume has no remote")
+
+    def close(self) -> None:
+        """Do nothing: no child serves the folder."""
 
 
 @contextmanager
-def lease(runtime: Runtime, unit: ContentUnit, file: ContentFile) -> Iterator[Path | None]:
+def lease(leases: Leases, unit: ContentUnit, file: ContentFile) -> Iterator[Path | None]:
     """Hold a unit's prepared volume while the block runs: see :meth:`Engine.lease_prepared`."""
     if file.repo.locate(file.key) is None:
         yield None
         return
-    content = runtime.store.content_of(file)
-    lease_id = runtime.ledger.try_lease(unit.name, content)
+    content = leases.store.content_of(file)
+    with leases.ledger.transaction() as decide:
+        lease_id = decide.try_lease(unit.name, content)
     if not lease_id:
         yield None
         return
     try:
         # Only now: a use that is not begun stays in the order, for the lease of the files.
-        position = runtime.prefetcher.take(unit, runtime.store.files_of(unit))
+        position = leases.look_ahead.take(unit, leases.store.files_of(unit))
         if position is not None:
-            runtime.ledger.reach(position)
-        runtime.counters.hit(1)
+            leases.look_ahead.reach(position)
+        leases.counters.add(hit_files=1)
         yield file.repo.locate(file.key)
     finally:
-        runtime.end_lease(lease_id)
+        leases.end_lease(lease_id)
 
 
 def keep(
-    runtime: Runtime, unit: ContentUnit, file: ContentFile, data: bytes, prepare_s: float
+    leases: Leases, unit: ContentUnit, file: ContentFile, data: bytes, prepare_s: float
 ) -> bool:
     """Write a prepared volume if there is room for it: see :meth:`Engine.keep_prepared`."""
     repo = file.repo
     if not isinstance(repo, PreparedRepo):
         message = f"Cannot keep a prepared volume in {repo.path}: it is a clone."
         raise LedgerError(message)
-    content = runtime.store.content_of(file)
-    fetch_s = runtime.counters.seconds_per_byte() * unit.size_bytes
+    content = leases.store.content_of(file)
+    fetch_s = leases.counters.seconds_per_byte() * unit.size_bytes
     worth = is_worth_room(unit.size_bytes, len(data), fetch_s=fetch_s, prepare_s=prepare_s)
-    steps = (runtime.prefetcher.steps_to(unit.name) or _LATEST) if worth else None
-    instead = frozenset(runtime.store.files_of(unit))
-    with runtime.prefetcher.held():
-        for _ in range(_TRIES):
-            row = runtime.ledger.rows([content]).get(content)
-            if row is not None:
-                if row.state is not ContentState.RESERVED or row.owner_id:
-                    return False
-                # What a killed process left of writing it.
-                given = runtime.ledger.give_up([content])
-                runtime.store.drop([each.content for each in given], "left by a process that died")
-                continue
-            outcome = runtime.ledger.request_keep(
-                Want(content, len(data), located=False),
-                instead,
-                steps=steps,
-                spare=runtime.store.spare_bytes([file]),
-            )
-            if outcome.granted:
-                kept = _write(runtime, repo, file, data)
-                if kept:
-                    runtime.prefetcher.prepared(unit, worth=worth)
-                return kept
-            if not outcome.victims:
-                break
-            runtime.prefetcher.lost(outcome.victims)
-            runtime.store.drop(outcome.victims, f"for {unit.name}, prepared")
+    steps = (leases.look_ahead.steps_to(unit.name) or _LATEST) if worth else None
+    instead = frozenset(leases.store.files_of(unit))
+    want = Want(content, len(data), located=False)
+
+    def ask(decide: Transaction, kept: frozenset[ContentId]) -> Answer:
+        spare_bytes = leases.store.spare_bytes([file])
+        return decide.request_prepared(
+            want, instead, steps=steps, kept=kept, spare_bytes=spare_bytes
+        )
+
+    with leases.look_ahead.held():
+        answer = leases.look_ahead.make_way(ask, f"for {unit.name}, prepared", set())
+        if answer.granted:
+            kept = _write(leases, repo, file, data)
+            if kept:
+                leases.look_ahead.prepared(unit, worth=worth)
+            return kept
     _LOGGER.info(
         "Not kept: %s, prepared (%s): no room in the disk budget that is worth less.",
         unit.name,
@@ -91,9 +171,9 @@ def keep(
     return False
 
 
-def _write(runtime: Runtime, repo: PreparedRepo, file: ContentFile, data: bytes) -> bool:
+def _write(leases: Leases, repo: PreparedRepo, file: ContentFile, data: bytes) -> bool:
     """Write what was reserved just now; on failure clear it away, then return its room."""
-    content = runtime.store.content_of(file)
+    content = leases.store.content_of(file)
     try:
         # A file that no ledger knew, before it takes room beside the new one.
         repo.drop(file.key)
@@ -101,13 +181,13 @@ def _write(runtime: Runtime, repo: PreparedRepo, file: ContentFile, data: bytes)
     except OSError as error:
         _LOGGER.warning("Could not keep %s: %s", content.key, error)
         repo.drop(file.key)
-        runtime.ledger.failed(content, empty=True)
+        leases.ledger.failed(content, empty=True)
         return False
     except BaseException:
         repo.drop(file.key)
-        runtime.ledger.failed(content, empty=True)
+        leases.ledger.failed(content, empty=True)
         raise
-    runtime.ledger.arrived(content)
-    runtime.signal.notify()
+    leases.ledger.arrived(content)
+    leases.changes.notify()
     _LOGGER.info("Kept %s (%s).", content.key, format_size(len(data)))
     return True

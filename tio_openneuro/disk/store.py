@@ -6,16 +6,17 @@ PRESENT once it is whole, and ABSENT once it is gone. The only caller of ``Conte
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tio_openneuro.content import AnnexKey, ContentFile, ContentRepo, ContentUnit
-from tio_openneuro.disk.fetching import Flight, Signal
-from tio_openneuro.disk.statistics import Counters
+from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentRepo, ContentUnit
+from tio_openneuro.disk.statistics import DiskCounters
 from tio_openneuro.errors import (
     ContentMismatchError,
     DropRefusedError,
@@ -23,7 +24,7 @@ from tio_openneuro.errors import (
     NotAnAnnexError,
     TioOpenNeuroError,
 )
-from tio_openneuro.ledger import ContentId, Ledger, Row, Want, free_bytes
+from tio_openneuro.ledger import Changes, ContentRow, Ledger, Want, free_bytes
 from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
@@ -32,50 +33,84 @@ _CANCEL_POLL_S = 0.1
 OpenRepo = Callable[[Path, tuple[str, ...]], ContentRepo]
 
 
+@dataclass(eq=False, slots=True)
+class Fetch:
+    """One fetch, from its reservation to its end.
+
+    Attributes:
+        content: Whose content it is.
+        file: Clone, key and path.
+        unit: Name of the unit, for messages.
+        fresh: Whether the content was reserved just now, so nothing of it is ours yet.
+        ahead: Whether nobody in this process waits for it.
+        started: Whether a thread carries it out.
+        cancel: Set to end it soon.
+        done: Set when it has ended, and the ledger knows.
+        path: Where the content lies, once it has arrived.
+        error: Why it failed.
+    """
+
+    content: ContentId
+    file: ContentFile
+    unit: str
+    fresh: bool
+    ahead: bool = False
+    started: bool = False
+    cancel: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+    path: Path | None = None
+    error: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with an error that is not its being cancelled."""
+        return self.done.is_set() and self.error is not None and not self.cancel.is_set()
+
+
 class Store:
     """The clones that this process fetches into and evicts from."""
 
     def __init__(
-        self, ledger: Ledger, counters: Counters, signal: Signal, open_repo: OpenRepo, floor: int
+        self,
+        ledger: Ledger,
+        counters: DiskCounters,
+        changes: Changes,
+        open_repo: OpenRepo,
+        floor: int,
     ) -> None:
         """Know no clone yet.
 
         Args:
             ledger: Told what becomes of content.
             counters: Told what this process did.
-            signal: Notified when room came free.
+            changes: Notified when room came free.
             open_repo: Opens a clone that only the ledger knows, to evict from it.
             floor: Free bytes of the disk that are never used, or zero.
         """
         self._ledger = ledger
         self._counters = counters
-        self._signal = signal
+        self._changes = changes
         self._open_repo = open_repo
         self._floor_bytes = floor
         self._mutex = threading.Lock()
         self._repos: dict[str, ContentRepo] = {}
-        self._real: dict[Path, str] = {}
+        self._clones: dict[int, str] = {}
         self._used: dict[int, tuple[ContentRepo, int]] = {}
 
     # Which content
 
     def content_of(self, file: ContentFile) -> ContentId:
         """Return the ledger's name of a file's content, and remember its clone."""
-        path = file.repo.path
-        clone = self._real.get(path)
-        if clone is None or id(file.repo) not in self._used:
-            clone = os.path.realpath(path)
+        clone = self._clones.get(id(file.repo))
+        if clone is None:
+            clone = os.path.realpath(file.repo.path)
             with self._mutex:
                 self._repos.setdefault(clone, file.repo)
-            self._remember(file.repo)
+                # Several may stand for one clone, each with children of its own.
+                self._used.setdefault(id(file.repo), (file.repo, file.repo.retries))
             self._ledger.remember_clone(clone, file.repo.remotes)
-            self._real[path] = clone
+            self._clones[id(file.repo)] = clone
         return ContentId(clone, file.key.name)
-
-    def _remember(self, repo: ContentRepo) -> None:
-        """Keep a repo that may start children: several may stand for one clone."""
-        with self._mutex:
-            self._used.setdefault(id(repo), (repo, repo.retries))
 
     def files_of(self, unit: ContentUnit) -> dict[ContentId, ContentFile]:
         """Return a unit's files by their content, each key of a clone once."""
@@ -86,7 +121,7 @@ class Store:
         prepared = [] if unit.prepared is None else [self.content_of(unit.prepared)]
         return [*self.files_of(unit), *prepared]
 
-    def wants(self, files: dict[ContentId, ContentFile]) -> list[Want]:
+    def wants(self, files: Mapping[ContentId, ContentFile]) -> list[Want]:
         """Return what these files need, looking at the disk.
 
         Raises:
@@ -123,13 +158,13 @@ class Store:
                 except NotAnAnnexError:
                     return None
                 self._repos[clone] = repo
-        self._remember(repo)
-        return repo
+                self._used[id(repo)] = (repo, repo.retries)
+            return repo
 
-    def is_whole(self, row: Row) -> bool:
+    def is_whole(self, row: ContentRow) -> bool:
         """Return whether the disk has the content in its full size."""
         repo = self.repo_of(row.content.clone)
-        path = None if repo is None else repo.locate(_key(row.content))
+        path = None if repo is None else repo.locate(key_of(row.content))
         return path is not None and path.stat().st_size == row.size_bytes
 
     def retries(self) -> int:
@@ -146,72 +181,75 @@ class Store:
 
     # Fetch
 
-    def fetch(self, flight: Flight) -> None:
+    def carry_out(self, fetch: Fetch) -> None:
         """Fetch reserved content; on failure clear its partial download away, then return its room.
 
         Raises:
             FetchError: It did not arrive; the ledger knows.
         """
-        repo, key = flight.file.repo, flight.file.key
+        repo, key = fetch.file.repo, fetch.file.key
         try:
             path = repo.locate(key)
-            if path is not None and flight.fresh:
+            if path is not None and fetch.fresh:
                 # It came between the look at the disk and the reservation, from somebody else.
-                self._ledger.disowned(flight.content)
+                self._ledger.disowned(fetch.content)
+                fetch.path = path
                 return
             if path is None:
                 began_s = time.monotonic()
-                path = self._get(flight)
-                self._counters.fetched(key.size_bytes or 0, time.monotonic() - began_s)
-            self._verify(flight, path)
+                path = self._get(fetch)
+                self._counters.add(
+                    fetched_files=1,
+                    fetched_bytes=key.size_bytes or 0,
+                    fetch_s=time.monotonic() - began_s,
+                )
+            self._verify(fetch, path)
         except TioOpenNeuroError:
-            if not flight.cancel.is_set():
-                self._counters.failed()
-            self._ledger.failed(flight.content, empty=self._discard(repo, key))
+            if not fetch.cancel.is_set():
+                self._counters.add(failures=1)
+            self._ledger.failed(fetch.content, empty=self._discard(repo, key))
             raise
         except BaseException:
-            self._counters.failed()
-            self._ledger.failed(flight.content, empty=False)
+            self._counters.add(failures=1)
+            self._ledger.failed(fetch.content, empty=False)
             raise
-        self._ledger.arrived(flight.content)
-        self._log("Fetched", flight.content, key.size_bytes or 0, f"for {flight.unit}", gained=True)
+        self._ledger.arrived(fetch.content)
+        fetch.path = path
+        self._log("Fetched", fetch.content, key.size_bytes or 0, f"for {fetch.unit}", gained=True)
 
-    def _get(self, flight: Flight) -> Path:
-        cancelled = self._cancellation(flight)
-        if cancelled():
-            message = (
-                f"Did not fetch {flight.file.path}: its room was needed, or the engine closes."
-            )
-            raise FetchError(message, key=flight.file.key.name, unit=flight.unit)
-        owner_fd = self._ledger.lock.inheritable
-        return flight.file.repo.get(flight.file.key, owner_fd=owner_fd, cancelled=cancelled)
+    def is_cancelled(self, fetch: Fetch) -> bool:
+        """Return whether somebody, here or in another process, wants a fetch to end."""
+        if fetch.ahead and not fetch.cancel.is_set() and self._ledger.cancelled(fetch.content):
+            fetch.cancel.set()
+        return fetch.cancel.is_set()
 
-    def _cancellation(self, flight: Flight) -> Callable[[], bool]:
-        """Return a cheap question: does somebody, here or elsewhere, want this fetch to end?"""
+    def _get(self, fetch: Fetch) -> Path:
         asked_s = time.monotonic()
 
         def cancelled() -> bool:
             nonlocal asked_s
-            now_s = time.monotonic()
-            if flight.prefetch and not flight.cancel.is_set() and now_s - asked_s > _CANCEL_POLL_S:
-                asked_s = now_s
-                if self._ledger.cancelled(flight.content):
-                    flight.cancel.set()
-            return flight.cancel.is_set()
+            if time.monotonic() - asked_s > _CANCEL_POLL_S:
+                asked_s = time.monotonic()
+                return self.is_cancelled(fetch)
+            return fetch.cancel.is_set()
 
-        return cancelled
+        if cancelled():
+            message = f"Did not fetch {fetch.file.path}: its room was needed, or the engine closes."
+            raise FetchError(message, key=fetch.file.key.name, unit=fetch.unit)
+        owner_fd = self._ledger.lock.inheritable
+        return fetch.file.repo.get(fetch.file.key, owner_fd=owner_fd, cancelled=cancelled)
 
-    def _verify(self, flight: Flight, path: Path) -> None:
+    def _verify(self, fetch: Fetch, path: Path) -> None:
         """Check the size, which the budget relies on; the checksum is git-annex's to check."""
         size_bytes = path.stat().st_size
-        if size_bytes != flight.file.key.size_bytes:
-            flight.file.repo.drop(flight.file.key)
+        if size_bytes != fetch.file.key.size_bytes:
+            fetch.file.repo.drop(fetch.file.key)
             message = (
-                f"Cannot use {flight.file.path}: {size_bytes} bytes arrived and its key "
-                f"{flight.file.key} states {flight.file.key.size_bytes}. The copy was dropped; "
+                f"Cannot use {fetch.file.path}: {size_bytes} bytes arrived and its key "
+                f"{fetch.file.key} states {fetch.file.key.size_bytes}. The copy was dropped; "
                 f"likely the remote's is damaged."
             )
-            raise ContentMismatchError(message, key=flight.file.key.name, unit=flight.unit)
+            raise ContentMismatchError(message, key=fetch.file.key.name, unit=fetch.unit)
 
     @staticmethod
     def _discard(repo: ContentRepo, key: AnnexKey) -> bool:
@@ -240,14 +278,14 @@ class Store:
         finally:
             for content in left:
                 self._give_back(content, refused=False)
-            if contents:
-                self._signal.notify()
+            self._changes.notify()
         return frozenset(failed)
 
     def _drop_one(self, content: ContentId, reason: str) -> bool:
         try:
-            repo, key = self.repo_of(content.clone), _key(content)
+            repo, key = self.repo_of(content.clone), key_of(content)
             if repo is not None and repo.locate(key) is None:
+                # What is there in another size was put there by somebody else.
                 repo.discard_partial(key)
             elif repo is not None:
                 repo.drop(key)
@@ -260,13 +298,13 @@ class Store:
             self._give_back(content, refused=False)
             return False
         size_bytes = self._ledger.dropped(content)
-        self._counters.evicted(size_bytes)
+        self._counters.add(evicted_files=1, evicted_bytes=size_bytes)
         self._log("Evicted", content, size_bytes, reason, gained=False)
         return True
 
     def _give_back(self, content: ContentId, *, refused: bool) -> None:
         repo = self.repo_of(content.clone)
-        whole = repo is not None and repo.locate(_key(content)) is not None
+        whole = repo is not None and repo.locate(key_of(content)) is not None
         self._ledger.kept(content, refused=refused, whole=whole)
 
     def _log(
@@ -288,5 +326,7 @@ class Store:
         )
 
 
-def _key(content: ContentId) -> AnnexKey:
+@functools.lru_cache(maxsize=4096)
+def key_of(content: ContentId) -> AnnexKey:
+    """Return the annex key that the ledger knows by its name."""
     return AnnexKey.parse(content.key) or AnnexKey(content.key, None)

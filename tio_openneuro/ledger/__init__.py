@@ -4,26 +4,30 @@ Owns the SQLite database and the owners' locks. Promises that charged bytes neve
 budget. Never touches content: callers drop and fetch, and report.
 """
 
-from tio_openneuro.ledger.eviction import ContentId, is_worth_room
+from tio_openneuro.ledger.changes import Changes, growing_pause_s
+from tio_openneuro.ledger.eviction import is_worth_room
 from tio_openneuro.ledger.ledger import Ledger
 from tio_openneuro.ledger.root import (
     FLOOR_BYTES,
-    automatic_budget,
     free_bytes,
     prepare_ledger_folder,
+    too_large,
 )
-from tio_openneuro.ledger.schema import ContentState, Outcome, Row, Want
+from tio_openneuro.ledger.schema import Answer, ContentRow, ContentState, Want
+from tio_openneuro.ledger.transaction import Transaction
 
 __all__ = [
     "FLOOR_BYTES",
-    "ContentId",
+    "Answer",
+    "Changes",
+    "ContentRow",
     "ContentState",
     "Ledger",
-    "Outcome",
-    "Row",
+    "Transaction",
     "Want",
-    "automatic_budget",
     "free_bytes",
+    "growing_pause_s",
     "is_worth_room",
     "prepare_ledger_folder",
+    "too_large",
 ]

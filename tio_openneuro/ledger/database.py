@@ -12,13 +12,13 @@ import random
 import sqlite3
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tio_openneuro.errors import LedgerError
+from tio_openneuro.forks import at_fork
 
 _LOCKED_TIMEOUT_S = 60.0
 _OPENING_TRIES = 200
@@ -50,29 +50,23 @@ class LedgerDatabase:
         self._mutex = threading.RLock()
         self._closed = False
         self._owed: list[Statement] = []
-        self.settled = 0
+        self._settled = 0
         self._db: sqlite3.Connection | None = self._open()
-        self._mind_forks()
+        at_fork(
+            "ledger",
+            self,
+            before=LedgerDatabase._pause,
+            in_parent=LedgerDatabase._go_on,
+            in_child=LedgerDatabase._go_on,
+        )
 
-    def _mind_forks(self) -> None:
-        """Have the connection closed whenever this process forks, and opened again after."""
-        itself = weakref.ref(self)
-        held: list[LedgerDatabase] = []
+    def _pause(self) -> None:
+        """Close the connection until the fork is over; keep other threads from opening it."""
+        self._mutex.acquire()
+        self._disconnect()
 
-        def before() -> None:
-            database = itself()
-            if database is not None:
-                database._mutex.acquire()  # noqa: SLF001 - the same class
-                held.append(database)
-                database._disconnect()  # noqa: SLF001 - the same class
-
-        def after() -> None:
-            # Empty where another thread opened this database after the fork had begun.
-            while held:
-                held.pop()._mutex.release()  # noqa: SLF001 - the same class
-
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(before=before, after_in_parent=after, after_in_child=after)
+    def _go_on(self) -> None:
+        self._mutex.release()
 
     def _open(self) -> sqlite3.Connection:
         pause = threading.Event()
@@ -147,7 +141,7 @@ class LedgerDatabase:
                         db.execute(sql, values)
                     yield db
                     db.execute("COMMIT")
-                    self.settled += len(self._owed)
+                    self._settled += len(self._owed)
                     self._owed.clear()
                 except BaseException:
                     if db.in_transaction:
@@ -202,6 +196,17 @@ class LedgerDatabase:
             if self._owed and not self._closed:
                 self.report()
             return not self._owed
+
+    def changes(self) -> int:
+        """Return a number that differs once another process has written, or we what was owed."""
+        with self._mutex:
+            if self._owed:
+                self.settle()
+            try:
+                version = self._connected().execute("PRAGMA data_version").fetchone()[0]
+            except sqlite3.Error as error:
+                raise self._broken(error) from error
+            return int(version) + self._settled
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

@@ -5,18 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True)
-class ContentId:
-    """Name one annex key's content in one clone, as the ledger does.
-
-    Attributes:
-        clone: Absolute folder of the clone.
-        key: Name of the annex key.
-    """
-
-    clone: str
-    key: str
+from tio_openneuro.content import ContentId
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +80,7 @@ def choose_victims(
     def order(item: Resident) -> tuple[bool, int, int, str, str]:
         steps = next_use.get(item.content)
         known = steps is not None
-        return (known, -(steps or 0), item.last_use, item.content.clone, item.content.key)
+        return (known, -(steps or 0), item.last_use, *item.content)
 
     chosen: list[Resident] = []
     freed_bytes = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -86,6 +87,27 @@ def automatic_budget(free: int, used_bytes: int) -> int:
         )
         raise DiskBudgetError(message)
     return budget_bytes
+
+
+def too_large(
+    unit: str, sizes_bytes: Sequence[int], budget_bytes: int, stated: str = ""
+) -> DiskBudgetError:
+    """Return the error for a unit that the budget cannot hold, alone.
+
+    Args:
+        unit: Its name.
+        sizes_bytes: Bytes of each of its files that count.
+        budget_bytes: The disk budget.
+        stated: By whom it was stated, as the message goes on.
+    """
+    size_bytes = sum(sizes_bytes)
+    message = (
+        f"Cannot hold {unit}: its {len(sizes_bytes)} files need {size_bytes} bytes "
+        f"({format_size(size_bytes)}) at once, and the disk budget is {budget_bytes} bytes "
+        f"({format_size(budget_bytes)}{stated}). Raise disk_budget to at least {size_bytes}, or "
+        f"select fewer images per unit."
+    )
+    return DiskBudgetError(message, unit=unit)
 
 
 def free_bytes(folder: Path) -> int:

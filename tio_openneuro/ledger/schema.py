@@ -1,6 +1,6 @@
 """What the ledger records: its tables, its states, and the records that cross its seam.
 
-Pure; the SQL is here as text and run in :mod:`tio_openneuro.ledger` alone.
+Pure; the SQL is here as text and run in this room alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from tio_openneuro.ledger.eviction import ContentId
+from tio_openneuro.content import ContentId
 
 SCHEMA_VERSION = 1
 
@@ -50,7 +50,7 @@ class Want:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ContentRow:
     """One key's content as the ledger has it.
 
     Attributes:
@@ -68,7 +68,7 @@ class Row:
     leased: bool
 
     @classmethod
-    def read(cls, values: tuple[Any, ...]) -> Row:
+    def read(cls, values: tuple[Any, ...]) -> ContentRow:
         """Return the row that a query of :data:`ROWS` gave."""
         clone, key, size_bytes, state, owner_id, leased = values
         return cls(
@@ -77,28 +77,32 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Answer:
     """Answer to a request for room.
 
     Attributes:
         granted: Whether the room is ours and, for a lease, the lease.
+        refused: Whether no waiting is meant: there is no room that is worth less.
         lease_id: Number of the lease, or zero.
         ticket: Number in the queue, or zero.
         fetch: Content reserved just now, for the caller to fetch.
         resumed: Those of them whose partial download may be there.
         foreign: Content that is there and does not belong to the ledger.
         victims: Content that the caller must drop now, and report as dropped.
+        short_bytes: Bytes that were lacking; zero or less where it was granted.
         progress: Changes whenever somebody gets ahead; a wait without change is a stall.
         why: What the request waits for, for the message of a stall.
     """
 
     granted: bool = False
+    refused: bool = False
     lease_id: int = 0
     ticket: int = 0
     fetch: frozenset[ContentId] = frozenset()
     resumed: frozenset[ContentId] = frozenset()
     foreign: frozenset[ContentId] = frozenset()
     victims: tuple[ContentId, ...] = ()
+    short_bytes: int = 0
     progress: tuple[int, ...] = ()
     why: str = ""
 
@@ -114,7 +118,6 @@ class Holdings:
         leased_bytes: Bytes of content under a lease.
         lease_pids: Processes that hold leases.
         fetch_pids: Processes that fetch or drop.
-        budget_pid: Process that stated the smallest budget.
     """
 
     budget_bytes: int
@@ -123,9 +126,9 @@ class Holdings:
     leased_bytes: int
     lease_pids: tuple[int, ...]
     fetch_pids: tuple[int, ...]
-    budget_pid: int
 
 
+HERE = "WHERE clone = ? AND key = ?"
 TABLES = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 INSERT OR IGNORE INTO meta VALUES ('peak_bytes', 0);

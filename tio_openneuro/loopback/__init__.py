@@ -1,13 +1,11 @@
-"""A small OpenNeuro on 127.0.0.1, for tests, the demo and benchmarks.
+"""A small OpenNeuro on 127.0.0.1, for the demo, and under the tests' faults and benchmarks.
 
-Real git-annex on a real versioned S3 remote with ``publicurl``, git over smart HTTP, a link whose
-rate, latency and faults can be set while it runs, and counters of what went over it. Never listens
-on another address, and leaves no process behind.
+Real git-annex on a real versioned S3 remote with ``publicurl``, git over smart HTTP, a link with
+a rate and a latency. Never listens on another address, and leaves no process behind. What spoils
+its answers and counts them by path stands in the tests.
 """
 
-from tio_openneuro.loopback.faults import Fault, FaultKind
-from tio_openneuro.loopback.link import PathCount
 from tio_openneuro.loopback.local import LoopbackOpenNeuro
 from tio_openneuro.loopback.volume import Volume
 
-__all__ = ["Fault", "FaultKind", "LoopbackOpenNeuro", "PathCount", "Volume"]
+__all__ = ["LoopbackOpenNeuro", "Volume"]

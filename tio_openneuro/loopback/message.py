@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class HttpRequest:
     """One HTTP request.
 
     Attributes:
         method: ``"GET"``, in capitals.
         path: Decoded path without the leading slash.
-        query: The first value of each query parameter; ``""`` where it has none.
+        query: Query parameters; ``""`` where one has no value.
         headers: Names in lower case.
         body: The whole body, uploads of objects excepted.
     """
@@ -32,20 +32,22 @@ class Request:
     @classmethod
     def parse(
         cls, method: str, target: str, headers: Mapping[str, str], body: bytes = b""
-    ) -> Request:
+    ) -> HttpRequest:
         """Return the request of that request line and those headers."""
         parts = urlsplit(target)
-        query = {
-            name: values[0]
-            for name, values in parse_qs(parts.query, keep_blank_values=True).items()
-        }
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
         lower = {name.lower(): value for name, value in headers.items()}
         return cls(method, unquote(parts.path).lstrip("/"), query, lower, body)
 
     @property
-    def signed(self) -> bool:
-        """Whether it carries credentials, as only the publisher's requests do."""
-        return "authorization" in self.headers
+    def area(self) -> str:
+        """What its answer goes out as: ``"git"``, ``"s3"``, or ``""`` for the publisher's own.
+
+        The publisher's requests are those that carry credentials. They do not use the link.
+        """
+        if "authorization" in self.headers:
+            return ""
+        return "git" if self.path.startswith("git/") else "s3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +66,34 @@ class FileSlice:
 
 
 @dataclass(frozen=True, slots=True)
-class Response:
+class HttpResponse:
     """One HTTP response.
 
     Attributes:
         status: HTTP status.
         body: What follows the headers; a HEAD request gets its length alone.
         headers: Beyond Content-Length, Date and Server.
-        area: What its bytes count as, ``"s3"`` or ``"git"``; ``""``: not counted, and neither
-            slowed down nor hit by faults.
-        name: Path that its bytes count under: the object's key, or the repository's request.
     """
 
     status: int
     body: bytes | FileSlice = b""
     headers: Mapping[str, str] = field(default_factory=dict)
-    area: str = ""
-    name: str = ""
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the body."""
         return len(self.body) if isinstance(self.body, bytes) else self.body.size_bytes
 
+    def part(self, start: int, stop: int) -> bytes:
+        """Return the bytes of the body from ``start`` to before ``stop``."""
+        if isinstance(self.body, bytes):
+            return self.body[start:stop]
+        with self.body.path.open("rb") as file:
+            file.seek(self.body.start + start)
+            return file.read(stop - start)
 
-def s3_error(status: int, code: str, *, area: str = "", name: str = "") -> Response:
+
+def s3_error(status: int, code: str) -> HttpResponse:
     """Return a refusal as S3 words it, ``404`` and ``"NoSuchKey"``."""
     body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code></Error>'
-    headers = {"Content-Type": "application/xml"}
-    return Response(status, body.encode(), headers, area, name)
+    return HttpResponse(status, body.encode(), {"Content-Type": "application/xml"})

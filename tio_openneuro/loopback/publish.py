@@ -83,9 +83,8 @@ class Publisher:
         accession: str,
         files: Mapping[str, Content],
         *,
-        removed: Iterable[str] = (),
-        tag: str | None = None,
-        annexed: Callable[[str], bool] = annexed_by_default,
+        tag: str | None,
+        annexed: Callable[[str], bool],
     ) -> None:
         """Commit files over what is there, export them to S3, and make both public.
 
@@ -93,7 +92,6 @@ class Publisher:
             accession: Name of the dataset, ``ds900001``.
             files: Path from the dataset's root → content; added, or put in place of what is
                 there. Other files stay.
-            removed: Files that the new version has no more.
             tag: Tag of the new version; None: no tag.
             annexed: Which paths are annexed; the others go into git.
 
@@ -101,14 +99,12 @@ class Publisher:
             TioOpenNeuroError: The accession or a path is not one, or the tag is taken.
             CommandError: git or git-annex failed.
         """
-        self._check(accession, [*files, *removed])
+        self._check(accession, files)
         clone = self.folder / "publisher" / accession
         bare = self.folder / "git" / f"{accession}.git"
         if not (bare / "HEAD").is_file():
             files = {**self._own_files(accession), **files}
             self._begin(accession, clone, bare)
-        for path in removed:
-            (clone / path).unlink()
         self._add(clone, {path: files[path] for path in files if annexed(path)}, "--force-large")
         self._add(
             clone, {path: files[path] for path in files if not annexed(path)}, "--force-small"
@@ -116,20 +112,6 @@ class Publisher:
         self._commit(clone, tag)
         self._run(clone, "git", "annex", "export", "--quiet", BRANCH, "--to", REMOTE)
         self._make_public(accession, clone, bare)
-
-    def refresh(self, accession: str) -> None:
-        """Say the server's present address in a dataset that was published at another one."""
-        clone = self.folder / "publisher" / accession
-        bare = self.folder / "git" / f"{accession}.git"
-        log = self._run(bare, "git", "show", "git-annex:remote.log").decode()
-        if self._public_url not in log.split():
-            self._run(clone, "git", "annex", "enableremote", "--quiet", REMOTE, f"port={self.port}")
-            self._make_public(accession, clone, bare)
-
-    @property
-    def _public_url(self) -> str:
-        """The field of ``remote.log`` that names the server."""
-        return f"publicurl=http://127.0.0.1:{self.port}/{BUCKET}"
 
     def _check(self, accession: str, paths: Iterable[str]) -> None:
         if _ACCESSION.fullmatch(accession) is None:
@@ -183,7 +165,8 @@ class Publisher:
 
     def _commit(self, clone: Path, tag: str | None) -> None:
         self._run(clone, "git", "add", "--update")
-        number = self._commits(clone)
+        # With the star it is a pattern, which may match nothing: then it is the first commit.
+        number = int(self._run(clone, "git", "rev-list", "--count", f"--branches={BRANCH}*"))
         date = f"{_FIRST_COMMIT_S + number * _DAY_S} +0000"
         dates = {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
         message = "[OpenNeuro] Recorded changes"
@@ -191,12 +174,6 @@ class Publisher:
         self._run(clone, *command, environment=dates)
         if tag is not None:
             self._run(clone, "git", "tag", tag)
-
-    def _commits(self, clone: Path) -> int:
-        references = self._run(clone, "git", "for-each-ref", f"refs/heads/{BRANCH}")
-        if not references:
-            return 0
-        return int(self._run(clone, "git", "rev-list", "--count", BRANCH))
 
     def _make_public(self, accession: str, clone: Path, bare: Path) -> None:
         """Bring commits, tags and the git-annex branch into the bare repository.
@@ -228,7 +205,8 @@ class Publisher:
     def _rewrite(self, accession: str, log: str) -> str:
         """Return ``remote.log`` with OpenNeuro's fields for the one remote that it names."""
         words = log.splitlines()[-1].split()
-        fields = [*_REMOTE_FIELDS, f"fileprefix={accession}/", self._public_url]
+        public_url = f"publicurl=http://127.0.0.1:{self.port}/{BUCKET}"
+        fields = [*_REMOTE_FIELDS, f"fileprefix={accession}/", public_url]
         return " ".join([words[0], *sorted(fields), words[-1]]) + "\n"
 
     def _run(

@@ -1,7 +1,6 @@
 """A versioned S3 bucket on disk, as much of it as git-annex and anonymous readers use.
 
-Every upload of a key is a version of its own, and stays. The disk is the only state: a store
-opened again on the same folder gives the same answers.
+Every upload of a key is a version of its own, and stays. The disk is the only state.
 """
 
 from __future__ import annotations
@@ -11,24 +10,18 @@ import hashlib
 import re
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from tio_openneuro.loopback.message import FileSlice, Request, Response, s3_error
+from tio_openneuro.loopback.message import FileSlice, HttpRequest, HttpResponse, s3_error
 
 if TYPE_CHECKING:
+    from io import BufferedIOBase
     from pathlib import Path
 
 _BLOCK_BYTES = 1 << 20
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _DELETED = "deleted"
 _LAST_MODIFIED = "Mon, 01 Jan 2024 00:00:00 GMT"
-
-
-class Readable(Protocol):
-    """Where the content of an upload comes from."""
-
-    def read(self, size: int, /) -> bytes:
-        """Return that many bytes, or fewer at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +37,18 @@ class StoredVersion:
     key: str
 
     @property
-    def deleted(self) -> bool:
-        """Whether it marks that the object was deleted."""
-        return self.path.name.endswith(_DELETED)
-
-    @property
-    def etag(self) -> str:
-        """The ETag as S3 gives it: the MD5, in quotes."""
-        return f'"{self.path.name.partition("-")[2]}"'
-
-    @property
     def version_id(self) -> str:
         """The id that S3 would have drawn: 32 characters, dots and underscores among them."""
         digest = hashlib.sha256(f"{self.key}\n{self.path.name}".encode()).digest()
         return base64.b64encode(digest[:24], altchars=b"._").decode()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What tells it from other versions: the MD5 in quotes, and the id."""
+        return {
+            "ETag": f'"{self.path.name.partition("-")[2]}"',
+            "x-amz-version-id": self.version_id,
+        }
 
 
 class ObjectStore:
@@ -68,44 +59,28 @@ class ObjectStore:
         self._folder = folder
         self._lock = threading.Lock()
 
-    def versions(self, key: str) -> list[StoredVersion]:
-        """Return all versions of an object, oldest first; none where there never was one."""
-        folder = self._versions_folder(key)
-        if folder is None or not folder.is_dir():
-            return []
-        names = sorted(path for path in folder.iterdir() if path.suffix != ".part")
-        return [StoredVersion(path, key) for path in names]
-
     def find(self, key: str, version_id: str | None = None) -> StoredVersion | None:
         """Return one version of an object, or the latest, or None where there is none."""
-        versions = self.versions(key)
+        versions = self._versions(key)
         if version_id is None:
-            return versions[-1] if versions and not versions[-1].deleted else None
-        for version in versions:
-            if version.version_id == version_id and not version.deleted:
-                return version
-        return None
+            gone = not versions or versions[-1].path.name.endswith(_DELETED)
+            return None if gone else versions[-1]
+        return next((known for known in versions if known.version_id == version_id), None)
 
-    def put(self, key: str, stream: Readable, size_bytes: int) -> StoredVersion:
+    def put(self, key: str, stream: BufferedIOBase, size_bytes: int) -> StoredVersion:
         """Read an object from a stream and keep it as the newest version.
 
         Args:
-            key: Bucket and key.
+            key: Bucket and key; it leads nowhere outside.
             stream: Where the content comes from.
             size_bytes: How many bytes of it.
 
         Raises:
             ConnectionError: The stream ended early; nothing is kept.
-            ValueError: The key would lie outside the store.
         """
-        folder = self._versions_folder(key)
-        if folder is None:
-            message = f"Cannot store {key!r}: it would lie outside the store."
-            raise ValueError(message)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{threading.get_ident()}.part"
         md5 = hashlib.md5(usedforsecurity=False)
         rest = size_bytes
+        part = self._part(key)
         with part.open("wb") as file:
             while rest and (block := stream.read(min(rest, _BLOCK_BYTES))):
                 md5.update(block)
@@ -115,33 +90,36 @@ class ObjectStore:
             part.unlink()
             message = f"Cannot store {key}: {rest} of {size_bytes} bytes did not arrive."
             raise ConnectionError(message)
-        return self._append(key, folder, part, md5.hexdigest())
+        return self._append(key, part, md5.hexdigest())
 
-    def delete(self, key: str) -> StoredVersion | None:
-        """Mark an object as deleted; its versions stay. None where there never was one."""
-        folder = self._versions_folder(key)
-        if folder is None or not folder.is_dir():
-            return None
-        part = folder / f"{threading.get_ident()}.part"
+    def delete(self, key: str) -> StoredVersion:
+        """Mark an object as deleted; its versions stay."""
+        part = self._part(key)
         part.touch()
-        return self._append(key, folder, part, _DELETED)
+        return self._append(key, part, _DELETED)
 
-    def _append(self, key: str, folder: Path, part: Path, label: str) -> StoredVersion:
+    def _part(self, key: str) -> Path:
+        folder = self._versions_folder(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{threading.get_ident()}.part"
+
+    def _append(self, key: str, part: Path, label: str) -> StoredVersion:
         with self._lock:
-            path = folder / f"{len(self.versions(key)):06d}-{label}"
+            path = part.with_name(f"{len(self._versions(key)):06d}-{label}")
             part.replace(path)
         return StoredVersion(path, key)
 
-    def _versions_folder(self, key: str) -> Path | None:
-        """Return the folder of an object's versions, or None for a key that leads out."""
-        parts = key.split("/")
-        if not all(parts) or not {".", ".."}.isdisjoint(parts):
-            return None
+    def _versions(self, key: str) -> list[StoredVersion]:
+        """Return all versions of an object, oldest first; none where there never was one."""
+        paths = sorted(self._versions_folder(key).glob("*-*"))
+        return [StoredVersion(path, key) for path in paths]
+
+    def _versions_folder(self, key: str) -> Path:
         # A key may be a prefix of another one: the sign keeps folder and object apart.
-        return self._folder.joinpath(*parts[:-1], parts[-1] + "@")
+        return self._folder / f"{key}@"
 
 
-def answer(store: ObjectStore, request: Request, stream: Readable) -> Response:
+def answer(store: ObjectStore, request: HttpRequest, stream: BufferedIOBase) -> HttpResponse:
     """Answer a request for the store, as S3 does to one in path style.
 
     Reading is open to all, writing to requests that carry credentials (of any kind).
@@ -152,50 +130,43 @@ def answer(store: ObjectStore, request: Request, stream: Readable) -> Response:
         stream: Where the body of an upload is read from.
     """
     bucket, _, key = request.path.partition("/")
+    parts = key.split("/")
     if not key:
         return _answer_bucket(request, bucket)
-    area = "" if request.signed else "s3"
+    if not all(parts) or not {".", ".."}.isdisjoint(parts):
+        return s3_error(404, "NoSuchKey")
     if request.method in ("GET", "HEAD"):
-        return _read(store, request, area, key)
-    if not request.signed:
-        return s3_error(403, "AccessDenied", area=area, name=key)
-    if request.method == "PUT":
-        size_bytes = int(request.headers.get("content-length", "0"))
-        version = store.put(request.path, stream, size_bytes)
-        headers = {"ETag": version.etag, "x-amz-version-id": version.version_id}
-        return Response(200, headers=headers)
+        return _read(store, request)
+    if request.area or request.method not in ("PUT", "DELETE"):
+        return s3_error(403, "AccessDenied")
     if request.method == "DELETE":
-        marker = store.delete(request.path)
-        headers = {} if marker is None else {"x-amz-version-id": marker.version_id}
-        return Response(204, headers=headers)
-    return s3_error(405, "MethodNotAllowed")
+        return HttpResponse(204, headers=store.delete(request.path).headers)
+    size_bytes = int(request.headers.get("content-length", "0"))
+    return HttpResponse(200, headers=store.put(request.path, stream, size_bytes).headers)
 
 
-def _read(store: ObjectStore, request: Request, area: str, key: str) -> Response:
+def _read(store: ObjectStore, request: HttpRequest) -> HttpResponse:
     version_id = request.query.get("versionId")
     version = store.find(request.path, version_id)
     if version is None:
-        code = "NoSuchKey" if version_id is None else "NoSuchVersion"
-        return s3_error(404, code, area=area, name=key)
+        return s3_error(404, "NoSuchKey" if version_id is None else "NoSuchVersion")
     size_bytes = version.path.stat().st_size
     headers = {
-        "ETag": version.etag,
-        "x-amz-version-id": version.version_id,
+        **version.headers,
         "Accept-Ranges": "bytes",
         "Last-Modified": _LAST_MODIFIED,
         "Content-Type": "application/octet-stream",
     }
     wanted = parse_range(request.headers.get("range"), size_bytes)
     if wanted is None:
-        whole = FileSlice(version.path, 0, size_bytes)
-        return Response(200, whole, headers, area, key)
+        return HttpResponse(200, FileSlice(version.path, 0, size_bytes), headers)
     start, stop = wanted
     if start >= stop:
-        error = s3_error(416, "InvalidRange", area=area, name=key)
+        error = s3_error(416, "InvalidRange")
         unsatisfied = {**error.headers, "Content-Range": f"bytes */{size_bytes}"}
-        return Response(416, error.body, unsatisfied, area, key)
+        return HttpResponse(416, error.body, unsatisfied)
     headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size_bytes}"
-    return Response(206, FileSlice(version.path, start, stop - start), headers, area, key)
+    return HttpResponse(206, FileSlice(version.path, start, stop - start), headers)
 
 
 def parse_range(header: str | None, size_bytes: int) -> tuple[int, int] | None:
@@ -219,22 +190,16 @@ def parse_range(header: str | None, size_bytes: int) -> tuple[int, int] | None:
     return start, stop
 
 
-def _answer_bucket(request: Request, bucket: str) -> Response:
-    """Answer what git-annex asks of a bucket: whether it exists, where it is, its versioning."""
-    if not request.signed:
+def _answer_bucket(request: HttpRequest, bucket: str) -> HttpResponse:
+    """Answer what git-annex asks of a bucket: whether it is there, and to keep versions."""
+    if request.area:
         return s3_error(403, "AccessDenied")
-    if request.method in ("PUT", "HEAD"):
-        return Response(200)
-    if "location" in request.query:
-        root, inside = "LocationConstraint", ""
-    elif "versioning" in request.query:
-        root, inside = "VersioningConfiguration", "<Status>Enabled</Status>"
-    else:
-        root = "ListBucketResult"
-        inside = (
-            f"<Name>{bucket}</Name><Prefix></Prefix><Marker></Marker><MaxKeys>1000</MaxKeys>"
-            "<IsTruncated>false</IsTruncated>"
-        )
-    namespace = "http://s3.amazonaws.com/doc/2006-03-01/"
-    xml = f'<?xml version="1.0" encoding="UTF-8"?>\n<{root} xmlns="{namespace}">{inside}</{root}>'
-    return Response(200, xml.encode(), {"Content-Type": "application/xml"})
+    if request.method == "PUT":
+        return HttpResponse(200)
+    xml = (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+        f"<Name>{bucket}</Name><Prefix></Prefix><Marker></Marker><MaxKeys>1000</MaxKeys>"
+        "<IsTruncated>false</IsTruncated></ListBucketResult>"
+    )
+    return HttpResponse(200, xml.encode(), {"Content-Type": "application/xml"})

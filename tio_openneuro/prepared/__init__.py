@@ -7,7 +7,4 @@ returned. Never waits for room.
 from tio_openneuro.prepared.file import DamagedVolumeError
 from tio_openneuro.prepared.preparation import Preparation
 
-__all__ = [
-    "DamagedVolumeError",
-    "Preparation",
-]
+__all__ = ["DamagedVolumeError", "Preparation"]

@@ -20,7 +20,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ class DamagedVolumeError(ContentMismatchError):
 
 Array = npt.NDArray[Any]
 Box = Sequence[tuple[int, int]]
-Sound = dict[str, set[int]]
+SoundChunks = dict[str, set[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +56,10 @@ class _Span:
     stop: int
     checksum: int
 
-    def is_whole(self, body: memoryview) -> bool:
-        """Return whether the bytes are those that were written."""
-        return zlib.crc32(body[self.start : self.stop]) == self.checksum
+    def check(self, body: memoryview) -> None:
+        """Raise where the bytes are not those that were written."""
+        if zlib.crc32(body[self.start : self.stop]) != self.checksum:
+            raise DamagedVolumeError(_DAMAGED)
 
 
 def encode(arrays: Mapping[str, Array], note: bytes) -> bytes:
@@ -98,17 +98,17 @@ def _encode_array(array: Array) -> tuple[bytes, list[tuple[int, int, int]]]:
         ),
     )
     frame = packed.to_cframe()
-    places: list[tuple[int, int]] = []
+    chunks: list[tuple[int, int]] = []
     last = 0
     for number in range(packed.schunk.nchunks):
         chunk = packed.schunk.get_chunk(number)
         start = frame.find(chunk, last)
         last = start + len(chunk) if start >= 0 else last
         # A chunk of one value alone is not stored: the frame's index says which value it is.
-        places.append((start, start + len(chunk)) if start >= 0 else (0, 0))
-    stored = [place for place in places if place[1]]
+        chunks.append((start, start + len(chunk)) if start >= 0 else (0, 0))
+    stored = [span for span in chunks if span[1]]
     first = min((start for start, _ in stored), default=len(frame))
-    spans = [(0, first), (last or first, len(frame)), *places]
+    spans = [(0, first), (last or first, len(frame)), *chunks]
     return frame, [(start, stop, zlib.crc32(frame[start:stop])) for start, stop in spans]
 
 
@@ -131,8 +131,8 @@ class PreparedArray:
         self._body = body
         self._chunks = [_Span(*span) for span in facts["chunks"]]
         self._sound = sound
-        if not all(_Span(*span).is_whole(body) for span in facts["rest"]):
-            raise DamagedVolumeError(_DAMAGED)
+        for span in facts["rest"]:
+            _Span(*span).check(body)
         start, stop = facts["frame"]
         self._array = blosc2.ndarray_from_cframe(body[start:stop], copy=False)
         # Without the interpreter's lock only the library's own threads could run beside us; they
@@ -152,8 +152,7 @@ class PreparedArray:
         box = tuple((0, size) for size in self.shape) if box is None else tuple(box)
         for number in self._touched(box):
             if number not in self._sound:
-                if not self._chunks[number].is_whole(self._body):
-                    raise DamagedVolumeError(_DAMAGED)
+                self._chunks[number].check(self._body)
                 self._sound.add(number)
         out = np.empty([stop - start for start, stop in box], self.dtype)
         if out.size:
@@ -173,7 +172,7 @@ class PreparedArray:
 class PreparedFile:
     """An open file: its note, and its arrays by name."""
 
-    def __init__(self, view: memoryview, sound: Sound) -> None:
+    def __init__(self, view: memoryview, sound: SoundChunks) -> None:
         """Read the header.
 
         Raises:
@@ -194,8 +193,7 @@ class PreparedFile:
     def note(self) -> bytes:
         """What was kept beside the arrays."""
         span = _Span(*self._header["note"])
-        if not span.is_whole(self._body):
-            raise DamagedVolumeError(_DAMAGED)
+        span.check(self._body)
         return bytes(self._body[span.start : span.stop])
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], int]]:
@@ -212,7 +210,7 @@ class PreparedFile:
 
 
 @contextmanager
-def opened(path: Path, sound: Sound | None = None) -> Iterator[PreparedFile]:
+def opened(path: Path, sound: SoundChunks | None = None) -> Iterator[PreparedFile]:
     """Open a file while the block runs; what was read from it is a copy.
 
     Args:
@@ -230,11 +228,6 @@ def opened(path: Path, sound: Sound | None = None) -> Iterator[PreparedFile]:
             raise DamagedVolumeError(_DAMAGED) from error
     # Not closed here: an array that somebody kept would read from nowhere. The last one does.
     yield PreparedFile(memoryview(mapped), {} if sound is None else sound)
-
-
-def nbytes(shapes: Mapping[str, tuple[tuple[int, ...], int]]) -> int:
-    """Return the bytes of arrays of these shapes."""
-    return sum(prod(shape) * item_bytes for shape, item_bytes in shapes.values())
 
 
 _DAMAGED = (

@@ -6,8 +6,9 @@ Owns the note from which images and attributes are put together again.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torchio as tio
 from torchio.constants import AFFINE, DATA
 
 from tio_openneuro.prepared.file import PreparedArray
-from tio_openneuro.torchio_seams import FetchedLabelMap, FetchedScalarImage, lent_class
+from tio_openneuro.torchio_seams import FetchedImage, FetchedLabelMap, FetchedScalarImage
 
 _KINDS: dict[str, type[tio.Image]] = {
     "fetched scalar": FetchedScalarImage,
@@ -27,6 +28,31 @@ _VOXELS = frozenset({DATA, AFFINE})
 
 
 @dataclass(frozen=True)
+class Difference:
+    """How the items of one mapping differ from those of another.
+
+    Attributes:
+        changed: Its items that the other does not have so.
+        removed: The other's items that it has not.
+    """
+
+    changed: dict[str, Any]
+    removed: tuple[str, ...]
+
+    @classmethod
+    def between(cls, before: Mapping[str, Any], after: Mapping[str, Any]) -> Self:
+        """Return what made the one the other."""
+        changed = {k: v for k, v in after.items() if k not in before or not _same(v, before[k])}
+        return cls(changed, tuple(key for key in before if key not in after))
+
+    def apply(self, items: dict[str, Any]) -> None:
+        """Make the one the other."""
+        for name in self.removed:
+            items.pop(name, None)
+        items.update(self.changed)
+
+
+@dataclass(frozen=True)
 class ImageNote:
     """What a prepared image is beside its voxels.
 
@@ -34,16 +60,14 @@ class ImageNote:
         kind: Its class, by :data:`_KINDS`.
         base: Name of the image of the unprepared subject that it was, or empty.
         affine: 4 x 4.
-        changed: Its items that the base does not have so.
-        removed: The base's items that it has not.
+        items: How its other items differ from those of its base.
         sourced: Whether it still knows its files.
     """
 
     kind: str
     base: str
     affine: np.ndarray[Any, Any]
-    changed: dict[str, Any]
-    removed: tuple[str, ...]
+    items: Difference
     sourced: bool
 
 
@@ -52,8 +76,7 @@ class SubjectNote:
     """What a prepared subject is beside its voxels: how it differs from the unprepared one."""
 
     images: dict[str, ImageNote]
-    changed: dict[str, Any]
-    removed: tuple[str, ...]
+    items: Difference
     applied_transforms: list[Any]
 
 
@@ -76,19 +99,15 @@ def describe(before: tio.Subject, after: tio.Subject, images: dict[str, tio.Imag
         if not base:
             base = next((n for n, each in originals.items() if each.path == image.path), "")
         base_items = _items(originals[base]) if base else {}
-        items = _items(image)
         notes[name] = ImageNote(
             kinds[type(image)],
             base,
             np.array(image.affine),
-            {key: items[key] for key in items if not _same(items[key], base_items.get(key))},
-            tuple(key for key in base_items if key not in items),
+            Difference.between(base_items, _items(image)),
             sourced=getattr(image, "source", None) is not None,
         )
-    plain = {key: value for key, value in after.items() if key not in images}
-    changed = {k: v for k, v in plain.items() if k not in before or not _same(v, before[k])}
-    removed = tuple(key for key in before if key not in after)
-    return SubjectNote(notes, changed, removed, list(after.applied_transforms))
+    others = [{key: s[key] for key in s if key not in images} for s in (before, after)]
+    return SubjectNote(notes, Difference.between(*others), list(after.applied_transforms))
 
 
 def _items(image: tio.Image) -> dict[str, Any]:
@@ -102,20 +121,11 @@ def _same(one: object, other: object) -> bool:
 def rebuild(note: ImageNote, base: tio.Image | None, array: PreparedArray) -> tio.Image:
     """Return a prepared image, unread where its class allows it."""
     kind = _KINDS[note.kind]
-    lendable = lent_class(kind)
-    if lendable is None or base is None:
-        tensor = torch.from_numpy(array.read())
-        image = kind(tensor=tensor, affine=note.affine, path=note.changed.get("path") or None)
+    image: tio.Image
+    if base is not None and issubclass(kind, FetchedImage):
+        image = kind.lent(base, array, note.affine, sourced=note.sourced)
     else:
-        made = lendable(base.path)
-        for key, value in _items(base).items():
-            made[key] = value
-        if note.sourced:
-            made._source = getattr(base, "_source", None)  # noqa: SLF001 - of our own class
-        made.lend(array, note.affine)
-        image = made
-    for key in note.removed:
-        image.pop(key, None)
-    for key, value in note.changed.items():
-        image[key] = value
+        tensor = torch.from_numpy(array.read())
+        image = kind(tensor=tensor, affine=note.affine, path=note.items.changed.get("path") or None)
+    note.items.apply(image)
     return image

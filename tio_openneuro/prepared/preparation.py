@@ -17,40 +17,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import torch
 import torchio as tio
 
-from tio_openneuro.disk import PreparedRepo
+from tio_openneuro.content import ContentFile, ContentUnit
+from tio_openneuro.disk import Engine, PreparedRepo
 from tio_openneuro.prepared.file import (
     FORMAT,
     DamagedVolumeError,
     PreparedFile,
-    Sound,
+    SoundChunks,
     encode,
     opened,
 )
 from tio_openneuro.prepared.notes import SubjectNote, describe, rebuild
 from tio_openneuro.torchio_seams import (
+    FetchedImage,
+    ImageFiles,
     UnpinnedError,
-    as_plain,
     drawing_from,
-    lent,
     pin,
     refuse_random,
     transform_in_place,
+    walk_parts,
 )
-from tio_openneuro.volumes import sum_sizes
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tio_openneuro.content import ContentFile, ContentUnit
-    from tio_openneuro.disk import Engine
-    from tio_openneuro.torchio_seams import ImageFiles
-    from tio_openneuro.volumes import SubjectSize
+from tio_openneuro.volumes import SubjectSize, sum_sizes
 
 _LOGGER = logging.getLogger(__name__)
 _LAYOUT = 1
@@ -81,7 +75,7 @@ class Preparation:
         self._engine = engine
         self._repo: PreparedRepo | None = None
         self._name = ""
-        self._sound: dict[str, tuple[tuple[int, ...], Sound]] = {}
+        self._sound: dict[str, tuple[tuple[int, ...], SoundChunks]] = {}
         self._damaged: set[ContentFile | None] = set()
         if engine is None:
             return
@@ -122,10 +116,8 @@ class Preparation:
             with self.opened(template, content) as subject:
                 if subject is None:
                     return None
-                for name, image in subject.get_images_dict(intensity_only=False).items():
+                for image in subject.get_images(intensity_only=False):
                     image.load()
-                    subject[name] = as_plain(image)
-                subject.update_attributes()
                 return subject
         except DamagedVolumeError:
             return None
@@ -151,20 +143,21 @@ class Preparation:
                 if path is None:
                     yield None
                     return
-                with (
-                    opened(path, self._sound_of(path)) as file,
-                    lent(self._assemble(template, file)) as subject,
-                ):
+                with opened(path, self._sound_of(path)) as file:
+                    subject = self._assemble(template, file)
                     del file
-                    yield subject
-                    del subject
+                    try:
+                        yield subject
+                    finally:
+                        _take_back(subject)
+                        del subject
         except DamagedVolumeError:
             _LOGGER.warning("The prepared volume of %s is damaged: made again.", content.name)
             self._damaged.add(content.prepared)
             self._engine.drop_prepared(content, f"of {content.name}, damaged")
             raise
 
-    def _sound_of(self, path: Path) -> Sound:
+    def _sound_of(self, path: Path) -> SoundChunks:
         """Return which chunks of a file this process has found sound since it was written.
 
         Checked once, as git-annex checks what it fetches: to check at each use took 0.7 of the
@@ -181,11 +174,9 @@ class Preparation:
         note = self._unpickle(file.note)
         subject = copy.deepcopy(template)
         bases = dict(subject.get_images_dict(intensity_only=False))
-        for name in note.removed:
-            del subject[name]
+        for name in note.items.removed:
             delattr(subject, name)
-        for name, value in note.changed.items():
-            subject[name] = value
+        note.items.apply(subject)
         for name, image_note in note.images.items():
             subject[name] = rebuild(image_note, bases.get(image_note.base), file.array(name))
         subject.applied_transforms = note.applied_transforms
@@ -250,8 +241,8 @@ class Preparation:
     def _pickle(self, note: SubjectNote) -> bytes:
         stream = io.BytesIO()
         pickler = pickle.Pickler(stream, protocol=5)
-        places = {id(part): place for place, part in enumerate(_callables(self._preprocess))}
-        pickler.persistent_id = lambda part: places.get(id(part))  # type: ignore[method-assign]
+        numbers = {id(part): number for number, part in enumerate(_callables(self._preprocess))}
+        pickler.persistent_id = lambda part: numbers.get(id(part))  # type: ignore[method-assign]
         pickler.dump(note)
         return stream.getvalue()
 
@@ -259,26 +250,22 @@ class Preparation:
         # The file lies in a folder of this user's alone, and its checksum was right.
         unpickler = pickle.Unpickler(io.BytesIO(data))  # noqa: S301
         parts = _callables(self._preprocess)
-        unpickler.persistent_load = lambda place: parts[place]  # type: ignore[method-assign]
+        unpickler.persistent_load = lambda number: parts[number]  # type: ignore[method-assign]
         note: SubjectNote = unpickler.load()
         return note
 
 
-def _callables(value: object, depth: int = 0) -> list[object]:
-    """Return the functions in a transform, which are named by their place in it."""
-    if depth > 8:  # noqa: PLR2004 - deeper than transforms nest
-        return []
-    if isinstance(value, dict):
-        children: list[object] = [*value, *value.values()]
-    elif isinstance(value, list | tuple):
-        children = list(value)
-    elif isinstance(value, tio.Transform):
-        children = [vars(value)[name] for name in sorted(vars(value))]
-    elif callable(value) and not isinstance(value, type):
-        return [value]
-    else:
-        return []
-    return [found for child in children for found in _callables(child, depth + 1)]
+def _take_back(subject: tio.Subject) -> None:
+    """Let go of the file, whose bytes are free once nobody maps it."""
+    for image in subject.get_images(intensity_only=False):
+        if isinstance(image, FetchedImage):
+            image.take_back()
+
+
+def _callables(transform: object) -> list[object]:
+    """Return the functions in a transform, which are named by their numbers in it."""
+    parts = filter(callable, walk_parts(transform))
+    return [part for part in parts if not isinstance(part, type | tio.Transform)]
 
 
 def _origin(source: ImageFiles | None) -> object:

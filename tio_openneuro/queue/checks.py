@@ -8,7 +8,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.errors import DiskBudgetError, RamBudgetError, TioOpenNeuroError
 from tio_openneuro.queue.order import Planner
-from tio_openneuro.torchio_seams import find_other_generator
+from tio_openneuro.torchio_seams import find_other_generator, transform_of
 
 NEVER_SKIPPED = (RamBudgetError, DiskBudgetError, NotImplementedError, MemoryError)
 OTHER_PROCESS = (
@@ -59,7 +59,7 @@ def refuse_other_generators(dataset: tio.SubjectsDataset, *targets: object) -> N
     Raises:
         ValueError: One draws from NumPy's or Python's generator.
     """
-    own = [getattr(dataset, "preprocess", None), getattr(dataset, "_transform", None)]
+    own = [getattr(dataset, "preprocess", None), transform_of(dataset)]
     for target in (*own, *targets):
         source = find_other_generator(target)
         if source:

@@ -29,7 +29,7 @@ from tio_openneuro.queue.state import (
 )
 from tio_openneuro.queue.threads import INTRA_OP_THREADS
 from tio_openneuro.ram import available_bytes, read_budget
-from tio_openneuro.torchio_seams import identify_parts, install_seed_guard
+from tio_openneuro.torchio_seams import identify_parts, install_seed_guard, leave_unfilled
 
 
 class BudgetedQueue(tio.Queue):
@@ -119,6 +119,7 @@ class BudgetedQueue(tio.Queue):
         self.ram_budget_bytes = read_budget(ram_budget, available_bytes())
         self.max_length = max_length or 0  # until the size of a patch is known
         self.skipped: list[SkippedSubject] = []
+        leave_unfilled(self)
         self._chooses_length = max_length is None
         self._start_background = start_background
         self._pid = os.getpid()

@@ -26,9 +26,7 @@ from tio_openneuro.ram import (
     BASE_BYTES,
     FLOAT_BYTES,
     THREAD_BYTES,
-    add_costs,
     bound_subject,
-    measure_cost,
     refuse_subject,
 )
 from tio_openneuro.torchio_seams import (
@@ -38,13 +36,14 @@ from tio_openneuro.torchio_seams import (
     draw_patches,
     drawing_from,
     get_subject,
+    has_map,
+    is_loaded,
     map_bytes,
-    map_identity,
+    measure_cost,
     reads_boxes,
-    reads_shape_only,
-    with_box_crop,
+    transform_of,
 )
-from tio_openneuro.volumes import ImageSize, SubjectSize, listening, measure_header, sum_sizes
+from tio_openneuro.volumes import ImageSize, SubjectSize, VolumeFile, listening, sum_sizes
 
 _FALLBACK_VOXELS = 256**3
 # Subjects of two images: 0.1 s.
@@ -159,19 +158,18 @@ class SubjectSource:
         self._dataset = dataset
         self.content = dataset if isinstance(dataset, ContentDataset) else NoContent()
         self._sampler = sampler
-        self._sample = with_box_crop(sampler)
         self._patch_transform = patch_transform
         self._seed = seed
         self._drop = drop
         self._likely_later = planner.likeliest()
         preprocess = getattr(dataset, "preprocess", None)
-        transform = getattr(dataset, "_transform", None)
+        transform = transform_of(dataset)
         self._cost_prepared = measure_cost(transform)
-        self._cost = add_costs(measure_cost(preprocess), self._cost_prepared)
+        self._cost = measure_cost(preprocess).followed_by(self._cost_prepared)
         self._patch_cost = measure_cost(patch_transform)
         self.costs_known = self._cost.known and self._patch_cost.known
-        self._boxes_alone = transform is None and reads_shape_only(sampler)
-        keeps_maps = map_identity(sampler) is not None and transform is None
+        self._boxes_alone = transform is None and not map_bytes(sampler)
+        keeps_maps = has_map(sampler) and transform is None
         keeps_maps = keeps_maps and preprocess is not None
         self._maps = KeptMaps(ram_budget_bytes // _MAPS_SHARE if keeps_maps else 0)
         self.base_bytes = BASE_BYTES + self._maps.most_bytes
@@ -345,7 +343,7 @@ class SubjectSource:
         count = self.counts[index]
         try:
             with self._opened(index) as (subject, kept):
-                patches = list(islice(draw_patches(self._sample, subject, kept), count))
+                patches = list(islice(draw_patches(self._sampler, subject, kept), count))
                 del subject
         finally:
             self.content.release_index(index, drop=self._drop)
@@ -362,7 +360,7 @@ class SubjectSource:
         if reads_boxes(self._sampler):
             with self.content.opened(index) as subject:
                 if subject is not None:
-                    yield subject, self._maps.of(index, self._sample, subject)
+                    yield subject, self._maps.of(index, self._sampler, subject)
                     return
         subject = get_subject(self._dataset, index)
         self._calibrate(index, subject)
@@ -398,11 +396,11 @@ def measure_subject(subject: tio.Subject) -> SubjectSize | None:
 
 
 def _in_ram(subject: tio.Subject) -> bool:
-    return all(image._loaded for image in subject.get_images(intensity_only=False))  # noqa: SLF001
+    return all(map(is_loaded, subject.get_images(intensity_only=False)))
 
 
 def _measure_image(image: tio.Image) -> ImageSize | None:
-    if image._loaded:  # noqa: SLF001 - the public attributes would load it
+    if is_loaded(image):
         data = image.data
         return len(data), prod(data.shape[1:]), data.element_size()
-    return measure_header(image.path) if isinstance(image.path, Path) else None
+    return VolumeFile(image.path).size if isinstance(image.path, Path) else None

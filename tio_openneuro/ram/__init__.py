@@ -9,6 +9,7 @@ from tio_openneuro.ram.admission import (
     FLOAT_BYTES,
     THREAD_BYTES,
     Admission,
+    TransformCost,
     bound_subject,
     read_budget,
     refuse_subject,
@@ -20,7 +21,6 @@ from tio_openneuro.ram.allocator import (
     in_main_arena,
     make_room,
 )
-from tio_openneuro.ram.costs import add_costs, measure_cost
 from tio_openneuro.ram.machine import available_bytes
 
 __all__ = [
@@ -29,14 +29,13 @@ __all__ = [
     "THREAD_BYTES",
     "Admission",
     "FreedMemory",
-    "add_costs",
+    "TransformCost",
     "available_bytes",
     "bound_free_memory",
     "bound_subject",
     "give_back",
     "in_main_arena",
     "make_room",
-    "measure_cost",
     "read_budget",
     "refuse_subject",
 ]

@@ -15,8 +15,6 @@ FLOAT_BYTES = 4
 BASE_BYTES = 48 * 2**20
 THREAD_BYTES = 8 * 2**20
 DECODING_COPIES = 2
-_FRAGMENTED = 1.5
-_SLACK = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +30,14 @@ class TransformCost:
     copies: int = 0
     voxel_bytes: int = 0
     known: bool = True
+
+    def followed_by(self, other: TransformCost) -> TransformCost:
+        """Return the bound of two transforms that follow one another."""
+        return TransformCost(
+            copies=max(self.copies, other.copies),
+            voxel_bytes=max(self.voxel_bytes, other.voxel_bytes),
+            known=self.known and other.known,
+        )
 
 
 def read_budget(ram_budget: int | str, available_bytes: int) -> int:
@@ -70,31 +76,6 @@ def bound_subject(size: SubjectSize, transform: TransformCost, sampler_voxel_byt
     return THREAD_BYTES + max(decoding, transforming, sampling)
 
 
-def bound_reusing(work_bytes: int) -> int:
-    """Return the bound of a subject's work where freed memory is used again.
-
-    Free pieces between others cannot always be used: with one thread 1.44 times the bound was
-    held at 192**3, with two 0.96 of both (2026-11-24).
-
-    Args:
-        work_bytes: Bound of what it holds at once.
-    """
-    return int(work_bytes * _FRAGMENTED)
-
-
-def can_reuse(work_bytes: int, *, threads: int, budget_bytes: int) -> bool:
-    """Return whether a budget has room for what freed memory takes when it is used again.
-
-    Where it has not, each piece has to be given back once it is freed.
-
-    Args:
-        work_bytes: Bound of what the largest subject holds at once.
-        threads: Subjects that are in work at a time, at least one.
-        budget_bytes: What the RAM budget leaves beside patches and libraries.
-    """
-    return threads * bound_reusing(work_bytes) + int(work_bytes * _SLACK) <= budget_bytes
-
-
 def refuse_subject(name: str, need_bytes: int, budget_bytes: int, advice: str) -> RamBudgetError:
     """Return the error for a subject that the budget cannot hold.
 
@@ -104,12 +85,12 @@ def refuse_subject(name: str, need_bytes: int, budget_bytes: int, advice: str) -
         budget_bytes: The RAM budget.
         advice: What the bytes are made of, and what to do.
     """
-    message = (
+    return RamBudgetError(
         f"Cannot load {name} within the RAM budget: up to {format_size(need_bytes)} "
         f"({need_bytes} bytes) must be held at once, the budget is {format_size(budget_bytes)} "
-        f"({budget_bytes} bytes). {advice}"
+        f"({budget_bytes} bytes). {advice}",
+        unit=name,
     )
-    return RamBudgetError(message, unit=name)
 
 
 class Admission:
@@ -157,12 +138,11 @@ class Admission:
             RamBudgetError: They do not fit.
         """
         if not self.fits(size_bytes):
-            message = (
+            raise RamBudgetError(
                 f"Cannot charge {size_bytes} bytes: of the RAM budget of {self.budget_bytes} "
                 f"bytes, {self.charged_bytes} are charged and {self.retained_bytes} were freed "
                 f"and may not be back. Ask fits() first."
             )
-            raise RamBudgetError(message)
         self.charged_bytes += size_bytes
         self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
 
@@ -191,8 +171,7 @@ class Admission:
         self.retained_bytes += size_bytes
         excess = self._base_bytes - self.charged_bytes
         if excess > 0:
-            message = f"Released {excess} bytes more than were charged."
-            raise ValueError(message)
+            raise ValueError(f"Released {excess} bytes more than were charged.")
 
     def measured(self, free_bytes: int) -> None:
         """Note what the allocator holds free at most: what was freed may be in use again.
@@ -201,7 +180,3 @@ class Admission:
             free_bytes: Its own count, of the whole process.
         """
         self.retained_bytes = min(self.retained_bytes, free_bytes)
-
-    def returned(self) -> None:
-        """Note that all freed memory is back with the system."""
-        self.retained_bytes = 0

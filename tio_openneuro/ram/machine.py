@@ -1,4 +1,4 @@
-"""Readings of this machine's memory, for the arithmetic of :mod:`tio_openneuro.memory`."""
+"""Readings of this machine's memory, for the arithmetic of :mod:`tio_openneuro.ram.admission`."""
 
 from __future__ import annotations
 

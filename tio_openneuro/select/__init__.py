@@ -11,7 +11,7 @@ from tio_openneuro.select.selection import (
     OnIncomplete,
     OnMissing,
     OnMultiple,
-    Row,
+    SelectedUnit,
     Selection,
     select,
 )
@@ -24,8 +24,8 @@ __all__ = [
     "OnMissing",
     "OnMultiple",
     "Participants",
-    "Row",
     "Scalar",
+    "SelectedUnit",
     "Selection",
     "Sidecars",
     "Skipped",

@@ -13,18 +13,16 @@ Source: https://bids-specification.readthedocs.io/en/stable/common-principles.ht
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 from bidsschematools.schema import load_schema
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
 # How paths begin that are neither raw data nor derivatives.
 OTHER_PREFIXES = ("sourcedata/", "code/", "stimuli/", "tmp/", "tmp_", ".")
-_NAMED_FIELDS = ("suffix", "datatype", "extension", "scope", "pipeline")
+# What can be asked for by name beside the entities of a file's name.
+FIELDS = ("subject", "session", "suffix", "datatype", "extension", "scope", "pipeline")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +73,9 @@ class BidsPath:
             the top folder.
         subject: With its prefix, ``"sub-01"``, from the name, else from the folder.
         session: With its prefix, ``"ses-1"``, likewise.
+        conflict: In words, where name and folder name different subjects or sessions.
         entities: Values by long name, without subject and session; keys that BIDS does not know
             as they are.
-        conflict: In words, where name and folder name different subjects or sessions.
     """
 
     path: str
@@ -89,8 +87,8 @@ class BidsPath:
     pipeline: str
     subject: str
     session: str
-    entities: Mapping[str, str]
     conflict: str
+    entities: Mapping[str, str]
 
     @property
     def run(self) -> str:
@@ -106,11 +104,9 @@ class BidsPath:
             'iso'
         """
         name = entity_name(name)
-        if name in _NAMED_FIELDS:
-            return str(getattr(self, name))
         if name in {"subject", "session"}:
             return str(getattr(self, name)).partition("-")[2]
-        return self.entities.get(name, "")
+        return str(getattr(self, name)) if name in FIELDS else self.entities.get(name, "")
 
     def matches(self, name: str, wanted: object) -> bool:
         """Tell whether an entity has the value wanted, or one of several.
@@ -128,18 +124,14 @@ class BidsPath:
             return not value
         text = str(wanted)
         if name == "scope":
-            return text in {self.scope, "all"} or _is_within(text, self.pipeline)
+            folders = self.pipeline.split("/")
+            return text in {"all", self.scope, self.pipeline, *folders} - {""}
         if name == "extension":
             return value == (text if text.startswith(".") else f".{text}")
         key, _, rest = text.partition("-")
         if rest and entity_name(key) == entity_name(name):
             text = rest
         return value == text or (value.isdecimal() and text.isdecimal() and int(value) == int(text))
-
-
-def _is_within(name: str, pipeline: str) -> bool:
-    """Tell whether a pipeline's name is the whole folder path, or one folder of it."""
-    return bool(pipeline) and (name == pipeline or name in pipeline.split("/"))
 
 
 def split_extension(name: str) -> tuple[str, str]:
@@ -181,27 +173,14 @@ def parse_path(path: str) -> BidsPath:
             entities.setdefault(long_names.get(key, key), value)
         elif position == last:
             suffix = token
-    subject, session, conflict = _place(folders, entities)
-    scope, pipeline = _scope(folders)
     datatypes = vocabulary().datatypes
     datatype = next((folder for folder in reversed(folders) if folder in datatypes), "")
-    return BidsPath(
-        path,
-        stem,
-        extension,
-        suffix,
-        datatype,
-        scope,
-        pipeline,
-        subject,
-        session,
-        entities,
-        conflict,
-    )
+    where, whose = _scope(folders), _take_ids(folders, entities)
+    return BidsPath(path, stem, extension, suffix, datatype, *where, *whose, entities)
 
 
-def _place(folders: list[str], entities: dict[str, str]) -> tuple[str, str, str]:
-    """Take subject and session out of the entities, compared with the folders' names."""
+def _take_ids(folders: list[str], entities: dict[str, str]) -> tuple[str, str, str]:
+    """Take subject and session out of the entities; say where the folders' names differ."""
     found: list[str] = []
     conflicts: list[str] = []
     for entity, prefix in (("subject", "sub-"), ("session", "ses-")):
@@ -253,8 +232,8 @@ class Sidecars:
         folders = image_path.split("/")[:-1]
         found: list[str] = []
         for depth in range(len(folders) + 1):
-            place = ("/".join(folders[:depth]), image.suffix if suffix is None else suffix)
-            applying = [c for c in self._by_folder.get(place, ()) if _applies(c, image)]
+            there = ("/".join(folders[:depth]), image.suffix if suffix is None else suffix)
+            applying = [c for c in self._by_folder.get(there, ()) if _applies(c, image)]
             applying.sort(key=lambda c: (len(c.entities), c.path))
             found += [candidate.path for candidate in applying]
         return tuple(found)

@@ -1,36 +1,36 @@
 """Which of a unit's files belong together. Pure.
 
-Two files of a unit can stand in one row when they agree in session and run, where both name
-them; images that are never of one session (a pattern for each) are joined all the same. Where
-some label of the unit follows the stem of some intensity image, each label belongs to
+Two files of a unit can stand in one combination when they agree in session and run, where both
+name them; images that are never of one session (a pattern for each) are combined all the same.
+Where some label of the unit follows the stem of some intensity image, each label belongs to
 the images that it follows, and to no other.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
-from typing import TYPE_CHECKING
+from operator import attrgetter
 
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.select.patterns import Hit, ImagePattern, Label, Scalar
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 Combination = dict[str, tuple[Hit, ...]]
 Apart = frozenset[tuple[str, str, str]]
 
 # Entities that tell one treatment of an image from another, and not one acquisition.
 _DERIVED = frozenset({"space", "description", "label", "resolution", "density", "segmentation"})
+# What two files must agree in where both name it, and how a hit names it.
+_AGREED = {"session": attrgetter("parsed.session"), "run": attrgetter("run")}
 _MOST_COMBINATIONS = 10_000
 _DIGITS = re.compile(r"(\d+)")
 
 
 @dataclass(slots=True)
 class Candidate:
-    """A unit before its files are joined.
+    """A unit before its files are combined.
 
     Attributes:
         subject_id: With its prefix.
@@ -47,8 +47,13 @@ class Candidate:
     notes: dict[str, list[str]] = field(default_factory=dict)
 
 
+def hits_of(combinations: Iterable[Combination]) -> list[Hit]:
+    """Return all files of some combinations, one after another."""
+    return [hit for each in combinations for several in each.values() for hit in several]
+
+
 @dataclass(frozen=True, slots=True)
-class Joined:
+class UnitCombinations:
     """The combinations of files that a unit allows, or why there is none.
 
     Attributes:
@@ -76,9 +81,9 @@ class Joined:
 
     def paths_outside(self, kept: Sequence[Combination]) -> list[str]:
         """Return the paths that stand in some combination, but in none of those kept."""
-        inside = {hit.file.path for c in kept for hits in c.values() for hit in hits}
-        every = [hit.file.path for c in self.combinations for hits in c.values() for hit in hits]
-        return [path for path in dict.fromkeys(every) if path not in inside]
+        inside = {hit.file.path for hit in hits_of(kept)}
+        every = dict.fromkeys(hit.file.path for hit in hits_of(self.combinations))
+        return [path for path in every if path not in inside]
 
 
 def natural_key(text: str) -> tuple[tuple[int, str], ...]:
@@ -94,14 +99,10 @@ def never_together(hits: Mapping[str, Sequence[Hit]]) -> Apart:
         hits: All files by image name, of all units.
     """
     apart: set[tuple[str, str, str]] = set()
-    places = {
-        name: {(hit.parsed.subject, hit.parsed.session, hit.run) for hit in several}
-        for name, several in hits.items()
-    }
-    for position, entity in enumerate(("session", "run"), start=1):
+    for entity, value_of in _AGREED.items():
         values = {
-            name: {(place[0], place[position]) for place in found if place[position]}
-            for name, found in places.items()
+            name: {(hit.parsed.subject, value_of(hit)) for hit in several if value_of(hit)}
+            for name, several in hits.items()
         }
         for one, other in combinations(values, 2):
             if values[one] and values[other] and not values[one] & values[other]:
@@ -109,9 +110,9 @@ def never_together(hits: Mapping[str, Sequence[Hit]]) -> Apart:
     return frozenset(apart)
 
 
-def join(
+def combine_files(
     images: Mapping[str, ImagePattern], unit: Candidate, *, apart: Apart, stack: bool
-) -> Joined:
+) -> UnitCombinations:
     """Combine a unit's files, one per image, or several where they are merged or stacked.
 
     Args:
@@ -129,7 +130,7 @@ def join(
     """
     reason = _missing(images, unit)
     if reason:
-        return Joined([], reason)
+        return UnitCombinations([], reason)
     rules = _Rules(_linked(images, unit), apart)
     several = {n for n, p in images.items() if stack or (isinstance(p, Label) and p.combine)}
     order = sorted(images, key=lambda name: (name in several, images[name].optional))
@@ -147,7 +148,8 @@ def join(
                 longer.append({**chosen, name: ()})
         if not longer:
             others = ", ".join(repr(other) for other in order[: order.index(name)])
-            return Joined([], f"no file for {name!r} agrees with {others} in session, run and stem")
+            reason = f"no file for {name!r} agrees with {others} in session, run and stem"
+            return UnitCombinations([], reason)
         if len(longer) > _MOST_COMBINATIONS:
             message = (
                 f"{unit.subject_id} allows more than {_MOST_COMBINATIONS} combinations of files"
@@ -155,7 +157,7 @@ def join(
             )
             raise SelectionError(message, unit=unit.subject_id)
         found = longer
-    return Joined([{name: combination[name] for name in images} for combination in found])
+    return UnitCombinations([{name: combination[name] for name in images} for combination in found])
 
 
 def _missing(images: Mapping[str, ImagePattern], unit: Candidate) -> str:
@@ -178,7 +180,7 @@ def follows(label: Hit, image: Hit) -> bool:
 
 
 def _linked(images: Mapping[str, ImagePattern], unit: Candidate) -> frozenset[tuple[str, str]]:
-    """Return the pairs (label, image) of names that the unit's files join by their stems."""
+    """Return the pairs (label, image) of names of which a file follows the other's stem."""
     labels = [name for name, pattern in images.items() if isinstance(pattern, Label)]
     scalars = [name for name, pattern in images.items() if isinstance(pattern, Scalar)]
     return frozenset(
@@ -191,10 +193,10 @@ def _linked(images: Mapping[str, ImagePattern], unit: Candidate) -> frozenset[tu
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """What two files must agree in to stand in one row.
+    """What two files must agree in to stand in one combination.
 
     Attributes:
-        linked: Pairs (label, image) that stems join.
+        linked: Pairs (label, image) whose files go by their stems.
         apart: Pairs that need not agree in an entity.
     """
 
@@ -210,11 +212,9 @@ class _Rules:
         )
 
     def _beside(self, name: str, hit: Hit, other: str, candidate: Hit) -> bool:
-        """Tell whether two files can stand in one row."""
-        for entity, here, there in (
-            ("session", hit.parsed.session, candidate.parsed.session),
-            ("run", hit.run, candidate.run),
-        ):
+        """Tell whether two files can stand in one combination."""
+        for entity, value_of in _AGREED.items():
+            here, there = value_of(hit), value_of(candidate)
             if here and there and here != there and (name, other, entity) not in self.apart:
                 return False
         if (name, other) in self.linked and not follows(hit, candidate):

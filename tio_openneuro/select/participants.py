@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 Value = float | str
 
@@ -72,35 +69,20 @@ class Participants:
             read: Returns the bytes of those of the paths that exist.
             paths: The dataset's paths, among which tables of sessions are looked for.
         """
-        sessions = [path for path in paths if _SESSIONS.fullmatch(path)]
-        contents = read(["participants.tsv", *sessions])
+        of_sessions = [path for path in paths if _SESSIONS.fullmatch(path)]
         tables = []
-        for path, content in contents.items():
-            place = _SESSIONS.fullmatch(path)
-            tables.append(_read_table(content, (place[1] or "") if place else ""))
-        return cls._typed(tables)
-
-    @classmethod
-    def parse(cls, content: bytes) -> Participants:
-        """Read one table from its bytes."""
-        return cls._typed([_read_table(content, "")])
-
-    @classmethod
-    def _typed(cls, tables: Sequence[_Table]) -> Participants:
-        """Merge tables, and give each column the type that all its values have."""
+        for path, content in read(["participants.tsv", *of_sessions]).items():
+            found = _SESSIONS.fullmatch(path)
+            tables.append(_read_table(content, (found[1] or "") if found else ""))
         columns = tuple(dict.fromkeys(name for table in tables for name in table.columns))
         id_column = next((table.id_column for table in tables if table.id_column), "")
         texts: dict[str, dict[str, dict[str, str]]] = {}
         for table in tables:
             for subject, session, values in table.rows:
-                row = texts.setdefault(subject, {}).setdefault(session, {})
-                for name, text in values.items():
-                    row.setdefault(name, text)
-        given: dict[str, list[str]] = {name: [] for name in columns}
-        for sessions in texts.values():
-            for row in sessions.values():
-                for name, text in row.items():
-                    given[name].append(text)
+                sessions = texts.setdefault(subject, {})
+                sessions[session] = values | sessions.get(session, {})
+        every = [row for sessions in texts.values() for row in sessions.values()]
+        given = {name: [row[name] for row in every if name in row] for name in columns}
         numeric = frozenset(
             name for name, all_of in given.items() if all_of and all(map(_NUMBER.fullmatch, all_of))
         )

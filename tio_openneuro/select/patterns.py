@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal
+from functools import cached_property
+from typing import Literal
 
 from tio_openneuro.content import TreeFile
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select.bids import BidsPath, entity_name, parse_path
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+from tio_openneuro.select.bids import FIELDS, BidsPath, entity_name, parse_path
 
 NIFTI_EXTENSIONS = (".nii.gz", ".nii")
 IMAGE_EXTENSIONS = (*NIFTI_EXTENSIONS, ".mgz", ".mgh", ".nrrd", ".mha", ".tif", ".tiff", ".png")
 
 # A header and its magic take 352 bytes. Compressed, one voxel of zeros by nibabel takes 60.
 _SMALLEST_BYTES = {".nii": 352, ".nii.gz": 50}
-_FIELDS = ("subject", "session", "suffix", "datatype", "extension", "scope", "pipeline")
 _SHOWN = 5
 
 VolumeChoice = int | slice | Literal["mean"] | None
@@ -45,34 +43,33 @@ class ImagePattern:
     required: bool
     entities: tuple[tuple[str, object], ...]
 
-    def _set(self, glob: str | None, required: bool, entities: Mapping[str, object]) -> None:  # noqa: FBT001 - private
+    def _set(self, glob: str | None, entities: Mapping[str, object], **options: object) -> None:
+        """Set all fields, the options by their names."""
+        name = type(self).__name__
         if glob is not None and not glob.strip():
-            raise SelectionError(f"{type(self).__name__} cannot select by an empty pattern.")
+            raise SelectionError(f"{name} cannot select by an empty pattern.")
         if glob is None and not entities:
-            name = type(self).__name__
-            message = (
+            raise SelectionError(
                 f"{name}() says nothing about the file. Give a glob from the dataset's root,"
                 f" {name}('sub-*/anat/*_T1w.nii.gz'), or BIDS entities, {name}(suffix='T1w')."
             )
-            raise SelectionError(message)
-        object.__setattr__(self, "glob", glob)
-        object.__setattr__(self, "required", required)
         frozen = ((entity_name(name), _frozen(value)) for name, value in entities.items())
-        object.__setattr__(self, "entities", tuple(sorted(frozen, key=lambda item: item[0])))
+        options |= {"entities": tuple(sorted(frozen, key=lambda item: item[0]))}
+        for name, value in {"glob": glob, **options}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def optional(self) -> bool:
         """Whether a unit may lack the image."""
         return not self.required
 
-    def _options(self) -> list[str]:
-        return [] if self.required else ["required=False"]
-
     def __repr__(self) -> str:
         """Return the call that makes an equal object."""
         parts = [] if self.glob is None else [repr(self.glob)]
-        parts += self._options()
-        parts += [f"{name}={value!r}" for name, value in self.entities]
+        parts += [] if self.required else ["required=False"]
+        options = [(each.name, getattr(self, each.name)) for each in fields(self)[3:]]
+        given = [option for option in options if option[1] is not None]
+        parts += [f"{name}={value!r}" for name, value in (*given, *self.entities)]
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
@@ -119,16 +116,10 @@ class Scalar(ImagePattern):
         Raises:
             SelectionError: Neither glob nor entities, or ``volumes`` is not understood.
         """
-        self._set(glob, required, entities)
+        self._set(glob, entities, required=required, volumes=volumes)
         known = volumes is None or volumes == "mean" or isinstance(volumes, int | slice)
         if not known or isinstance(volumes, bool):
-            message = f"volumes must be an int, a slice or 'mean', not {volumes!r}."
-            raise SelectionError(message)
-        object.__setattr__(self, "volumes", volumes)
-
-    def _options(self) -> list[str]:
-        extra = [] if self.volumes is None else [f"volumes={self.volumes!r}"]
-        return super()._options() + extra
+            raise SelectionError(f"volumes must be an int, a slice or 'mean', not {volumes!r}.")
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -168,31 +159,24 @@ class Label(ImagePattern):
         Raises:
             SelectionError: Neither glob nor entities, or an option is not understood.
         """
-        self._set(glob, required, entities)
-        if combine not in {None, "union"}:
-            message = f"combine must be 'union' or None, not {combine!r}."
-            raise SelectionError(message)
-        if when_missing not in {None, "zeros"}:
-            message = f"when_missing must be 'zeros' or None, not {when_missing!r}."
-            raise SelectionError(message)
-        object.__setattr__(self, "combine", combine)
-        object.__setattr__(self, "when_missing", when_missing)
+        self._set(glob, entities, required=required, combine=combine, when_missing=when_missing)
+        check_option("combine", combine, (None, "union"))
+        check_option("when_missing", when_missing, (None, "zeros"))
 
     @property
     def optional(self) -> bool:
         """Whether a unit may lack the label."""
         return not self.required or self.when_missing is not None
 
-    def _options(self) -> list[str]:
-        options = super()._options()
-        if self.combine is not None:
-            options.append(f"combine={self.combine!r}")
-        if self.when_missing is not None:
-            options.append(f"when_missing={self.when_missing!r}")
-        return options
+
+def check_option(name: str, value: object, known: Sequence[object]) -> None:
+    """Refuse an option that has no such value."""
+    if value not in known:
+        raise SelectionError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}.")
 
 
-_WILDCARDS = re.compile(r"\*\*/|\*+|\?|\[[!^]?\]?[^]/]*\]")
+_WILDCARDS = re.compile(r"(\*\*/|\*+|\?|\[[!^]?\]?[^]/]*\])")
+_EXPRESSIONS = {"**/": "((?:[^/]+/)*)", "*": "([^/]*)", "?": "([^/])"}
 
 
 def compile_glob(glob: str) -> tuple[str, re.Pattern[str]]:
@@ -204,28 +188,16 @@ def compile_glob(glob: str) -> tuple[str, re.Pattern[str]]:
         >>> compile_glob("a/*/b.nii")[1].fullmatch("a/x/b.nii").groups()
         ('x',)
     """
-    glob = glob.removeprefix("./").lstrip("/")
-    parts: list[str] = []
-    end = 0
-    for found in _WILDCARDS.finditer(glob):
-        parts.append(re.escape(glob[end : found.start()]))
-        parts.append(_expression(found[0]))
-        end = found.end()
-    first = _WILDCARDS.search(glob)
-    parts.append(re.escape(glob[end:]))
-    return glob[: first.start()] if first else glob, re.compile("".join(parts), re.DOTALL)
+    # In turn a literal text and a wildcard.
+    pieces = _WILDCARDS.split(glob.removeprefix("./").lstrip("/"))
+    parts = (_expression(p) if n % 2 else re.escape(p) for n, p in enumerate(pieces))
+    return pieces[0], re.compile("".join(parts), re.DOTALL)
 
 
 def _expression(wildcard: str) -> str:
     """Return one wildcard as a group of a regular expression."""
-    if wildcard == "**/":
-        return "((?:[^/]+/)*)"
-    if wildcard.startswith("**"):
-        return "(.*)"
-    if wildcard == "*":
-        return "([^/]*)"
-    if wildcard == "?":
-        return "([^/])"
+    if not wildcard.startswith("["):
+        return _EXPRESSIONS.get(wildcard, "(.*)")
     content = wildcard[1:-1].replace("\\", r"\\").replace("[", r"\[")
     if content[0] in "!^":
         return f"((?!/)[^{_escape_first(content[1:])}])"
@@ -237,19 +209,22 @@ def _escape_first(content: str) -> str:
     return "\\" + content if content[:1] in {"]", "^"} else content
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Hit:
     """One file that a pattern matches.
 
     Attributes:
         file: The file.
-        parsed: Its path in BIDS terms.
         captures: What the glob's wildcards stand for, repetitions left out.
     """
 
     file: TreeFile
-    parsed: BidsPath
     captures: tuple[str, ...] = ()
+
+    @cached_property
+    def parsed(self) -> BidsPath:
+        """The file's path in BIDS terms."""
+        return parse_path(self.file.path)
 
     @property
     def run(self) -> str:
@@ -263,8 +238,6 @@ class Hit:
         if self.parsed.conflict:
             return f"{self.file.path}: {self.parsed.conflict}"
         size = self.file.size_bytes
-        if size is None and self.file.key is not None:
-            size = self.file.key.size_bytes
         smallest = _SMALLEST_BYTES.get(self.parsed.extension, 1)
         if size is not None and size < smallest:
             return f"{self.file.path} holds {size} bytes, too few for an image"
@@ -283,48 +256,39 @@ def find_hits(name: str, pattern: ImagePattern, files: Sequence[TreeFile]) -> li
         SelectionError: Nothing matches; the message names what comes nearest.
     """
     matched = _match_glob(pattern.glob, files)
-    images = [hit for hit in matched if hit[0].path.endswith(IMAGE_EXTENSIONS)]
-    wanted = dict(pattern.entities)
-    if not wanted:
-        hits = [Hit(file, parse_path(file.path), captures) for file, captures in images]
-    else:
-        hits = _match_entities(wanted, images, by_glob=pattern.glob is not None)
+    images = [hit for hit in matched if hit.file.path.endswith(IMAGE_EXTENSIONS)]
+    hits = _match_entities(dict(pattern.entities), images, by_glob=pattern.glob is not None)
     if hits:
         return hits
     message = f"No image file matches {name!r} = {pattern!r} among {len(files)} files."
     raise SelectionError(f"{message} {_nearest(pattern, files, matched, images)}")
 
 
-_Matched = list[tuple[TreeFile, tuple[str, ...]]]
-
-
-def _match_glob(glob: str | None, files: Iterable[TreeFile]) -> _Matched:
+def _match_glob(glob: str | None, files: Sequence[TreeFile]) -> list[Hit]:
     """Return the files that a glob matches, and what its wildcards stand for."""
     if glob is None:
-        return [(file, ()) for file in files]
+        return [Hit(file) for file in files]
     prefix, expression = compile_glob(glob)
-    found: _Matched = []
+    found: list[Hit] = []
     for file in files:
-        if file.path.startswith(prefix):
-            match = expression.fullmatch(file.path)
-            if match:
-                captures = (text.strip("/") for text in match.groups())
-                found.append((file, tuple(dict.fromkeys(text for text in captures if text))))
+        match = expression.fullmatch(file.path) if file.path.startswith(prefix) else None
+        if match:
+            captures = (text.strip("/") for text in match.groups())
+            found.append(Hit(file, tuple(dict.fromkeys(text for text in captures if text))))
     return found
 
 
-def _match_entities(wanted: Mapping[str, object], images: _Matched, *, by_glob: bool) -> list[Hit]:
+def _match_entities(wanted: Mapping[str, object], images: list[Hit], *, by_glob: bool) -> list[Hit]:
     """Return the images with these entities; without a scope the raw ones, if there are any."""
     # A value stands in the path as it is, unless its zeros may differ: no need to parse the rest.
     given = [v for name, v in wanted.items() if isinstance(v, str) and name != "scope"]
     texts = [text for text in given if not text.rpartition("-")[2].isdecimal()]
-    hits: list[Hit] = []
-    for file, captures in images:
-        if not all(text in file.path for text in texts):
-            continue
-        parsed = parse_path(file.path)
-        if all(parsed.matches(name, value) for name, value in wanted.items()):
-            hits.append(Hit(file, parsed, captures))
+    hits = [
+        hit
+        for hit in images
+        if all(text in hit.file.path for text in texts)
+        and all(hit.parsed.matches(name, value) for name, value in wanted.items())
+    ]
     if by_glob or "scope" in wanted:
         return hits
     raw = [hit for hit in hits if hit.parsed.scope == "raw"]
@@ -332,20 +296,20 @@ def _match_entities(wanted: Mapping[str, object], images: _Matched, *, by_glob: 
 
 
 def _nearest(
-    pattern: ImagePattern, files: Sequence[TreeFile], matched: _Matched, images: _Matched
+    pattern: ImagePattern, files: Sequence[TreeFile], matched: list[Hit], images: list[Hit]
 ) -> str:
     """Say what exists that comes nearest to a pattern without a match."""
     if matched and not images:
-        endings = Counter(parse_path(file.path).extension for file, _ in matched)
-        return f"It matches {len(matched)} files that are no images ({_listed(endings)})."
+        endings = Counter(hit.parsed.extension for hit in matched)
+        return f"It matches {len(matched)} files that are no images ({listed(endings)})."
     if pattern.glob is not None and not images:
         paths = (file.path for file in files if file.path.endswith(IMAGE_EXTENSIONS))
-        shapes = Counter(map(shape_of, paths))
-        near = get_close_matches(shape_of(pattern.glob), list(shapes)[:2000], cutoff=0.3)
+        shapes = Counter(map(_shape_of, paths))
+        near = get_close_matches(_shape_of(pattern.glob), list(shapes)[:2000], cutoff=0.3)
         if near:
-            return f"The nearest that exist: {_listed(Counter({n: shapes[n] for n in near}))}."
-        return f"Images that exist: {_listed(shapes)}." if shapes else "It holds no images."
-    return _nearest_entities(dict(pattern.entities), [parse_path(file.path) for file, _ in images])
+            return f"The nearest that exist: {listed(Counter({n: shapes[n] for n in near}))}."
+        return f"Images that exist: {listed(shapes)}." if shapes else "It holds no images."
+    return _nearest_entities(dict(pattern.entities), [hit.parsed for hit in images])
 
 
 def _nearest_entities(wanted: dict[str, object], parsed: list[BidsPath]) -> str:
@@ -363,21 +327,25 @@ def _nearest_entities(wanted: dict[str, object], parsed: list[BidsPath]) -> str:
         )
         present = Counter({text: count for text, count in values.items() if text})
         if present:
-            return f"Values of {name!r} that exist there: {_listed(present)}."
+            return f"Values of {name!r} that exist there: {listed(present)}."
         known = Counter(key for path in parsed for key in path.entities)
-        near = get_close_matches(name, [*known, *_FIELDS], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f". Entities: {_listed(known)}."
+        near = get_close_matches(name, [*known, *FIELDS], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f". Entities: {listed(known)}."
         return f"No image there has the entity {name!r}{hint}"
     return "Those that match lie outside raw and derivatives; give scope='all' to take them."
 
 
-def shape_of(path: str) -> str:
+def _shape_of(path: str) -> str:
     """Return a path with subject and session made general, ``sub-*/anat/sub-*_T1w.nii.gz``."""
     return re.sub(r"\b(sub|ses)-[^/_]+", r"\1-*", path)
 
 
-def _listed(counts: Counter[str]) -> str:
+def listed(counts: Counter[str]) -> str:
     """Return the commonest entries and their counts in words."""
-    parts = [f"{text} ({count})" for text, count in counts.most_common(_SHOWN)]
-    more = len(counts) - len(parts)
-    return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
+    return first_few([f"{text} ({count})" for text, count in counts.most_common()])
+
+
+def first_few(texts: Sequence[str], separator: str = ", ") -> str:
+    """Return the first of the texts, and how many more there are."""
+    more = [f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
+    return separator.join([*texts[:_SHOWN], *more])

@@ -1,57 +1,40 @@
-"""From patterns and a tree to rows: which files make up each unit. Pure.
+"""From patterns and a tree to the files of each unit. Pure.
 
-A unit is a subject, a session or a run. Its images are joined by subject, session and run, where
+A unit is a subject, a session or a run. Its images are combined by subject, session and run, where
 both of two files name them, and a label whose name follows an image's stem belongs to that image.
 A file that names no session or run belongs to every unit of its subject. Where no file names a
 subject, as in layouts other than BIDS, units are what the globs' wildcards stand for. Every unit
-of the tree ends up as a row or as skipped, with the reason in words; what could not be collated
+of the tree ends up as selected or as skipped, with the reason in words; what could not be collated
 into a batch raises here, at construction, and not in the training loop.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tio_openneuro.content import TreeFile
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.select.combinations import (
     Candidate,
     Combination,
-    join,
+    combine_files,
+    hits_of,
     natural_key,
     never_together,
 )
-from tio_openneuro.select.patterns import Label, Scalar, find_hits
-from tio_openneuro.select.units import LEVELS, Skipped, Unit, every_nifti, group
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-__all__ = [
-    "Label",
-    "OnIncomplete",
-    "OnMissing",
-    "OnMultiple",
-    "Row",
-    "Scalar",
-    "Selection",
-    "Skipped",
-    "TreeFile",
-    "Unit",
-    "select",
-]
+from tio_openneuro.select.patterns import Label, Scalar, check_option, find_hits, first_few
+from tio_openneuro.select.units import LEVELS, Skipped, Unit, every_nifti, find_units
 
 OnMissing = Literal["skip", "raise"]
 OnMultiple = Literal["raise", "first", "all", "stack"]
 OnIncomplete = Literal["raise", "allow"]
 
-_SHOWN = 4
-
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SelectedUnit:
     """The files of one unit.
 
     Attributes:
@@ -75,12 +58,12 @@ class Selection:
     """What patterns select from a tree.
 
     Attributes:
-        rows: One per unit, in natural order of their names (sub-2 before sub-10).
+        rows: The units, in natural order of their names (sub-2 before sub-10).
         skipped: What was left out, in the same order.
         images: The patterns; with ``images=None``, those found.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[SelectedUnit, ...]
     skipped: tuple[Skipped, ...]
     images: Mapping[str, Scalar | Label] = field(default_factory=dict)
 
@@ -100,72 +83,62 @@ def select(
         files: The dataset's tree.
         images: Patterns by image name; None takes every NIfTI, each under its stem less subject
             and session, none of them required.
-        unit: What one row is.
+        unit: What one unit is.
         on_missing: What to do with a unit that lacks a required image.
         on_multiple: What to do with a unit that has several files for one image: ``"first"`` in
-            natural order, ``"all"`` makes a row of each combination whose entities agree,
+            natural order, ``"all"`` makes a unit of each combination whose entities agree,
             ``"stack"`` keeps all, for channels.
-        on_incomplete: Whether rows may differ in their optional images.
+        on_incomplete: Whether units may differ in their optional images.
 
     Raises:
         SelectionError: A pattern matches nothing, a unit has several files for an image, no unit
-            has all that is required, or the rows could not be collated into a batch.
+            has all that is required, or the units could not be collated into a batch.
     """
-    _check_options(unit, on_missing, on_multiple, on_incomplete)
+    check_option("unit", unit, tuple(LEVELS))
+    check_option("on_missing", on_missing, ("skip", "raise"))
+    check_option("on_multiple", on_multiple, ("raise", "first", "all", "stack"))
+    check_option("on_incomplete", on_incomplete, ("raise", "allow"))
     if images is None:
         images, hits = every_nifti(files, unit)
     else:
         _check_images(images)
         hits = {name: find_hits(name, pattern, files) for name, pattern in images.items()}
     apart = never_together(hits)
-    units, loose = group(hits, files, unit)
-    rows: list[Row] = []
-    skipped = loose
+    units, skipped = find_units(hits, files, unit)
+    rows: list[SelectedUnit] = []
     lacking: list[Skipped] = []
     ambiguous: list[tuple[str, list[Combination]]] = []
     for name in sorted(units, key=natural_key):
-        outcome = join(images, units[name], apart=apart, stack=on_multiple == "stack")
-        if outcome.reason:
-            lacking.append(Skipped(name, outcome.reason))
-            continue
-        if len(outcome.combinations) == 1 or on_multiple == "first":
-            rows.append(_row(name, units[name], outcome.combinations[0]))
+        found = combine_files(images, units[name], apart=apart, stack=on_multiple == "stack")
+        if found.reason:
+            lacking.append(Skipped(name, found.reason))
+        elif len(found.combinations) == 1 or on_multiple == "first":
+            rows.append(_selected(name, units[name], found.combinations[0]))
         elif on_multiple == "all":
-            kept = outcome.agreeing()
+            kept = found.agreeing()
             names = _combination_names(name, kept)
-            rows += [_row(n, units[name], c) for n, c in zip(names, kept, strict=True)]
-            skipped += [
-                Skipped(path, f"agrees with no other image of {name}")
-                for path in outcome.paths_outside(kept)
-            ]
+            rows += [_selected(n, units[name], c) for n, c in zip(names, kept, strict=True)]
+            reason = f"agrees with no other image of {name}"
+            skipped += [Skipped(path, reason) for path in found.paths_outside(kept)]
         else:
-            ambiguous.append((name, outcome.combinations))
+            ambiguous.append((name, found.combinations))
     if ambiguous:
         raise SelectionError(_ambiguous_message(ambiguous, images, unit), unit=ambiguous[0][0])
     if lacking and on_missing == "raise":
-        message = f"{_count(lacking, 'unit')} of {len(units)} cannot be used: {_first(lacking)}."
+        noun = "unit" if len(lacking) == 1 else "units"
+        reasons = first_few([f"{entry.unit}: {entry.reason}" for entry in lacking], "; ")
+        message = f"{len(lacking)} {noun} of {len(units)} cannot be used: {reasons}."
         advice = "Pass on_missing='skip' to leave them out."
         raise SelectionError(f"{message} {advice}", unit=lacking[0].unit)
     if not rows:
-        message = f"None of {len(units)} units has all required images: {_reasons(lacking)}."
+        counts = Counter(entry.reason for entry in lacking).most_common()
+        reasons = first_few([f"{reason} ({count} units)" for reason, count in counts], "; ")
+        message = f"None of {len(units)} units has all required images: {reasons}."
         raise SelectionError(f"{message} Check the patterns, or pass required=False.")
     if on_incomplete == "raise":
         _check_uniform(rows, images)
     skipped = sorted(skipped + lacking, key=lambda entry: natural_key(entry.unit))
     return Selection(tuple(rows), tuple(skipped), dict(images))
-
-
-def _check_options(unit: str, on_missing: str, on_multiple: str, on_incomplete: str) -> None:
-    """Refuse an option that has no such value."""
-    for name, value, known in (
-        ("unit", unit, tuple(LEVELS)),
-        ("on_missing", on_missing, ("skip", "raise")),
-        ("on_multiple", on_multiple, ("raise", "first", "all", "stack")),
-        ("on_incomplete", on_incomplete, ("raise", "allow")),
-    ):
-        if value not in known:
-            message = f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}."
-            raise SelectionError(message)
 
 
 def _check_images(images: Mapping[str, Scalar | Label]) -> None:
@@ -175,19 +148,22 @@ def _check_images(images: Mapping[str, Scalar | Label]) -> None:
         raise SelectionError(message)
     for name, pattern in images.items():
         if not isinstance(pattern, Scalar | Label):
-            message = f"Image {name!r} must be a Scalar or a Label, not {pattern!r}."
-            raise SelectionError(message)
+            raise SelectionError(f"Image {name!r} must be a Scalar or a Label, not {pattern!r}.")
 
 
-def _row(name: str, unit: Candidate, combination: Combination) -> Row:
-    """Return the row of one combination."""
-    hits = [hit for several in combination.values() for hit in several]
-    sessions = {hit.parsed.session for hit in hits} - {""}
-    runs = {hit.parsed.run for hit in hits} - {""}
+def _selected(name: str, unit: Candidate, combination: Combination) -> SelectedUnit:
+    """Return one combination of a unit's files as what is selected."""
+    hits = hits_of([combination])
     files = {image: tuple(hit.file for hit in several) for image, several in combination.items()}
-    session_id = unit.session_id or (sessions.pop() if len(sessions) == 1 else "")
-    run_id = unit.run_id or (runs.pop() if len(runs) == 1 else "")
-    return Row(name, unit.subject_id, session_id, run_id, files)
+    session_id = unit.session_id or _only(hit.parsed.session for hit in hits)
+    run_id = unit.run_id or _only(hit.parsed.run for hit in hits)
+    return SelectedUnit(name, unit.subject_id, session_id, run_id, files)
+
+
+def _only(values: Iterable[str]) -> str:
+    """Return the one value that is named; empty where there is none, or several."""
+    named = set(values) - {""}
+    return named.pop() if len(named) == 1 else ""
 
 
 def _combination_names(unit: str, combinations: Sequence[Combination]) -> list[str]:
@@ -195,14 +171,8 @@ def _combination_names(unit: str, combinations: Sequence[Combination]) -> list[s
     if len(combinations) == 1:
         return [unit]
     parts = [
-        [
-            token
-            for several in combination.values()
-            for hit in several
-            for token in hit.parsed.stem.split("_")
-            if "-" in token
-        ]
-        for combination in combinations
+        [part for hit in hits_of([each]) for part in hit.parsed.stem.split("_") if "-" in part]
+        for each in combinations
     ]
     common = set(parts[0]).intersection(*parts[1:])
     names = [
@@ -213,8 +183,8 @@ def _combination_names(unit: str, combinations: Sequence[Combination]) -> list[s
     return [f"{n}_{k}" if counts[n] > 1 else n for k, n in enumerate(names, start=1)]
 
 
-def _check_uniform(rows: Sequence[Row], images: Mapping[str, Scalar | Label]) -> None:
-    """Refuse rows that differ in what they have of an image, which no batch could hold."""
+def _check_uniform(rows: Sequence[SelectedUnit], images: Mapping[str, Scalar | Label]) -> None:
+    """Refuse units that differ in what they have of an image, which no batch could hold."""
     for name, pattern in images.items():
         filled = isinstance(pattern, Label) and pattern.when_missing is not None
         merged = isinstance(pattern, Label) and pattern.combine is not None
@@ -233,11 +203,10 @@ def _check_uniform(rows: Sequence[Row], images: Mapping[str, Scalar | Label]) ->
         advice = "or on_incomplete='allow' and a collate function of your own"
         if isinstance(pattern, Label) and 0 in by_count:
             advice = "when_missing='zeros', " + advice
-        message = (
+        raise SelectionError(
             f"Units differ in their number of files for {name!r}: {cases}; a batch could not be"
             f" collated. Pass required=True to skip those that lack it, {advice}."
         )
-        raise SelectionError(message)
 
 
 def _ambiguous_message(
@@ -250,8 +219,7 @@ def _ambiguous_message(
     hits = {image: {hit.file.path: hit for c in found for hit in c[image]} for image in images}
     image = max(hits, key=lambda candidate: len(hits[candidate]))
     several = list(hits[image].values())
-    shown = ", ".join(hit.file.path for hit in several[:_SHOWN])
-    more = f" and {len(several) - _SHOWN} more" if len(several) > _SHOWN else ""
+    shown = first_few(list(hits[image]))
     ways = ["narrow the pattern"]
     for finer, level in (("session", 2), ("run", 3)):
         values = {hit.parsed.get(finer) for hit in several}
@@ -264,22 +232,5 @@ def _ambiguous_message(
     others = f" ({len(ambiguous) - 1} more units have several)" if len(ambiguous) > 1 else ""
     return (
         f"{name} has {len(several)} files for {image!r} = {images[image]!r}, where one is wanted:"
-        f" {shown}{more}{others}. To choose, {'; or '.join(ways)}."
+        f" {shown}{others}. To choose, {'; or '.join(ways)}."
     )
-
-
-def _count(things: Sequence[object], noun: str) -> str:
-    """Return a number and its noun."""
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
-
-
-def _first(skipped: Sequence[Skipped]) -> str:
-    """Return the first reasons, each with its unit."""
-    shown = "; ".join(f"{entry.unit}: {entry.reason}" for entry in skipped[:_SHOWN])
-    return shown + (f"; and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else "")
-
-
-def _reasons(skipped: Sequence[Skipped]) -> str:
-    """Return the commonest reasons with their numbers."""
-    counts = Counter(entry.reason for entry in skipped)
-    return "; ".join(f"{reason} ({count} units)" for reason, count in counts.most_common(_SHOWN))

@@ -8,24 +8,22 @@ wildcards stand for.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tio_openneuro.content import TreeFile
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select.bids import OTHER_PREFIXES, parse_path
+from tio_openneuro.select.bids import OTHER_PREFIXES
 from tio_openneuro.select.combinations import Candidate
 from tio_openneuro.select.patterns import IMAGE_EXTENSIONS, NIFTI_EXTENSIONS, Hit, Label, Scalar
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 Unit = Literal["subject", "session", "run"]
 LEVELS = {"subject": 1, "session": 2, "run": 3}
 
 # Suffixes of label maps where nobody says which image is one (images=None).
 _LABEL_SUFFIXES = frozenset({"dseg", "mask", "roi", "seg", "label", "labels"})
-_PLACE = re.compile(r"(?:^|.*?/)(sub-[^/_]+)/(?:(?:.*?/)?(ses-[^/_]+)/)?")
+_FOLDERS = re.compile(r"(?:^|.*?/)(sub-[^/_]+)/(?:(?:.*?/)?(ses-[^/_]+)/)?")
 
 Hits = dict[str, list[Hit]]
 
@@ -50,17 +48,16 @@ def every_nifti(files: Sequence[TreeFile], unit: Unit) -> tuple[dict[str, Scalar
     own = ("sub-", "ses-", "run-") if unit == "run" else ("sub-", "ses-")
     for file in files:
         if file.path.endswith(NIFTI_EXTENSIONS) and not file.path.startswith(OTHER_PREFIXES):
-            parsed = parse_path(file.path)
-            tokens = [part for part in parsed.stem.split("_") if not part.startswith(own)]
+            hit = Hit(file)
+            tokens = [part for part in hit.parsed.stem.split("_") if not part.startswith(own)]
             name = "_".join(tokens) or "image"
-            found.append((name, Hit(file, parsed)))
-            homes.setdefault(name, set()).add(f"{parsed.scope}/{parsed.pipeline}")
+            found.append((name, hit))
+            homes.setdefault(name, set()).add(f"{hit.parsed.scope}/{hit.parsed.pipeline}")
     if not any(hit.parsed.subject for _, hit in found):
-        message = (
+        raise SelectionError(
             f"No NIfTI among {len(files)} files names a subject (sub-…) in its path."
             " Name the images by glob, such as Scalar('imagesTr/*.nii.gz')."
         )
-        raise SelectionError(message)
     hits: Hits = {}
     for name, hit in found:
         pipeline = hit.parsed.pipeline.replace("/", "_")
@@ -78,12 +75,12 @@ def _guess(name: str, hit: Hit) -> Scalar | Label:
     return kind(f"**/*{name}{hit.parsed.extension}", required=False)
 
 
-def group(
+def find_units(
     hits: Hits, files: Iterable[TreeFile], unit: Unit
 ) -> tuple[dict[str, Candidate], list[Skipped]]:
     """Gather the hits of each unit; files without a unit come back as skipped."""
     if not any(hit.parsed.subject for several in hits.values() for hit in several):
-        return _group_by_captures(hits)
+        return _units_by_captures(hits)
     loose: list[Skipped] = []
     shared: list[tuple[str, Hit]] = []
     by_subject: dict[str, list[tuple[str, Hit]]] = {}
@@ -99,9 +96,9 @@ def group(
                 loose.append(Skipped(hit.file.path, "its path names no subject"))
     level = LEVELS[unit]
     units: dict[str, Candidate] = {}
-    for subject, places in _places(files, by_subject, level).items():
+    for subject, folders in _folders(files, by_subject, level).items():
         members = by_subject.get(subject, [])
-        keys = places | {_key(hit, level) for _, hit in members}
+        keys = folders | {_key(hit, level) for _, hit in members}
         for session, run in keys:
             if any(_contains((session, run), other) for other in keys - {(session, run)}):
                 continue
@@ -113,25 +110,25 @@ def group(
     return units, loose
 
 
-def _places(
+def _folders(
     files: Iterable[TreeFile], subjects: Iterable[str], level: int
 ) -> dict[str, set[tuple[str, str]]]:
     """Return the keys of all subjects and sessions that have a folder with an image in it."""
-    places: dict[str, set[tuple[str, str]]] = {subject: set() for subject in subjects}
+    keys: dict[str, set[tuple[str, str]]] = {subject: set() for subject in subjects}
     for file in files:
         path = file.path
         if path.endswith(IMAGE_EXTENSIONS) and not path.startswith(OTHER_PREFIXES):
-            place = _PLACE.match(path)
-            if place is not None:
-                session = (place[2] or "") if level > 1 else ""
-                places.setdefault(place[1], set()).add((session, ""))
-    return places
+            found = _FOLDERS.match(path)
+            if found is not None:
+                session = (found[2] or "") if level > 1 else ""
+                keys.setdefault(found[1], set()).add((session, ""))
+    return keys
 
 
 def _subjects_of(hit: Hit) -> tuple[str, ...]:
     """Return the subjects that a file's name and folder speak of; usually one."""
-    place = _PLACE.match(hit.file.path) if hit.parsed.conflict else None
-    named = [hit.parsed.subject, place[1] if place else ""]
+    folders = _FOLDERS.match(hit.file.path) if hit.parsed.conflict else None
+    named = [hit.parsed.subject, folders[1] if folders else ""]
     return tuple(dict.fromkeys(subject for subject in named if subject))
 
 
@@ -155,7 +152,7 @@ def _add(candidate: Candidate, members: Iterable[tuple[str, Hit]]) -> None:
             candidate.hits.setdefault(name, []).append(hit)
 
 
-def _group_by_captures(hits: Hits) -> tuple[dict[str, Candidate], list[Skipped]]:
+def _units_by_captures(hits: Hits) -> tuple[dict[str, Candidate], list[Skipped]]:
     """Gather hits by what the wildcards stand for, where no path names a subject."""
     units: dict[str, Candidate] = {}
     shared: list[tuple[str, Hit]] = []
@@ -167,11 +164,10 @@ def _group_by_captures(hits: Hits) -> tuple[dict[str, Candidate], list[Skipped]]
             elif len(several) == 1:
                 shared.append((name, hit))
             else:
-                message = (
+                raise SelectionError(
                     f"{len(several)} files match {name!r}, and none names a subject (sub-…):"
                     " their units cannot be told apart. Select by a glob with a wildcard."
                 )
-                raise SelectionError(message)
     if not units:
         stem = shared[0][1].parsed.stem
         units[stem] = Candidate(stem)

@@ -7,17 +7,14 @@ entries, never image content.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tio_openneuro.annex import AnnexRepo, index_tree, read_blobs, read_blobs_if_present
 from tio_openneuro.content import AnnexKey, TreeFile
 from tio_openneuro.errors import SelectionError, UnsafeDatasetError
 from tio_openneuro.sources.install import install
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 _LONGEST_TEXT_BYTES = 64 << 20
 
@@ -52,12 +49,11 @@ class Catalog:
         files = [file for file in self.files if file.path in wanted and file.key is None]
         for file in files:
             if (file.size_bytes or 0) > _LONGEST_TEXT_BYTES:
-                message = (
+                raise UnsafeDatasetError(
                     f"Refused to read {file.path} of {self.dataset_id}: it has "
                     f"{file.size_bytes} bytes, and no table or sidecar is longer than "
                     f"{_LONGEST_TEXT_BYTES}. Do not use the dataset, or a version without it."
                 )
-                raise UnsafeDatasetError(message)
         if self.repo is None:
             return {file.path: (self.folder / file.path).read_bytes() for file in files}
         blobs = read_blobs(self.folder, [file.blob for file in files])
@@ -86,9 +82,9 @@ def open_catalog(
         RemoteUnavailableError: The source cannot be reached.
     """
     folder = Path(source).expanduser()
-    if _is_plain_bids(folder):
-        files = tuple(_walk(folder.resolve()))
-        return Catalog(folder.resolve().name, folder.resolve(), "", "", files, None)
+    if (folder / "dataset_description.json").is_file() and not (folder / ".git").exists():
+        folder = folder.resolve()
+        return Catalog(folder.name, folder, "", "", tuple(_walk(folder)), None)
     on_step("cloning")
     installed = install(source, root, version=version, remotes=remotes)
     on_step("indexing")
@@ -116,7 +112,7 @@ def read_file(folder: Path, commit: str, path: str) -> bytes:
     inside = not {"..", ""} & set(path.split("/")) and "\n" not in path
     content: bytes | None = None
     if inside and commit:
-        content = read_blobs_if_present(folder, [f"{commit}:{path}"])[0]
+        (content,) = read_blobs_if_present(folder, [f"{commit}:{path}"])
     elif inside and (folder / path).is_file():
         content = (folder / path).read_bytes()
     if content is None:
@@ -131,17 +127,11 @@ def read_file(folder: Path, commit: str, path: str) -> bytes:
     return content
 
 
-def _is_plain_bids(folder: Path) -> bool:
-    return (folder / "dataset_description.json").is_file() and not (folder / ".git").exists()
-
-
-def _walk(folder: Path) -> list[TreeFile]:
-    found = []
+def _walk(folder: Path) -> Iterator[TreeFile]:
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(parent, name)
             if path.is_file():
                 relative = path.relative_to(folder).as_posix()
-                found.append(TreeFile(relative, "", None, path.stat().st_size))
-    return found
+                yield TreeFile(relative, "", None, path.stat().st_size)

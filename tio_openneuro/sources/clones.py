@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tio_openneuro.annex import CommandError, MissingProgramError, branch_ref, run
-from tio_openneuro.errors import NotAnAnnexError, RemoteUnavailableError, TioOpenNeuroError
+from tio_openneuro.annex import CommandError, branch_refs, clone_error, run
+from tio_openneuro.errors import NotAnAnnexError
 
 _CLONE_TIMEOUT_S = 3600.0
 _INIT_TIMEOUT_S = 300.0
@@ -36,20 +36,11 @@ _NO_CHECKOUT = (
     "--config=annex.private=true",
     "--config=remote.origin.annex-ignore=true",
 )
-_UNKNOWN = re.compile(
-    r"not found|could not read Username|Authentication failed|does not exist|"
-    r"returned error: 40[134]|[Pp]ermission denied",
-)
-_NETWORK = re.compile(
-    r"[Cc]ould not resolve|[Ff]ailed to connect|Connection|timed out|unable to access|"
-    r"[Cc]ould not read from remote|returned error: 5\d\d|early EOF|hung up",
-)
-_NO_REPOSITORY = re.compile(r"not appear to be a git repository|not valid: is this a git repo")
 
 
 def hide_password(url: str) -> str:
-    """Return a URL for messages, without what may stand before ``@``."""
-    return re.sub(r"(?<=://)[^/@]+@", "", url)
+    """Return a URL, or words with one, without name and password before ``@``."""
+    return re.sub(r"(?<=://)[^/@]+@|\b[^\s/@:]+:[^\s/@]+@", "", url)
 
 
 def clone_into(url: str, target: Path, *, title: str) -> None:
@@ -75,12 +66,11 @@ def clone_into(url: str, target: Path, *, title: str) -> None:
     try:
         clone = work / "clone"
         _clone(url, clone, title)
-        if branch_ref(clone) is None:
-            message = (
+        if not branch_refs(clone):
+            raise NotAnAnnexError(
                 f"Cannot use {title}: the repository at {hide_password(url)} has no git-annex "
                 f"branch, so that its content is nowhere on record. Choose another dataset."
             )
-            raise NotAnAnnexError(message)
         initialise(clone)
         run(["git", "config", "tio-openneuro.url", hide_password(url)], cwd=clone)
         clone.rename(target)
@@ -89,21 +79,9 @@ def clone_into(url: str, target: Path, *, title: str) -> None:
 
 
 def initialise(clone: Path) -> None:
-    """Make a clone of ours an annex, enabling no remote."""
-    try:
-        run(
-            ["git", "annex", "init", "--quiet", "--no-autoenable", "tio-openneuro"],
-            cwd=clone,
-            timeout_s=_INIT_TIMEOUT_S,
-        )
-    except CommandError as error:
-        if "is not a git command" in error.stderr:
-            message = (
-                "Cannot run git-annex: it is not installed, or not on the path. Install it with "
-                "'pip install git-annex' or your system's packages."
-            )
-            raise MissingProgramError(message) from error
-        raise
+    """Make a clone an annex, enabling no remote."""
+    command = ["git", "annex", "init", "--quiet", "--no-autoenable", "tio-openneuro"]
+    run(command, cwd=clone, timeout_s=_INIT_TIMEOUT_S)
 
 
 def fetch(clone: Path, *, title: str) -> None:
@@ -113,50 +91,21 @@ def fetch(clone: Path, *, title: str) -> None:
         RemoteUnavailableError: The dataset cannot be reached.
     """
     command = ["git", "fetch", "--quiet", "--tags", "--no-recurse-submodules", "origin"]
-    try:
-        run(command, cwd=clone, timeout_s=_CLONE_TIMEOUT_S)
-    except CommandError as error:
-        raise _explained(error, title, "fetch new versions of", "") from error
+    _reach(command, clone, f"fetch new versions of {title}")
 
 
 def _clone(url: str, clone: Path, title: str) -> None:
-    command = [sys.executable, "-c", _DATALAD, url, str(clone), *_NO_CHECKOUT]
     run(["git", "--version"])
+    command = [sys.executable, "-c", _DATALAD, url, str(clone), *_NO_CHECKOUT]
+    _reach(command, clone.parent, f"clone {title} ({hide_password(url)})")
+
+
+def _reach(command: list[str], folder: Path, act: str) -> None:
+    """Run what needs the network, and raise what git's words mean."""
     try:
-        run(command, cwd=clone.parent, timeout_s=_CLONE_TIMEOUT_S)
+        run(command, cwd=folder, timeout_s=_CLONE_TIMEOUT_S)
     except CommandError as error:
-        if "No module named 'datalad'" in error.stderr:
-            message = "Cannot clone: DataLad is not installed. Run 'pip install datalad'."
-            raise MissingProgramError(message) from error
-        raise _explained(error, title, "clone", url) from error
-
-
-def _explained(error: CommandError, title: str, what: str, url: str) -> TioOpenNeuroError:
-    """Return the error that git's words mean."""
-    said = hide_password(error.stderr or str(error)).strip()
-    lines = [line for line in said.splitlines() if "fatal" in line or "error" in line.lower()]
-    short = " ".join(lines or said.splitlines()[-3:])[:500]
-    place = f" ({hide_password(url)})" if url else ""
-    if _NO_REPOSITORY.search(said):
-        message = (
-            f"Cannot {what} {title}{place}: there is no git repository. Give an accession like "
-            f"'ds004199', a git URL, or the path of a clone. git said: {short}"
-        )
-        return NotAnAnnexError(message)
-    if _NETWORK.search(said) and not _UNKNOWN.search(said):
-        message = (
-            f"Cannot {what} {title}{place}: the server cannot be reached. Look at the network, "
-            f"and try again; a dataset that was cloned before works without. git said: {short}"
-        )
-        return RemoteUnavailableError(message)
-    if _UNKNOWN.search(said):
-        message = (
-            f"Cannot {what} {title}{place}: there is no such dataset, or it is not public (404). "
-            f"Look at the accession on openneuro.org. git said: {short}"
-        )
-        return RemoteUnavailableError(message)
-    message = f"Cannot {what} {title}{place}: {short or error}"
-    return RemoteUnavailableError(message)
+        raise clone_error(act, hide_password(error.stderr or str(error))) from error
 
 
 def _remove(folder: Path) -> None:

@@ -11,19 +11,16 @@ import contextlib
 import hashlib
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import filelock
 
-from tio_openneuro.annex import CommandError, branch_ref, config_value, git_folder, run
+from tio_openneuro.annex import CommandError, branch_refs, git_config, git_folder, object_facts, run
 from tio_openneuro.errors import NotAnAnnexError, TioOpenNeuroError
 from tio_openneuro.sources.clones import clone_into, fetch, hide_password, initialise
 from tio_openneuro.sources.remotes import already_enabled, enable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,8 +42,6 @@ class InstalledDataset:
         commit: The commit, 40 hex digits.
         version: Tag or branch that led to it; the commit where neither did.
         remotes: Annex remotes that may be used, in order.
-        owned: Whether the clone is ours, under the root.
-        datalad_id: DataLad's id of the dataset; empty where it has none.
     """
 
     dataset_id: str
@@ -54,8 +49,6 @@ class InstalledDataset:
     commit: str
     version: str
     remotes: tuple[str, ...]
-    owned: bool
-    datalad_id: str = ""
 
 
 def install(
@@ -84,37 +77,34 @@ def install(
         TioOpenNeuroError: There is no such version or remote.
     """
     names = tuple(remotes or ())
+    clones = Path(root).expanduser().absolute() / "clones"
     folder = Path(source).expanduser()
     if isinstance(source, str) and _ACCESSION.fullmatch(source):
         origin = _Origin(source, source, _ACCESSION_URL.format(source))
-        return _install_own(origin, root, version, names)
+        return _install_own(origin, clones, version, names)
     if isinstance(source, str) and _URL.fullmatch(source):
-        return _install_own(_Origin.of_url(source), root, version, names)
+        return _install_own(_Origin.of_url(source), clones, version, names)
     if folder.is_dir():
-        return _use_where_it_is(folder.resolve(), root, version, names)
+        return _use_where_it_is(folder.resolve(), clones, version, names)
     if folder.is_file():
-        return _install_own(_Origin.of_url(str(folder.resolve())), root, version, names)
-    message = (
+        return _install_own(_Origin.of_url(str(folder.resolve())), clones, version, names)
+    raise NotAnAnnexError(
         f"Cannot use {str(source)!r} as a dataset: it is no accession (like 'ds004199'), no git "
         f"URL (https, ssh, file), and no such path exists. Look at the spelling."
     )
-    raise NotAnAnnexError(message)
 
 
 def _install_own(
-    origin: _Origin, root: Path, version: str | None, names: tuple[str, ...]
+    origin: _Origin, clones: Path, version: str | None, names: tuple[str, ...]
 ) -> InstalledDataset:
-    clones = Path(root).expanduser().absolute() / "clones"
-    clones.mkdir(parents=True, exist_ok=True, mode=0o700)
     clone = clones / origin.folder_name
     title = origin.dataset_id
     with _locked(clones / f".{origin.folder_name}.lock", clone, title):
         if clone.exists() and git_folder(clone) is None:
-            message = (
+            raise NotAnAnnexError(
                 f"Cannot use the clone of {title} in {clone}: it is damaged. Delete the folder, "
                 f"and it is cloned again."
             )
-            raise NotAnAnnexError(message)
         if not clone.exists():
             clone_into(origin.url, clone, title=title)
         found = _resolve(clone, version)
@@ -122,57 +112,56 @@ def _install_own(
             fetch(clone, title=title)
             found = _resolve(clone, version)
         usable = enable(clone, names)
-    return _described(title, clone, found, version, usable, owned=True)
+    return _described(title, clone, found, version, usable)
 
 
 def _use_where_it_is(
-    folder: Path, root: Path, version: str | None, names: tuple[str, ...]
+    folder: Path, clones: Path, version: str | None, names: tuple[str, ...]
 ) -> InstalledDataset:
     if git_folder(folder) is None:
-        message = (
+        raise NotAnAnnexError(
             f"Cannot use {folder}: it is not the root of a git repository. Give the root of a "
             f"clone, an accession, or a BIDS folder."
         )
-        raise NotAnAnnexError(message)
     try:
-        ref = branch_ref(folder)
+        refs = branch_refs(folder)
     except CommandError as error:
         message = f"Cannot use {folder}: git cannot read it. git said: {error.stderr[:500]}"
         raise NotAnAnnexError(message) from error
-    if ref is None:
-        message = (
+    if not refs:
+        raise NotAnAnnexError(
             f"Cannot use {folder}: it is a git repository without a git-annex branch, so that "
             f"nothing in it is annexed. Give a clone of a DataLad or git-annex dataset."
         )
-        raise NotAnAnnexError(message)
-    if not config_value(folder, "annex.uuid"):
-        _begin_annex(folder, root, names)
+    if not _is_annex(folder):
+        _begin_annex(folder, clones, names)
     usable = already_enabled(folder, names)
-    return _described(folder.name, folder, _resolve(folder, version), version, usable, owned=False)
+    return _described(folder.name, folder, _resolve(folder, version), version, usable)
 
 
-def _begin_annex(folder: Path, root: Path, names: tuple[str, ...]) -> None:
+def _is_annex(folder: Path) -> bool:
+    return bool(git_config(folder, r"^annex\.uuid$"))
+
+
+def _begin_annex(folder: Path, clones: Path, names: tuple[str, ...]) -> None:
     """Initialise a clone that plain git made, as git-annex would at its first use there.
 
     Unlike git-annex we enable no remote but those that may be used, and record nothing of the
     clone in its git-annex branch.
     """
-    clones = Path(root).expanduser().absolute() / "clones"
-    clones.mkdir(parents=True, exist_ok=True, mode=0o700)
     digest = hashlib.sha256(str(folder).encode()).hexdigest()
     with _locked(clones / f".{digest[:16]}.lock", folder, folder.name):
-        if config_value(folder, "annex.uuid"):
+        if _is_annex(folder):
             return
         try:
             run(["git", "config", "annex.private", "true"], cwd=folder)
             initialise(folder)
         except CommandError as error:
-            message = (
+            raise NotAnAnnexError(
                 f"Cannot use {folder}: git-annex was never initialised there, and 'git annex "
                 f"init' fails: {error.stderr[:500] or error}. Look whether you may write there, "
                 f"or give the accession or URL instead."
-            )
-            raise NotAnAnnexError(message) from error
+            ) from error
         enable(folder, names)
         _LOG.info("Initialised git-annex in %s, for its first use there", folder)
 
@@ -183,48 +172,35 @@ def _described(
     found: tuple[str, str] | None,
     version: str | None,
     remotes: tuple[str, ...],
-    *,
-    owned: bool,
 ) -> InstalledDataset:
     if found is None:
-        tags = [tag for _, tag in _tags(clone)]
+        tags = _tags(clone)
         known = f"its tags are {', '.join(tags[:12])}" if tags else "it has no tags"
-        message = (
+        raise TioOpenNeuroError(
             f"Cannot find version {version!r} of {dataset_id}: {known}. Give one of them, or a "
             f"commit."
         )
-        raise TioOpenNeuroError(message)
-    commit, name = found
-    datalad_id = config_value(clone, "datalad.dataset.id", blob=f"{commit}:.datalad/config")
-    return InstalledDataset(dataset_id, clone, commit, name, remotes, owned, datalad_id)
+    return InstalledDataset(dataset_id, clone, *found, remotes)
 
 
 def _resolve(clone: Path, version: str | None) -> tuple[str, str] | None:
     """Return commit and name of a version; None where the clone does not have it."""
     if version is not None:
+        if "\n" in version:
+            return None
         refs = (f"refs/tags/{version}", f"refs/remotes/origin/{version}", f"refs/heads/{version}")
         names = [(ref, version) for ref in refs]
         if re.fullmatch(r"[0-9a-fA-F]{4,64}", version):
             names.append((version, ""))
     else:
-        names = [(f"refs/tags/{tag}", tag) for _, tag in _tags(clone)[:1]]
+        names = [(f"refs/tags/{tag}", tag) for tag in _tags(clone)[:1]]
         default = _default_branch(clone)
         names += [(ref, ref.removeprefix("refs/").partition("/")[2]) for ref in default]
-    for ref, name in names:
-        commit = _commit(clone, ref)
+    asked = [f"{ref}^{{commit}}" for ref, _ in names]
+    for commit, (_, name) in zip(object_facts(clone, "objectname", asked), names, strict=True):
         if commit is not None:
-            return commit, name.removeprefix("origin/") or commit
+            return commit.decode(), name.removeprefix("origin/") or commit.decode()
     return None
-
-
-def _commit(clone: Path, ref: str) -> str | None:
-    command = ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}"]
-    try:
-        return run(command, cwd=clone).decode().strip()
-    except CommandError as error:
-        if error.returncode is None:
-            raise
-        return None
 
 
 def _default_branch(clone: Path) -> tuple[str, ...]:
@@ -237,22 +213,16 @@ def _default_branch(clone: Path) -> tuple[str, ...]:
     return tuple(filter(None, (head, *named, "HEAD")))
 
 
-def _tags(clone: Path) -> list[tuple[int, str]]:
-    """Return the tags with their dates, the newest first; snapshots first among equals."""
+def _tags(clone: Path) -> list[str]:
+    """Return the tags, the newest first; the higher snapshot first among those of one time."""
     listed = run(["git", "for-each-ref", f"--format={_TAG_FORMAT}", "refs/tags"], cwd=clone)
-    tags = []
+    dated = []
     for line in listed.decode(errors="replace").splitlines():
         date, _, tag = line.partition(" ")
         if date.isdigit():
-            tags.append((int(date), tag))
-    return sorted(tags, key=_newest, reverse=True)
-
-
-def _newest(dated: tuple[int, str]) -> tuple[int, bool, tuple[int, ...], str]:
-    date, tag = dated
-    is_snapshot = _SNAPSHOT.fullmatch(tag) is not None
-    numbers = tuple(int(part) for part in tag.split(".")) if is_snapshot else ()
-    return date, is_snapshot, numbers, tag
+            numbers = tuple(map(int, tag.split("."))) if _SNAPSHOT.fullmatch(tag) else ()
+            dated.append((int(date), numbers, tag))
+    return [tag for _, _, tag in sorted(dated, reverse=True)]
 
 
 @dataclass(frozen=True)
@@ -276,15 +246,15 @@ class _Origin:
 @contextlib.contextmanager
 def _locked(path: Path, clone: Path, title: str) -> Iterator[None]:
     """Hold the lock of one clone, among all processes; no lock stays where no clone came to be."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = filelock.FileLock(path, timeout=_LOCK_TIMEOUT_S)
     try:
         lock.acquire()
     except filelock.Timeout as error:
-        message = (
+        raise TioOpenNeuroError(
             f"Cannot clone {title}: another process has held {path} for {_LOCK_TIMEOUT_S:.0f} s. "
             f"Look what it does."
-        )
-        raise TioOpenNeuroError(message) from error
+        ) from error
     try:
         yield
     finally:

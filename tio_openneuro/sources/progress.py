@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -29,11 +30,7 @@ def showing(title: str, steps: int) -> Iterator[Advance]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=steps)
-        begun = False
-
-        def advance(step: str) -> None:
-            nonlocal begun
-            progress.update(task, description=f"{title}: {step}", advance=int(begun))
-            begun = True
-
-        yield advance
+        done = itertools.count()
+        yield lambda step: progress.update(
+            task, description=f"{title}: {step}", completed=next(done)
+        )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from tio_openneuro.annex import (
@@ -19,12 +20,9 @@ from tio_openneuro.annex import (
     configured_uuids,
     run,
     special_remotes,
+    verification,
 )
 from tio_openneuro.errors import TioOpenNeuroError, UnsafeDatasetError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,7 +31,6 @@ _BUCKET = "openneuro.org"
 _HOST = "s3.amazonaws.com"
 _AMAZON = re.compile(r"([a-z0-9.-]+\.)?s3([.-][a-z0-9-]+)*\.amazonaws\.com")
 _FORBIDDEN_FIELDS = frozenset({"s3creds", "cipher", "cipherkeys", "externaltype", "sameas"})
-_VERIFY_NUMBER = re.compile(r"verifyremote \S+ --safe (\S+)")
 _ENABLE_TIMEOUT_S = 120.0
 
 
@@ -46,27 +43,18 @@ def public_remote(clone: Path) -> SpecialRemote | None:
     Raises:
         UnsafeDatasetError: A remote bears the name, and none that does is what it should be.
     """
-    named: dict[str, SpecialRemote] = {}
-    refused: dict[str, str] = {}
-    for ref in branch_refs(clone):
-        for remote in special_remotes(clone, ref):
-            if remote.name != PUBLIC_REMOTE or remote.dead:
-                continue
-            complaint = _complaint(remote)
-            if complaint:
-                refused[remote.uuid] = complaint
-            named[remote.uuid] = remote
-    sound = [remote for uuid, remote in named.items() if uuid not in refused]
+    named = [each for each in _records(clone, PUBLIC_REMOTE) if not each.dead]
+    refused = {each.uuid: complaint for each in named if (complaint := _complaint(each))}
+    sound = {each.uuid: each for each in named if each.uuid not in refused}
     if sound:
-        return sound[-1]
+        return list(sound.values())[-1]
     if refused:
-        message = (
+        raise UnsafeDatasetError(
             f"Refused to use the dataset in {clone}: its remote {PUBLIC_REMOTE} is not "
             f"OpenNeuro's public bucket ({'; '.join(refused.values())}). If you trust it all the "
             f"same, enable it in a clone of your own, under another name, and name it with "
             f"remotes=."
         )
-        raise UnsafeDatasetError(message)
     return None
 
 
@@ -81,7 +69,7 @@ def enable(clone: Path, names: Sequence[str]) -> tuple[str, ...]:
         UnsafeDatasetError: The public bucket's record is not what it should be.
         TioOpenNeuroError: A named remote is not known, or cannot be enabled.
     """
-    usable = []
+    usable = list(names)
     enabled = configured_uuids(clone)
     if PUBLIC_REMOTE not in names:
         public = public_remote(clone)
@@ -93,14 +81,12 @@ def enable(clone: Path, names: Sequence[str]) -> tuple[str, ...]:
                 PUBLIC_REMOTE,
             )
         else:
+            usable.insert(0, PUBLIC_REMOTE)
             if enabled.get(PUBLIC_REMOTE) != public.uuid:
-                alone = len(_records(clone, PUBLIC_REMOTE)) == 1
-                _enable_special(clone, public, alone=alone)
-            usable.append(PUBLIC_REMOTE)
+                _enable_special(clone, public)
     for name in names:
         if name not in enabled:
             _enable_named(clone, name)
-        usable.append(name)
     return tuple(usable)
 
 
@@ -118,11 +104,10 @@ def already_enabled(clone: Path, names: Sequence[str]) -> tuple[str, ...]:
     enabled = configured_uuids(clone)
     missing = [name for name in names if name not in enabled]
     if missing:
-        message = (
+        raise TioOpenNeuroError(
             f"Cannot use the remotes {', '.join(missing)} of {clone}: the clone has "
             f"{', '.join(sorted(enabled)) or 'none'}. Run 'git annex enableremote NAME' there."
         )
-        raise TioOpenNeuroError(message)
     if PUBLIC_REMOTE in names:
         return tuple(names)
     public = public_remote(clone)
@@ -177,28 +162,27 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _enable_special(clone: Path, remote: SpecialRemote, *, alone: bool) -> None:
+def _enable_special(clone: Path, remote: SpecialRemote) -> None:
     """Enable a special remote, by its id where another bears the same name."""
+    alone = len({each.uuid for each in _records(clone, remote.name)}) == 1
     name = remote.name if alone else remote.uuid
     try:
         said = run(
             ["git", "annex", "enableremote", name], cwd=clone, timeout_s=_ENABLE_TIMEOUT_S
         ).decode(errors="replace")
-        number = _VERIFY_NUMBER.search(said)
-        if number is not None:
+        if number := verification(said):
             # Newer git-annex uses no remote of others' making before somebody looked at it: that
             # was done above, or by the user who named it.
-            command = ["git", "annex", "verifyremote", remote.name, "--safe", number[1]]
+            command = ["git", "annex", "verifyremote", remote.name, "--safe", number]
             run(command, cwd=clone, timeout_s=_ENABLE_TIMEOUT_S)
             if not alone:
                 run(["git", "config", "--remove-section", f"remote.{remote.uuid}"], cwd=clone)
     except CommandError as error:
-        message = (
+        raise TioOpenNeuroError(
             f"Cannot enable the remote {remote.name} (type {remote.fields.get('type')}) in "
             f"{clone}: {error.stderr or error}. Enable it in a clone of your own, and give that "
             f"clone's path as the source."
-        )
-        raise TioOpenNeuroError(message) from error
+        ) from error
 
 
 def _enable_named(clone: Path, name: str) -> None:
@@ -208,26 +192,26 @@ def _enable_named(clone: Path, name: str) -> None:
         # git-annex asks the remote for its id when it next runs.
         run(["git", "annex", "info", "--fast", name], cwd=clone, timeout_s=_ENABLE_TIMEOUT_S)
         if name not in configured_uuids(clone):
-            message = (
+            raise TioOpenNeuroError(
                 f"Cannot use the remote {name} of {clone}: git-annex cannot reach an annex "
                 f"there. Look whether it is one, and whether git-annex is installed there."
             )
-            raise TioOpenNeuroError(message)
         return
-    chosen = [remote for remote in _records(clone, name) if not remote.dead]
-    if not chosen:
-        known = sorted({remote.name for remote in _records(clone) if remote.name})
-        message = (
+    named = {each.uuid: each for each in _records(clone, name)}
+    living = [each for each in named.values() if not each.dead]
+    if not living:
+        known = sorted({each.name for each in _records(clone) if each.name})
+        raise TioOpenNeuroError(
             f"Cannot use the remote {name!r}: the dataset in {clone} records "
             f"{', '.join(known) or 'none'}. Look at the name."
         )
-        raise TioOpenNeuroError(message)
-    _enable_special(clone, chosen[-1], alone=len(_records(clone, name)) == 1)
+    _enable_special(clone, living[-1])
 
 
 def _records(clone: Path, name: str | None = None) -> list[SpecialRemote]:
-    """Return the special remotes on record, dead ones too, all or those of a name."""
-    records: dict[str, SpecialRemote] = {}
-    for ref in branch_refs(clone):
-        records.update({remote.uuid: remote for remote in special_remotes(clone, ref)})
-    return [remote for remote in records.values() if name in {None, remote.name}]
+    """Return the special remotes on record, dead ones too, all or those of a name.
+
+    Of the clone's own git-annex branch and of its origin's: one that is in both is there twice.
+    """
+    records = (each for ref in branch_refs(clone) for each in special_remotes(clone, ref))
+    return [each for each in records if name in {None, each.name}]

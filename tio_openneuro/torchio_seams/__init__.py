@@ -4,8 +4,9 @@ Owns images that are fetched on demand, seeded draws, box crops, sampler maps, t
 and the identity of a transform. Promises TorchIO's own bits. Never schedules.
 """
 
-from tio_openneuro.torchio_seams.box_crop import reads_boxes, reads_shape_only, with_box_crop
-from tio_openneuro.torchio_seams.identity import identify_parts
+from tio_openneuro.torchio_seams.box_crop import reads_boxes
+from tio_openneuro.torchio_seams.costs import measure_cost
+from tio_openneuro.torchio_seams.fingerprint import UnpinnedError, identify_parts, pin
 from tio_openneuro.torchio_seams.images import (
     FetchedImage,
     FetchedLabelMap,
@@ -15,20 +16,26 @@ from tio_openneuro.torchio_seams.images import (
     Metadata,
 )
 from tio_openneuro.torchio_seams.in_place import get_subject, transform_in_place
-from tio_openneuro.torchio_seams.lent_images import as_plain, lent, lent_class
-from tio_openneuro.torchio_seams.pinning import UnpinnedError, pin, refuse_random
+from tio_openneuro.torchio_seams.parts import walk_parts
+from tio_openneuro.torchio_seams.private_names import (
+    is_loaded,
+    leave_unfilled,
+    share_subjects,
+    transform_of,
+)
 from tio_openneuro.torchio_seams.randomness import (
     CancelledWorkError,
     drawing_from,
     find_other_generator,
     install_seed_guard,
+    refuse_random,
 )
 from tio_openneuro.torchio_seams.sampler_maps import (
     KeptMaps,
     SamplerMap,
     draw_patches,
+    has_map,
     map_bytes,
-    map_identity,
 )
 
 __all__ = [
@@ -42,21 +49,22 @@ __all__ = [
     "Metadata",
     "SamplerMap",
     "UnpinnedError",
-    "as_plain",
     "draw_patches",
     "drawing_from",
     "find_other_generator",
     "get_subject",
+    "has_map",
     "identify_parts",
     "install_seed_guard",
-    "lent",
-    "lent_class",
+    "is_loaded",
+    "leave_unfilled",
     "map_bytes",
-    "map_identity",
+    "measure_cost",
     "pin",
     "reads_boxes",
-    "reads_shape_only",
     "refuse_random",
+    "share_subjects",
     "transform_in_place",
-    "with_box_crop",
+    "transform_of",
+    "walk_parts",
 ]

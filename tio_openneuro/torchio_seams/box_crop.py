@@ -14,11 +14,7 @@ import torch
 import torchio as tio
 from nibabel.affines import apply_affine
 
-from tio_openneuro.torchio_seams.lent_images import (
-    PreparedLabelMap,
-    PreparedScalarImage,
-    plain_class,
-)
+from tio_openneuro.torchio_seams.images import FetchedImage
 
 _KNOWN = (tio.UniformSampler, tio.WeightedSampler, tio.LabelSampler)
 _IMMUTABLE = (str, int, float, bool, bytes, type(None))
@@ -27,11 +23,6 @@ _IMMUTABLE = (str, int, float, bool, bytes, type(None))
 def reads_boxes(sampler: object) -> bool:
     """Return whether :func:`with_box_crop` lets a patch sampler read boxes alone."""
     return type(sampler) in _KNOWN
-
-
-def reads_shape_only(sampler: object) -> bool:
-    """Return whether a patch sampler needs no voxel of a subject to choose where."""
-    return type(sampler) is tio.UniformSampler
 
 
 def with_box_crop(sampler: Any) -> Any:  # noqa: ANN401 - any patch sampler, ours or the user's
@@ -50,9 +41,8 @@ class _BoxCrop:
         self, subject: tio.Subject, index_ini: Iterable[int], patch_size: Iterable[int]
     ) -> None:
         self._start = [int(index) for index in index_ini]
-        self._stop = [
-            start + int(size) for start, size in zip(self._start, patch_size, strict=True)
-        ]
+        sizes = zip(self._start, patch_size, strict=True)
+        self._stop = [start + int(size) for start, size in sizes]
         self._shape = subject.get_first_image().spatial_shape
 
     def __call__(self, subject: tio.Subject) -> tio.Subject:
@@ -76,14 +66,11 @@ class _BoxCrop:
         affine = image.affine.copy()
         affine[:3, 3] = apply_affine(image.affine, self._start)  # type: ignore[no-untyped-call]
         box = [(0, image.shape[0]), *zip(self._start, self._stop, strict=True)]
-        if isinstance(image, PreparedScalarImage | PreparedLabelMap):
+        if isinstance(image, FetchedImage):
             tensor = image.read_box(box)
         else:
             tensor = image.data[tuple(slice(*edge) for edge in box)].clone()
-        cropped: tio.Image = plain_class(image)(
-            tensor=tensor, affine=affine, type=image.type, path=image.path
-        )
-        return cropped
+        return type(image)(tensor=tensor, affine=affine, type=image.type, path=image.path)
 
     def _arguments(self) -> dict[str, object]:
         ends = [size - stop for size, stop in zip(self._shape, self._stop, strict=True)]

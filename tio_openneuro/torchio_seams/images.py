@@ -4,6 +4,9 @@ Owns the meeting of :class:`torchio.Image` with content that is fetched on deman
 be made, copied, pickled and shown while its file is absent; asking for its voxels or its header
 leases the content for that time. Never holds a lease beyond a call.
 
+An image may also be lent an array that somebody else holds open, whose boxes are read when they are
+wanted: a prepared volume, of whose format nothing is known here.
+
 TorchIO's own images check at construction that the path exists, also when ``Crop`` rebuilds one
 around a tensor (1.2.1), which is why patches need these subclasses too.
 """
@@ -16,25 +19,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, Self, SupportsIndex
 
 import numpy as np
 import torch
 import torchio as tio
+from torchio.constants import AFFINE
 
 from tio_openneuro.annex import read_blobs
-from tio_openneuro.content import ContentFile, ContentUnit
+from tio_openneuro.content import AnnexKey, ContentFile, ContentRepo, ContentUnit, TreeFile
+from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.ram import available_bytes
 from tio_openneuro.select import Label, Scalar
 from tio_openneuro.torchio_seams.in_place import read_file
-from tio_openneuro.volumes import refuse_bomb
+from tio_openneuro.volumes import VolumeFile, refuse_bomb
 
-if TYPE_CHECKING:
-    from typing import Self
-
-    from tio_openneuro.content import AnnexKey, ContentRepo, TreeFile
-    from tio_openneuro.disk import Engine
+Box = Sequence[tuple[int, int]]
 
 
 class Metadata(Mapping[str, Any]):
@@ -102,17 +103,19 @@ class ImageFiles:
         return own + (self.grid_of.content if self.grid_of is not None else ())
 
     @contextmanager
-    def lease(self) -> Iterator[dict[AnnexKey, Path]]:
+    def lease(self) -> Iterator[dict[AnnexKey, VolumeFile]]:
         """Fetch what is absent and hold it while the block runs."""
         if self.engine is None or not self.content:
             yield {}
             return
         with self.engine.lease(ContentUnit(self.unit_name, self.content)) as leased:
-            yield leased
+            yield {key: VolumeFile(path) for key, path in leased.items()}
 
     @contextmanager
-    def paths(self, leased: Mapping[AnnexKey, Path]) -> Iterator[list[Path]]:
-        """Yield a readable path for each file, given the leased content's.
+    def opened(self, leased: Mapping[AnnexKey, VolumeFile]) -> Iterator[list[VolumeFile]]:
+        """Yield a readable one for each file, given the leased content's.
+
+        Files whose decoding must be refused are, by their headers; see :func:`refuse_bomb`.
 
         Files that git itself holds are written to the system's temporary folder for that time.
         """
@@ -126,19 +129,11 @@ class ImageFiles:
                     copy = stack.enter_context(tempfile.TemporaryDirectory(prefix="tio-openneuro-"))
                     path = Path(copy) / f"image{suffix}"
                     path.write_bytes(read_blobs(self.folder, [file.blob])[0])
-                    found.append(path)
+                    found.append(VolumeFile(path))
                 else:
-                    found.append(self.folder / file.path)
+                    found.append(VolumeFile(self.folder / file.path))
+                refuse_bomb(found[-1], file.path, self.unit_name, available_bytes())
             yield found
-
-    def refuse_bombs(self, paths: Sequence[Path]) -> None:
-        """Raise where one of the files must not be decoded; see :func:`refuse_bomb`.
-
-        Args:
-            paths: The files, as :meth:`paths` gives them.
-        """
-        for file, path in zip(self.files, paths, strict=True):
-            refuse_bomb(path, file.path, self.unit_name, available_bytes())
 
     @property
     def path(self) -> Path | list[Path]:
@@ -149,10 +144,22 @@ class ImageFiles:
         return paths if len(paths) > 1 else paths[0]
 
 
+class OpenArray(Protocol):
+    """An array of shape ``(C, I, J, K)`` that gives copies of its boxes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    def read(self, box: Box | None = None) -> np.ndarray[Any, Any]:
+        """Return a copy of a box, or of all."""
+
+
 class FetchedImage(tio.Image):
     """Behaviour that scalar images and label maps share; see the module's docstring."""
 
     _source: ImageFiles | None = None
+    _array: OpenArray | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - TorchIO's own
         """Make the image as TorchIO does, without asking whether its path exists."""
@@ -176,8 +183,46 @@ class FetchedImage(tio.Image):
         if self._source is not None and self._source.engine is not None:
             self._source = replace(self._source, engine=engine)
 
+    @classmethod
+    def lent(
+        cls, base: tio.Image, array: OpenArray, affine: np.ndarray[Any, Any], *, sourced: bool
+    ) -> Self:
+        """Return an image like another one, whose voxels lie in an array.
+
+        Args:
+            base: Unloaded.
+            array: Held open by the caller until :meth:`take_back`.
+            affine: 4 x 4.
+            sourced: Whether the image still knows its files.
+        """
+        image = cls(base.path)
+        image.update(base)
+        image[AFFINE] = affine
+        image._source = getattr(base, "source", None) if sourced else None
+        image._array = array
+        return image
+
+    def take_back(self) -> None:
+        """Let go of the array that was lent; what was not read is gone."""
+        self._array = None
+
+    def read_box(self, box: Box) -> torch.Tensor:
+        """Return a copy of a box of the voxels, of an array that was lent no more than it needs."""
+        if self._loaded or self._array is None:
+            return self.data[tuple(slice(*edge) for edge in box)].clone()
+        return torch.from_numpy(self._array.read(box))
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """Be copied deeply, or pickled, with voxels of its own where an array was lent."""
+        if self._array is not None:
+            self.load()
+            self.take_back()
+        return super().__reduce_ex__(protocol)
+
     def __copy__(self) -> Self:
         """Copy as TorchIO does, and keep where the voxels come from."""
+        if self._array is not None:
+            self.load()
         image: Self = super().__copy__()  # type: ignore[no-untyped-call]
         image._source = self._source
         return image
@@ -197,13 +242,15 @@ class FetchedImage(tio.Image):
         """
         if self._loaded:
             return
-        if self._source is None:
+        if self._array is not None:
+            self.set_data(torch.from_numpy(self._array.read()))
+        elif self._source is None:
             super().load()
-            return
-        with self._source.lease() as leased:
-            self.load_leased(leased)
+        else:
+            with self._source.lease() as leased:
+                self.load_leased(leased)
 
-    def load_leased(self, leased: Mapping[AnnexKey, Path]) -> None:
+    def load_leased(self, leased: Mapping[AnnexKey, VolumeFile]) -> None:
         """Load the voxels from content that the caller has leased.
 
         Args:
@@ -218,22 +265,20 @@ class FetchedImage(tio.Image):
         if self._loaded or source is None:
             return
         if source.grid_of is not None:
-            with source.grid_of.paths(leased) as paths:
-                source.grid_of.refuse_bombs(paths)
-                grid = tio.ScalarImage(paths[0])  # type: ignore[no-untyped-call]
+            with source.grid_of.opened(leased) as files:
+                grid = tio.ScalarImage(files[0].path)  # type: ignore[no-untyped-call]
                 self.set_data(torch.zeros(1, *grid.spatial_shape, dtype=torch.uint8))
                 self.affine = grid.affine
             return
-        with source.paths(leased) as paths:
-            source.refuse_bombs(paths)
-            self._read(source, paths)
+        with source.opened(leased) as files:
+            self._read(source, files)
 
-    def _read(self, source: ImageFiles, paths: list[Path]) -> None:
+    def _read(self, source: ImageFiles, volumes: list[VolumeFile]) -> None:
         """Read each file, take what is wanted of it, and join them along the channels."""
         tensors: list[torch.Tensor] = []
         affines: list[Any] = []
-        for file, path in zip(source.files, paths, strict=True):
-            tensor, affine = read_file(self, path, f"{file.path} of {source.unit_name}")
+        for file, volume in zip(source.files, volumes, strict=True):
+            tensor, affine = read_file(self, volume, f"{file.path} of {source.unit_name}")
             if tensors and tensor.shape[1:] != tensors[0].shape[1:]:
                 raise SelectionError(
                     f"Cannot join the files of {source.unit_name} into one image: "
@@ -257,23 +302,27 @@ class FetchedImage(tio.Image):
             joined = joined.amax(dim=0, keepdim=True)
         self.set_data(joined)
         self.affine = affines[0]
-        self._loaded = True
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Tensor shape ``(C, I, J, K)``; of an unloaded image from its header, fetched first."""
+        if not self._loaded and self._array is not None:
+            channels, i, j, k = self._array.shape
+            return channels, i, j, k
         with self._header():
             return super().shape
 
     @property
     def affine(self) -> Any:  # noqa: ANN401 - TorchIO's own
         """Affine, 4 x 4, float64; of an unloaded image from its header, fetched first."""
+        if not self._loaded and self._array is not None:
+            return self[AFFINE]
         with self._header():
             return super().affine
 
     @affine.setter
     def affine(self, matrix: Any) -> None:  # noqa: ANN401 - TorchIO's own
-        self["affine"] = self._parse_affine(matrix)
+        self[AFFINE] = self._parse_affine(matrix)
 
     @contextmanager
     def _header(self) -> Iterator[None]:
@@ -281,21 +330,15 @@ class FetchedImage(tio.Image):
         if self._loaded or source is None:
             yield
         elif len(source.files) == 1 and _is_plain(source.selector):
-            with source.lease() as leased, source.paths(leased) as paths, self._at(paths):
-                source.refuse_bombs(paths)
-                yield
+            with source.lease() as leased, source.opened(leased) as files:
+                nominal, self.path = self.path, files[0].path
+                try:
+                    yield
+                finally:
+                    self.path = nominal
         else:
             self.load()
             yield
-
-    @contextmanager
-    def _at(self, paths: list[Path]) -> Iterator[None]:
-        nominal = self.path
-        self.path = paths if len(paths) > 1 else paths[0]
-        try:
-            yield
-        finally:
-            self.path = nominal
 
 
 class FetchedScalarImage(FetchedImage, tio.ScalarImage):
@@ -326,10 +369,9 @@ class FetchedSubject(tio.Subject):
             )
             raise RuntimeError(
                 f"Cannot cut patches from {self.get('subject_id', 'a subject')}: {reference!r} "
-                f"(shape {first.spatial_shape}, spacing {_millimetres(first)} mm) and {other!r} "
-                f"(shape {second.spatial_shape}, spacing {_millimetres(second)} mm) lie on "
-                f"different grids, as stored in the dataset. Bring them onto one, for example "
-                f"with preprocess=tio.Resample({reference!r})."
+                f"({_grid(first)}) and {other!r} ({_grid(second)}) lie on different grids, as "
+                f"stored in the dataset. Bring them onto one, for example with "
+                f"preprocess=tio.Resample({reference!r})."
             ) from error
 
 
@@ -365,5 +407,6 @@ def _same_grid(first: tio.Image, second: tio.Image) -> bool:
     )
 
 
-def _millimetres(image: tio.Image) -> str:
-    return "(" + ", ".join(f"{size:.3g}" for size in image.spacing) + ")"
+def _grid(image: tio.Image) -> str:
+    spacing = ", ".join(f"{size:.3g}" for size in image.spacing)
+    return f"shape {image.spatial_shape}, spacing ({spacing}) mm"

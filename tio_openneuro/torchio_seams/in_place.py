@@ -9,18 +9,18 @@ are not TorchIO's own.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torchio as tio
 from torchio.data.io import read_image
 
-from tio_openneuro.volumes import read_nifti
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from tio_openneuro.torchio_seams.parts import inner_transforms
+from tio_openneuro.torchio_seams.private_names import is_loaded, transform_of
+from tio_openneuro.volumes import VolumeFile, read_nifti
 
 # False to TorchIO, and told from the False of a user or of TorchIO's own.
 _SPARED = 0
@@ -50,33 +50,32 @@ def get_subject(dataset: tio.SubjectsDataset, index: int) -> tio.Subject:
     if dataset.load_getitem:
         for image in subject.get_images(intensity_only=False):
             _load(image)
-    return transform_in_place(dataset._transform, subject)  # noqa: SLF001 - as it does itself
+    return transform_in_place(transform_of(dataset), subject)
 
 
 def _load(image: tio.Image) -> None:
-    if type(image) not in _IMAGE_CLASSES or image._loaded or not isinstance(image.path, Path):  # noqa: SLF001
+    if type(image) not in _IMAGE_CLASSES or is_loaded(image) or not isinstance(image.path, Path):
         image.load()
         return
-    tensor, affine = read_file(image, image.path, str(image.path))
+    tensor, affine = read_file(image, VolumeFile(image.path), str(image.path))
     image.set_data(tensor.contiguous())
     image.affine = affine
-    image._loaded = True  # noqa: SLF001 - as its own load() ends
 
 
-def read_file(image: tio.Image, path: Path, name: str) -> tuple[torch.Tensor, Any]:
+def read_file(image: tio.Image, file: VolumeFile, name: str) -> tuple[torch.Tensor, Any]:
     """Return the voxels and affine that an image's own reader returns, by the fast one if it can.
 
     Args:
         image: The image, whose reader and check for NaN hold.
-        path: The file.
+        file: The file.
         name: What it is called in messages.
 
     Raises:
         DamagedImageError: The file is cut off, or fails its own checksum.
     """
     plain = image.reader is read_image and not image.check_nans
-    found = read_nifti(path, name) if plain else None
-    return image.read_and_check(path) if found is None else found
+    found = read_nifti(file, name) if plain else None
+    return image.read_and_check(file.path) if found is None else found
 
 
 def transform_in_place(
@@ -102,15 +101,7 @@ def _is_known(transform: object) -> bool:
     """Return whether a transform is TorchIO's own, and shows its subject to no code of others."""
     ours = isinstance(transform, tio.Transform) and not isinstance(transform, tio.Lambda)
     ours = ours and type(transform).__module__.startswith("torchio.")
-    return ours and all(map(_is_known, _parts(transform)))
-
-
-def _parts(transform: Any) -> list[Any]:  # noqa: ANN401
-    if type(transform) is tio.Compose:
-        return list(transform.transforms)
-    if type(transform) is tio.OneOf:
-        return list(transform.transforms_dict)
-    return []
+    return ours and all(map(_is_known, inner_transforms(transform)))
 
 
 def _sparing(transform: Any) -> Any:  # noqa: ANN401
@@ -141,7 +132,7 @@ def _apply_transposed(transform: tio.Transform, subject: tio.Subject) -> tio.Sub
     SimpleITK 2.5.7 copies any other order voxel by voxel while it holds Python's lock: 70 ms for
     192**3 of float32, 5 after a transposition that takes 14 and holds nothing (2026-11-24).
     """
-    images = [i for i in subject.get_images(intensity_only=False) if i._loaded]  # noqa: SLF001
+    images = list(filter(is_loaded, subject.get_images(intensity_only=False)))
     given = [image.data for image in images]
     for image, tensor in zip(images, given, strict=True):
         if tensor.is_contiguous():

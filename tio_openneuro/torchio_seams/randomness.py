@@ -1,4 +1,4 @@
-"""Random draws that depend on a subject and not on the thread that makes them.
+"""Random draws that depend on a subject and not on the thread that makes them; what is random.
 
 TorchIO's transforms and samplers draw from torch's global generator, which all threads share.
 Inside :func:`drawing_from`, draws of this thread come from a generator of its own instead; those
@@ -13,67 +13,40 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
 import torch
 import torchio as tio
 from torch.overrides import TorchFunctionMode
+from torchio.transforms.augmentation import RandomTransform
+
+from tio_openneuro.errors import SelectionError
+from tio_openneuro.torchio_seams.parts import parts_of, walk_parts
 
 _DRAWS = frozenset(
-    {
-        "rand",
-        "rand_like",
-        "randn",
-        "randn_like",
-        "randint",
-        "randint_like",
-        "randperm",
-        "multinomial",
-        "normal",
-        "bernoulli",
-        "poisson",
-        "binomial",
-        "uniform_",
-        "normal_",
-        "random_",
-        "bernoulli_",
-        "exponential_",
-        "cauchy_",
-        "geometric_",
-        "log_normal_",
-        "trunc_normal_",
-        "xavier_uniform_",
-        "xavier_normal_",
-        "kaiming_uniform_",
-        "kaiming_normal_",
-        "_standard_gamma",
-        "_sample_dirichlet",
-    },
+    (
+        *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm"),
+        *("multinomial", "normal", "bernoulli", "poisson", "binomial"),
+        *("uniform_", "normal_", "random_", "bernoulli_", "exponential_", "cauchy_"),
+        *("geometric_", "log_normal_", "_standard_gamma", "_sample_dirichlet"),
+        *("trunc_normal_", "xavier_uniform_", "xavier_normal_"),
+        *("kaiming_uniform_", "kaiming_normal_"),
+    )
 )
 _UNGUIDED = frozenset(
-    {
-        "dropout",
-        "dropout_",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_dropout",
-        "feature_alpha_dropout",
-        "rrelu",
-        "rrelu_",
-        "gumbel_softmax",
-        "fractional_max_pool2d",
-        "fractional_max_pool3d",
-    },
+    (
+        *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
+        *("feature_dropout", "feature_alpha_dropout", "rrelu", "rrelu_", "gumbel_softmax"),
+        *("fractional_max_pool2d", "fractional_max_pool3d"),
+    )
 )
-_DEEPEST = 12
 _LIBRARIES = frozenset({"torch", "torchio", "numpy", "scipy"})
+# Those of a class that its objects' work is done by.
+METHODS = ("__call__", "apply_transform", "_generate_patches")
 _GUARD = "_tio_openneuro_thread_aware"
 _GUARD_LOCK = threading.Lock()
 _active: ContextVar[torch.Generator | None] = ContextVar("tio_openneuro_generator", default=None)
@@ -104,35 +77,30 @@ class _Redirect(TorchFunctionMode):
         if name in _DRAWS and kwargs.get("generator") is None:
             kwargs = {**kwargs, "generator": _choose_generator(name, args, kwargs)}
         elif name in _UNGUIDED and kwargs.get("training", True):
-            message = (
+            raise NotImplementedError(
                 f"Cannot repeat torch's {name}: it draws from the global generator and takes no "
                 f"other. Draw a mask with torch.rand or torch.bernoulli instead."
             )
-            raise NotImplementedError(message)
         return func(*args, **kwargs)
 
 
 def _choose_generator(
-    name: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Generator | None:
     device = kwargs.get("device")
     if device is None:
         device = next((value.device for value in args if isinstance(value, torch.Tensor)), "cpu")
     if torch.device(device).type != "cpu":
-        message = (
+        raise NotImplementedError(
             f"Cannot repeat torch's {name} on {device}: subjects are transformed on the CPU. "
             f"Move the transform into the training loop."
         )
-        raise NotImplementedError(message)
     return _active.get()
 
 
 @contextmanager
 def drawing_from(
-    seed: int,
-    cancelled: Callable[[], bool] = lambda: False,
+    seed: int, cancelled: Callable[[], bool] = lambda: False
 ) -> Iterator[torch.Generator]:
     """Let torch's draws in this thread come from a generator of their own.
 
@@ -204,18 +172,7 @@ def find_other_generator(target: object) -> str:
     Args:
         target: A transform, a function, or an object that holds some.
     """
-    return _search(target, seen=set(), depth=0)
-
-
-def _search(target: object, *, seen: set[int], depth: int) -> str:
-    if id(target) in seen or depth > _DEEPEST:
-        return ""
-    seen.add(id(target))
-    source = _name_generator(target)
-    if source:
-        return source
-    found = (_search(child, seen=seen, depth=depth + 1) for child in _children(target))
-    return next(filter(None, found), "")
+    return next(filter(None, map(_name_generator, walk_parts(target, _reached_from))), "")
 
 
 def _name_generator(target: object) -> str:
@@ -234,51 +191,57 @@ def _name_generator(target: object) -> str:
     return ""
 
 
-def _children(target: object) -> list[object]:
-    if isinstance(target, list | tuple):
-        return list(target)
-    if isinstance(target, dict):
-        return [*target, *target.values()]
-    if isinstance(target, FunctionType):
-        library = (target.__module__ or "").partition(".")[0]
-        return [] if library in _LIBRARIES else _parts_of_function(target)
-    if isinstance(target, type) or not callable(target):
-        return []
-    children = list(getattr(target, "__dict__", {}).values())
-    for name in ("__call__", "apply_transform", "_generate_patches"):
-        method = getattr(type(target), name, None)
-        if isinstance(method, FunctionType) and not method.__module__.startswith("torchio."):
-            children.append(method)
-    if isinstance(target, MethodType):
-        children += [target.__func__, target.__self__]
-    if isinstance(target, partial):
-        children += [target.func, *target.args, *target.keywords.values()]
-    return children
+def _reached_from(value: object) -> list[object]:
+    """Return what a value holds, and what its code reaches by name."""
+    if isinstance(value, FunctionType):
+        library = (value.__module__ or "").partition(".")[0]
+        return [] if library in _LIBRARIES else [*parts_of(value), *_named_in(value)]
+    methods = [getattr(type(value), name, None) for name in METHODS]
+    own = [method for method in methods if isinstance(method, FunctionType)]
+    return [*parts_of(value), *(m for m in own if not m.__module__.startswith("torchio."))]
 
 
-def _parts_of_function(function: FunctionType) -> list[object]:
-    """Return what a function reaches by name: globals, closure, defaults, imports."""
-    parts: list[object] = [
-        *(function.__defaults__ or ()),
-        *(function.__kwdefaults__ or {}).values(),
-    ]
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # a cell that is empty still
-            parts.append(cell.cell_contents)
-    for code in _codes(function.__code__):
+def _named_in(function: FunctionType) -> list[object]:
+    """Return the globals that a function names, and the modules that it imports."""
+    parts: list[object] = []
+    for code in walk_parts(function.__code__):
+        if not isinstance(code, CodeType):
+            continue
         used = {(i.opname, i.argval) for i in dis.get_instructions(code)}
         loaded = {name for operation, name in used if operation in {"LOAD_GLOBAL", "LOAD_NAME"}}
-        imported = [name for operation, name in used if operation == "IMPORT_NAME"]
         values = [function.__globals__[n] for n in loaded if n in function.__globals__]
-        values += [sys.modules.get(name) for name in imported]
+        values += [sys.modules.get(name) for operation, name in used if operation == "IMPORT_NAME"]
         if np in values and "random" in code.co_names:
             values.append(np.random)
         parts += values
     return parts
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
+def refuse_random(preprocess: object) -> None:
+    """Raise where a transform is random, or holds one that is.
+
+    Args:
+        preprocess: What is to be done once.
+
+    Raises:
+        SelectionError: It gives another result each time.
+    """
+    reasons = [_why_random(part) for part in walk_parts(preprocess)]
+    drawn = find_other_generator(preprocess)
+    reasons.append(f"it draws from {drawn}" if drawn else "")
+    for why in filter(None, reasons):
+        raise SelectionError(
+            f"Cannot use {type(preprocess).__name__} as preprocess: {why}, and preprocess is "
+            f"done once for all epochs. Give what is random as transform, which is done each time."
+        )
+
+
+def _why_random(part: object) -> str:
+    name = type(part).__name__
+    if isinstance(part, RandomTransform):
+        return f"{name} is random"
+    if isinstance(part, tio.Transform) and part.probability < 1:
+        return f"{name} has p={part.probability:g}"
+    if isinstance(part, tio.Transform) and getattr(part, "location", None) == "random":
+        return f'{name} has location="random"'
+    return ""

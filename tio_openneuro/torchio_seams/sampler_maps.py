@@ -13,18 +13,17 @@ Source: ``torchio.data.sampler.weighted`` and ``label``, 1.2.1.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torchio as tio
 from torchio.constants import MIN_FLOAT_32
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from typing import Self
+from tio_openneuro.torchio_seams.box_crop import with_box_crop
 
 # Held per voxel while a map is computed: peak RSS at 192**3 with patches of 8 and 64, rounded up:
 # 10 and 21 bytes, of TorchIO's own 34 and 47 (2026-11-21). Others may be subclasses of TorchIO's,
@@ -87,32 +86,6 @@ class SamplerMap:
             steps = steps[:1].copy()
         return cls(shape, starts[likely].astype(np.uint32), steps, ends[likely])
 
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Self:
-        """Return the map that :meth:`to_arrays` took apart.
-
-        Args:
-            arrays: As that gave them.
-
-        Raises:
-            ValueError: They are not what it gives.
-        """
-        rows, columns, slices = (int(size) for size in arrays["shape"])
-        starts, steps, ends = (arrays[name] for name in ("starts", "steps", "ends"))
-        kinds = [array.dtype.str[1:] for array in (starts, steps, ends)]
-        sizes = len(starts), len(steps), len(ends)
-        runs = sizes[2]
-        sound = {(runs, 1, runs), (runs, runs, runs), (0, 0, rows * columns * slices)}
-        if kinds != ["u4", "f8", "f8"] or sizes not in sound or not runs:
-            message = f"No sampler's map: starts, steps and ends are {sizes} of types {kinds}."
-            raise ValueError(message)
-        return cls((rows, columns, slices), starts, steps, ends)
-
-    def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Return it as named arrays, to be kept in a file."""
-        shape = np.array(self.shape, dtype=np.int64)
-        return {"shape": shape, "starts": self.starts, "steps": self.steps, "ends": self.ends}
-
     @property
     def size_bytes(self) -> int:
         """Bytes that it holds."""
@@ -136,18 +109,19 @@ class SamplerMap:
         sums[0] = self.ends[run - 1] if run else 0
         for passed in range(0, _LONGEST, _STRIDE):
             running = np.cumsum(sums)
-            place = int(np.searchsorted(running[1:], wanted))
-            if place < _STRIDE:
-                return passed + place
+            offset = int(np.searchsorted(running[1:], wanted))
+            if offset < _STRIDE:
+                return passed + offset
             sums[0] = running[-1]
-        message = (
+        raise ValueError(
             f"A sampler's map is damaged: run {run} of {len(self.ends)} never reaches its end."
         )
-        raise ValueError(message)
 
 
 def map_bytes(sampler: object) -> int:
     """Return the bytes that a patch sampler's map takes at most, per voxel of an image.
+
+    None at all where the sampler needs no voxel of a subject to choose where.
 
     Args:
         sampler: A patch sampler of any kind.
@@ -155,17 +129,9 @@ def map_bytes(sampler: object) -> int:
     return _MAP_BYTES.get(type(sampler), _UNKNOWN_MAP_BYTES)
 
 
-def map_identity(sampler: object) -> str | None:
-    """Return what a sampler's map depends on beside the volume, or None where it has none here.
-
-    Args:
-        sampler: A patch sampler.
-    """
-    if type(sampler) not in {tio.LabelSampler, tio.WeightedSampler}:
-        return None
-    parts = [type(sampler).__name__, *vars(sampler)["patch_size"].tolist()]
-    parts += [vars(sampler)["probability_map_name"], vars(sampler).get("label_probabilities_dict")]
-    return repr(parts)
+def has_map(sampler: object) -> bool:
+    """Return whether a patch sampler draws from a map that is computed here."""
+    return _MAP_BYTES.get(type(sampler), 0) > 0
 
 
 class KeptMaps:
@@ -194,7 +160,7 @@ class KeptMaps:
             sampler: The same patch sampler each time.
             subject: The volume.
         """
-        if index in self._maps or map_identity(sampler) is None:
+        if index in self._maps or not has_map(sampler):
             return self._maps.get(index)
         found = compute_map(sampler, subject)
         if found is not None:
@@ -242,12 +208,10 @@ def draw_patches(
         subject: Loaded, and as it was when ``kept`` was computed.
         kept: What :func:`compute_map` gave for this sampler and subject before, or None.
     """
+    sampler = with_box_crop(sampler)
     # Checks shape and grid at once, and does no more before the first patch is asked for.
     patches = sampler(subject)
-    if map_identity(sampler) is None:
-        yield from patches
-        return
-    found = kept or compute_map(sampler, subject)
+    found = (kept or compute_map(sampler, subject)) if has_map(sampler) else None
     if found is None:
         yield from patches
         return

@@ -7,9 +7,9 @@ of inventing voxels. Never reads more than it must to know a size.
 from tio_openneuro.volumes.headers import (
     ImageSize,
     SubjectSize,
+    VolumeFile,
     announce_files,
     listening,
-    measure_header,
     refuse_bomb,
     sum_sizes,
 )
@@ -18,9 +18,9 @@ from tio_openneuro.volumes.reader import read_nifti
 __all__ = [
     "ImageSize",
     "SubjectSize",
+    "VolumeFile",
     "announce_files",
     "listening",
-    "measure_header",
     "read_nifti",
     "refuse_bomb",
     "sum_sizes",

@@ -11,29 +11,28 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from math import isfinite, prod
+from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
-from nibabel.nifti1 import data_type_codes
+from nibabel import nifti1, nifti2
 
 from tio_openneuro.errors import RamBudgetError, UnsafeDatasetError
 from tio_openneuro.sizes import format_size
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
 ImageSize = tuple[int, int, int]
-_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
+_NIFTI_SUFFIXES = (".nii", ".nii.gz")
+_MGH_SUFFIXES = (".mgz", ".mgh")
 HEADER_BYTES = 544
 PLAIN_EXTENSION_BYTES = 1 << 20
 GZIP = b"\x1f\x8b"
 _LEAST_ITEM_BYTES = 4
-_NIFTI1_BYTES = 348
 _NIFTI2_BYTES = 540
 _MOST_DIMENSIONS = 7
 _MGH_VERSION = 1
@@ -87,11 +86,6 @@ def listening(check: Callable[[SubjectSize], None]) -> Iterator[None]:
         _listener.reset(token)
 
 
-def is_listening() -> bool:
-    """Return whether somebody hears of sizes in this thread."""
-    return _listener.get() is not None
-
-
 def announce_size(size: SubjectSize) -> None:
     """Say what a subject will need, once it is known and before it is decoded.
 
@@ -114,7 +108,7 @@ class NiftiHeader:
         single: Whether its magic says that the voxels follow in the same file.
         order: Order of bytes, ``"<"`` or ``">"``.
         shape: Its dimensions, first one fastest; may be zero or negative.
-        datatype: Its code of the voxels' type.
+        stored: The voxels' type in native order, or None where its code is unknown.
         bits: What it says that a voxel has.
         header_bytes: Where the header ends.
         offset_bytes: Where the voxels begin.
@@ -127,7 +121,7 @@ class NiftiHeader:
     single: bool
     order: str
     shape: tuple[int, ...]
-    datatype: int
+    stored: np.dtype[Any] | None
     bits: int
     header_bytes: int
     offset_bytes: float
@@ -136,102 +130,87 @@ class NiftiHeader:
     intercept: float
     intent: int
 
-    @property
-    def stored(self) -> np.dtype[Any] | None:
-        """The voxels' type in native order, or None where its code is unknown."""
-        if self.datatype not in data_type_codes:
+
+@dataclass(eq=False)
+class VolumeFile:
+    """A local file of an image, of whose header each part is read once.
+
+    Attributes:
+        path: The file; its suffix tells the format.
+    """
+
+    path: Path
+
+    @cached_property
+    def first(self) -> bytes:
+        """Its first ``HEADER_BYTES``, inflated where they are compressed; none where unreadable."""
+        try:
+            with self.path.open("rb") as file:
+                compressed = file.read(len(GZIP)) == GZIP
+                file.seek(0)
+                if not compressed:
+                    return file.read(HEADER_BYTES)
+                with gzip.open(file) as inflated:
+                    return inflated.read(HEADER_BYTES)
+        except (OSError, EOFError, zlib.error):
+            return b""
+
+    @cached_property
+    def nifti(self) -> NiftiHeader | None:
+        """What its header says, or None where it is none, or its place in space no number."""
+        return _parse_nifti(self.first) if self.path.name.endswith(_NIFTI_SUFFIXES) else None
+
+    @cached_property
+    def size(self) -> ImageSize | None:
+        """Channels, voxels of one channel and bytes per voxel once loaded, or None.
+
+        None where the file is absent, no NIfTI or MGH, or cannot be read. A voxel counts four
+        bytes at least, since scaling factors turn integers into floats. Extensions of the header
+        that pass 1 MiB count as voxels, since they are loaded too.
+        """
+        try:
+            if self.path.name.endswith(_MGH_SUFFIXES):
+                return _measure_mgh(self.first)
+            return None if self.nifti is None else _measure_nifti(self.nifti)
+        except (struct.error, ValueError, OverflowError):
             return None
-        stored: np.dtype[Any] = np.dtype(cast("Any", data_type_codes.dtype[self.datatype]))
-        return stored
 
 
-def measure_header(path: Path) -> ImageSize | None:
-    """Return an image's channels, voxels of one channel and bytes per voxel once loaded, or None.
-
-    None where the file is absent, no NIfTI or MGH, or cannot be read. A voxel counts four bytes
-    at least, since scaling factors turn integers into floats. Extensions of the header that pass
-    1 MiB count as voxels, since they are loaded too.
-
-    Args:
-        path: A local file.
-    """
-    if not path.name.endswith(_SUFFIXES):
+def _parse_nifti(first: bytes) -> NiftiHeader | None:
+    second = _NIFTI2_BYTES in {int.from_bytes(first[:4], order) for order in ("little", "big")}
+    layout = nifti2.header_dtype if second else nifti1.header_dtype
+    if len(first) < layout.itemsize:
         return None
-    try:
-        header = first_bytes(path)
-        return _measure_mgh(header) if ".mg" in path.suffix else _measure_nifti(header)
-    except (OSError, EOFError, zlib.error, struct.error, ValueError, OverflowError):
-        return None
-
-
-def first_bytes(path: Path) -> bytes:
-    """Return the first ``HEADER_BYTES`` of a file, inflated where it is compressed.
-
-    Args:
-        path: A local file.
-
-    Raises:
-        OSError: It cannot be read, or is damaged.
-        EOFError: Its compressed data end before them.
-        zlib.error: Its compressed data are damaged.
-    """
-    with path.open("rb") as file:
-        compressed = file.read(len(GZIP)) == GZIP
-        file.seek(0)
-        if not compressed:
-            return file.read(HEADER_BYTES)
-        with gzip.open(file) as inflated:
-            return inflated.read(HEADER_BYTES)
-
-
-def parse_nifti(header: bytes) -> NiftiHeader | None:
-    """Return what a header says, or None where it is none, or its place in space no number.
-
-    Args:
-        header: The first ``HEADER_BYTES`` of a file, inflated.
-
-    Raises:
-        struct.error: They are fewer than a header has.
-    """
-    sizes = [struct.unpack_from(f"{order}i", header)[0] for order in "<>"]
-    second = _NIFTI2_BYTES in sizes
-    at, word = (16, "8q") if second else (40, "8h")
     # As the NIfTI library does: the order of bytes is that in which there are 1 to 7 dimensions.
     for order in "<>":
-        count, *dims = struct.unpack_from(order + word, header, at)
+        fields = np.frombuffer(first, layout.newbyteorder(cast("Any", order)), count=1)[0]
+        count, *dims = fields["dim"].tolist()
         if 1 <= count <= _MOST_DIMENSIONS:
             break
     else:
         return None
     # SimpleITK 2.5.7 may compute for ever on a place in space that is no number.
-    sform, *rows = struct.unpack_from(f"{order}h24x12f", header, 254)
-    if not second and sform > 0 and not all(map(isfinite, rows)):
+    rows = [fields["srow_x"], fields["srow_y"], fields["srow_z"]]
+    if not second and fields["sform_code"] > 0 and not np.isfinite(rows).all():
         return None
-    datatype, bits = struct.unpack_from(f"{order}hh", header, 12 if second else 70)
-    real, begin = (f"{order}qdd", 168) if second else (f"{order}fff", 108)
-    offset, slope, intercept = struct.unpack_from(real, header, begin)
-    integer, place = (f"{order}i", 504) if second else (f"{order}h", 68)
-    intent = struct.unpack_from(integer, header, place)[0]
-    end = _NIFTI2_BYTES if second else _NIFTI1_BYTES
+    code = fields["datatype"].item()
+    types: Any = nifti1.data_type_codes
     return NiftiHeader(
-        single=header[4:8] == b"n+2\0" if second else header[344:348] == b"n+1\0",
+        single=fields["magic"] == (b"n+2" if second else b"n+1"),
         order=order,
         shape=tuple(dims[:count]),
-        datatype=datatype,
-        bits=bits,
-        header_bytes=end,
-        offset_bytes=offset,
-        extended=any(header[end : end + 1]),
-        slope=slope,
-        intercept=intercept,
-        intent=intent,
+        stored=np.dtype(types.dtype[code]) if code in types else None,
+        bits=fields["bitpix"].item(),
+        header_bytes=layout.itemsize,
+        offset_bytes=fields["vox_offset"].item(),
+        extended=any(first[layout.itemsize : layout.itemsize + 1]),
+        slope=fields["scl_slope"].item(),
+        intercept=fields["scl_inter"].item(),
+        intent=fields["intent_code"].item(),
     )
 
 
-def _measure_nifti(first: bytes) -> ImageSize | None:
-    header = parse_nifti(first)
-    if header is None:
-        return None
+def _measure_nifti(header: NiftiHeader) -> ImageSize:
     shape = [abs(size) for size in header.shape]
     stored_bytes = header.stored.itemsize if header.stored is not None else 0
     item_bytes = max(stored_bytes, abs(header.bits) // 8, _LEAST_ITEM_BYTES)
@@ -264,33 +243,34 @@ def sum_sizes(images: Sequence[ImageSize]) -> SubjectSize:
     )
 
 
-def announce_files(paths: Iterable[Path]) -> None:
+def announce_files(files: Iterable[VolumeFile]) -> None:
     """Tell whoever admits RAM what a subject's files will need, before they are decoded.
 
     Does nothing where nobody listens, or where a header cannot be read.
 
     Args:
-        paths: All files of one subject, local.
+        files: All files of one subject.
 
     Raises:
         RamBudgetError: The RAM that was set aside for the subject does not suffice; its files
             must not be decoded now.
     """
-    if not is_listening():
+    if _listener.get() is None:
         return
-    sizes = [measure_header(path) for path in paths]
-    if sizes and None not in sizes:
-        announce_size(sum_sizes([size for size in sizes if size is not None]))
+    sizes = [file.size for file in files]
+    known = [size for size in sizes if size is not None]
+    if known and len(known) == len(sizes):
+        announce_size(sum_sizes(known))
 
 
-def refuse_bomb(path: Path, title: str, unit_name: str, free_bytes: int) -> None:
+def refuse_bomb(file: VolumeFile, title: str, unit_name: str, free_bytes: int) -> None:
     """Raise where a file must not be decoded, by what its header states.
 
     A file that bears the name of a NIfTI or MGH image and is none is refused too: readers try
     other formats then, of which nothing is known before they are decoded.
 
     Args:
-        path: A local file.
+        file: The file.
         title: Where the dataset has it; its suffix tells the format.
         unit_name: The unit that it belongs to, for messages.
         free_bytes: RAM that is available.
@@ -299,23 +279,23 @@ def refuse_bomb(path: Path, title: str, unit_name: str, free_bytes: int) -> None
         RamBudgetError: The header states more than the RAM that is available.
         UnsafeDatasetError: It is no image of the format that its name tells.
     """
-    if not title.endswith(_SUFFIXES) or not path.exists():
+    if not title.endswith(_NIFTI_SUFFIXES + _MGH_SUFFIXES) or not file.path.exists():
         return
-    size = measure_header(path)
+    size = file.size
     if size is None:
-        message = (
+        raise UnsafeDatasetError(
             f"Refused to load {title} of {unit_name}: it has no header of a NIfTI or MGH image, "
-            f"though its name says so ({format_size(path.stat().st_size)}). Likely it is "
-            f"damaged: leave the unit out."
+            f"though its name says so ({format_size(file.path.stat().st_size)}). Likely it is "
+            f"damaged: leave the unit out.",
+            unit=unit_name,
         )
-        raise UnsafeDatasetError(message, unit=unit_name)
     need_bytes = prod(size)
     if need_bytes > free_bytes:
         channels, voxels, item_bytes = size
-        message = (
+        raise RamBudgetError(
             f"Cannot load {title} of {unit_name}: its header states {channels} x {voxels} voxels "
             f"of {item_bytes} bytes, {format_size(need_bytes)} ({need_bytes} bytes), and "
             f"{format_size(free_bytes)} of RAM are available. Likely the file, of "
-            f"{format_size(path.stat().st_size)}, is damaged: leave the unit out."
+            f"{format_size(file.path.stat().st_size)}, is damaged: leave the unit out.",
+            unit=unit_name,
         )
-        raise RamBudgetError(message, unit=unit_name)

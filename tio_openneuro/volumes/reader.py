@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import io
 import platform
-import struct
 import sys
-import zlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import SimpleITK
@@ -29,16 +27,7 @@ from torchio.data.io import get_ras_affine_from_sitk
 
 from tio_openneuro.errors import DamagedImageError
 from tio_openneuro.sizes import format_size
-from tio_openneuro.volumes.headers import (
-    GZIP,
-    PLAIN_EXTENSION_BYTES,
-    NiftiHeader,
-    first_bytes,
-    parse_nifti,
-)
-
-if TYPE_CHECKING:
-    from typing import Self
+from tio_openneuro.volumes.headers import GZIP, PLAIN_EXTENSION_BYTES, NiftiHeader, VolumeFile
 
 # 64 kB to 1 MB make no difference (2026-11-21).
 _CHUNK_BYTES = 1 << 18
@@ -58,14 +47,14 @@ _VECTOR_INTENT = 1007
 # Not uint64, of which torch knows little, nor complex numbers, colours and float128.
 _PIXELS = {
     "u1": "UInt8",
-    "i1": "Int8",
     "u2": "UInt16",
-    "i2": "Int16",
     "u4": "UInt32",
-    "i4": "Int32",
-    "i8": "Int64",
     "f4": "Float32",
     "f8": "Float64",
+    "i1": "Int8",
+    "i2": "Int16",
+    "i4": "Int32",
+    "i8": "Int64",
 }
 # isal's stubs have its error for an instance.
 _DAMAGES: tuple[type[Exception], ...] = (EOFError, cast("type[Exception]", igzip_lib.error))
@@ -167,8 +156,7 @@ class _Inflated(io.RawIOBase):
             if not self._input and self._member.needs_input:
                 self._input = self._file.read(_CHUNK_BYTES)
                 if not self._input:
-                    message = "its compressed data are cut off"
-                    raise EOFError(message)
+                    raise EOFError("its compressed data are cut off")
             found = self._member.decompress(self._input, len(buffer))
             self._input = b""
             if found:
@@ -192,14 +180,14 @@ class _Inflated(io.RawIOBase):
             beyond = beyond[self.readinto(beyond) :]
 
 
-def read_nifti(path: Path, name: str) -> tuple[torch.Tensor, Any] | None:
+def read_nifti(volume: VolumeFile, name: str) -> tuple[torch.Tensor, Any] | None:
     """Read a NIfTI file as TorchIO does, or return None where that is not certain.
 
     What follows the voxels that the header states is not read, as SimpleITK does; the checksum of
     a gzip member that goes on for more than 64 KiB behind them is therefore not checked.
 
     Args:
-        path: A local file, whose header states no more than there is RAM for.
+        volume: A local file, whose header states no more than there is RAM for.
         name: What the file is called, for messages.
 
     Returns:
@@ -210,14 +198,10 @@ def read_nifti(path: Path, name: str) -> tuple[torch.Tensor, Any] | None:
         DamagedImageError: The file holds less than its header states, or its compressed data are
             damaged. Also said of a file that TorchIO is to read, as far as its type is known.
     """
-    try:
-        first = first_bytes(path)
-        header = parse_nifti(first) if path.name.endswith((".nii", ".nii.gz")) else None
-    except (OSError, EOFError, zlib.error, struct.error):
-        return None
-    layout = _Layout.of(header) if header is not None else None
+    layout = _Layout.of(volume.nifti) if volume.nifti is not None else None
     if layout is None:
         return None
+    path = volume.path
     with path.open("rb", buffering=0) as file:
         compressed = file.read(len(GZIP)) == GZIP
         file.seek(0)
@@ -290,8 +274,8 @@ def _read_voxels(source: io.RawIOBase, layout: _Layout) -> torch.Tensor:
             turned = _convert(signed.t().contiguous(), layout)
             if voxels is None:
                 voxels = torch.empty(layout.shape, dtype=turned.dtype)
-            place = voxels[channel, :, :, begin : begin + len(part)]
-            place.copy_(turned.view(columns, rows, len(part)).permute(1, 0, 2))
+            target = voxels[channel, :, :, begin : begin + len(part)]
+            target.copy_(turned.view(columns, rows, len(part)).permute(1, 0, 2))
     assert voxels is not None  # noqa: S101 - there is no dimension below one
     return voxels
 
@@ -320,8 +304,7 @@ def _fill(source: io.RawIOBase, buffer: memoryview) -> None:
     while buffer:
         count = source.readinto(buffer)
         if not count:
-            message = f"its voxels end early: {len(buffer)} of {wanted} bytes are missing"
-            raise EOFError(message)
+            raise EOFError(f"its voxels end early: {len(buffer)} of {wanted} bytes are missing")
         buffer = buffer[count:]
 
 

@@ -1,0 +1,32 @@
+"""TorchIO's private names, under names of our own, for whoever else needs what they hold.
+
+Owns the reading and setting of those that datasets and queues need. The other modules of this room
+touch some themselves; nobody outside of it does.
+"""
+# ruff: noqa: SLF001 - that is what this module is for
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torchio as tio
+
+
+def is_loaded(image: tio.Image) -> bool:
+    """Return whether an image's voxels are in RAM; its public attributes would load them."""
+    return bool(image._loaded)
+
+
+def transform_of(dataset: tio.SubjectsDataset) -> Callable[[tio.Subject], tio.Subject] | None:
+    """Return the transform that a dataset applies to each subject."""
+    return getattr(dataset, "_transform", None)
+
+
+def share_subjects(dataset: tio.SubjectsDataset, subjects: Sequence[tio.Subject]) -> None:
+    """Give a copy of a dataset other subjects."""
+    dataset._subjects = list(subjects)
+
+
+def leave_unfilled(queue: tio.Queue) -> None:
+    """Set what the constructor of a queue would set, where it is not to begin by itself."""
+    queue._subjects_iterable = None
