@@ -343,9 +343,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         """
         if self._engine is not None:
             units = [self._rows[index].content for index in indices]
-            self._engine.prefetch(
-                units, again=[self._rows[index].content for index in likely_later]
-            )
+            later = [self._rows[index].content for index in likely_later]
+            self._engine.prefetch(units, again=later)
 
     def release_index(self, index: int, *, drop: bool) -> None:
         """Let a unit's content go: at once, or when its room is needed."""
