@@ -39,6 +39,11 @@ class BudgetedQueue(tio.Queue):
     any number of workers, timing or restarts. Use it as the dataset of a loader that has
     ``num_workers=0``, or iterate over it: one epoch each time.
 
+    Index 0 begins a pass over one epoch; ``len`` is that of the epoch that index 0 would begin,
+    :attr:`left` what remains of the present one. After a state was loaded the first index may be 0
+    or the next one, and the pass ends with its epoch, short of ``len``. A loader with
+    ``drop_last=True`` gets a short batch then: take ``left // batch_size`` of it.
+
     Example:
         >>> import torch, torchio as tio, tio_openneuro as tno
         >>> image = tio.ScalarImage(tensor=torch.zeros(1, 16, 16, 16))
@@ -261,6 +266,8 @@ class BudgetedQueue(tio.Queue):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where a queue was: the next pass gives what was left of its epoch.
+
+        Its first index may be 0 or the one that came next then, as the loader counts.
 
         Args:
             state_dict: What :meth:`state_dict` returned, in this process or another.
