@@ -20,7 +20,6 @@ ACCESSION = "ds900093"
 MOST = 300
 FOLDS = 25
 DEADLINE_S = 120.0
-FINALIZERS = pytest.mark.xfail(strict=True, reason="issue 11, item 2: finalizers")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,6 @@ def _subjects(_published: LoopbackOpenNeuro) -> None:
     _published.publish(ACCESSION, files)
 
 
-@FINALIZERS
 @pytest.mark.usefixtures("_subjects", "openneuro")
 @pytest.mark.parametrize("subjects", [60, MOST])
 def test_queues_in_cycles_are_closed_wherever_they_are_collected(
@@ -86,9 +84,9 @@ print("end")
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param("dataset first", marks=FINALIZERS),
-        pytest.param("interrupted", marks=FINALIZERS),
-        pytest.param("inside", marks=FINALIZERS),
+        "dataset first",
+        "interrupted",
+        "inside",
         "cycle",
         "alive",
     ],
