@@ -20,7 +20,6 @@ CELLS = [
     ("prepared", 2, "heavy", "before"),
     ("prepared", 1, "light", "middle"),
 ]
-FORKS = pytest.mark.xfail(strict=True, reason="issue 11, item 1: forks")
 
 
 @pytest.fixture
@@ -39,7 +38,6 @@ def family(worker: Worker) -> set[psutil.Process]:
         return set()
 
 
-@FORKS
 def test_trainings_with_a_forked_validation_end_and_leave_nobody(
     nursery: Nursery, folder: Path, openneuro: object
 ) -> None:
@@ -56,7 +54,6 @@ def test_trainings_with_a_forked_validation_end_and_leave_nobody(
         assert alive == [], cell
 
 
-@FORKS
 @pytest.mark.parametrize("how", ["file", "transform", "dataset"])
 def test_a_fork_waits_until_no_thread_is_inside_itk(
     nursery: Nursery, folder: Path, how: str
@@ -66,7 +63,6 @@ def test_a_fork_waits_until_no_thread_is_inside_itk(
         assert worker.result() == [0, 0]
 
 
-@FORKS
 def test_children_of_every_kind_read_beside_a_queue(nursery: Nursery, folder: Path) -> None:
     """Pools that fork, spawn or ask a server, and a child whose ``preexec_fn`` reads."""
     wanted = {"fork": 36, "spawn": 12, "forkserver": 12, "preexec_fn": 36}

@@ -30,6 +30,7 @@ from tio_openneuro.queue.state import (
 from tio_openneuro.queue.threads import INTRA_OP_THREADS
 from tio_openneuro.ram import available_bytes, read_budget
 from tio_openneuro.torchio_seams import identify_parts, install_seed_guard, leave_unfilled
+from tio_openneuro.volumes import install_reading_gate
 
 
 class BudgetedQueue(tio.Queue):
@@ -126,6 +127,7 @@ class BudgetedQueue(tio.Queue):
         self._parts: dict[str, str] = {}
         self._delivered = 0
         install_seed_guard()
+        install_reading_gate()
         self._build(PassStart())
         self._has_ranks = checks.has_ranks(subject_sampler, self._planner)
         self._source.require_room(min(self.max_length, self._planner.largest_total))
