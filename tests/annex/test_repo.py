@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 from faulty import Fault, FaultKind, LoopbackOpenNeuro
 
+from tio_openneuro.annex.branch import exported_keys, special_remotes
 from tio_openneuro.annex.messages import CloneFailure, Failure, Retries, clone_error
 from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.repo import AnnexRepo
@@ -148,6 +150,39 @@ class TestIndex:
         git(own, "update-index", "--add", "--cacheinfo", f"160000,{head},sub-99")
         tree = git(own, "write-tree")
         assert "sub-99" not in {file.path for file in index_tree(own, tree)}
+
+
+class TestBranch:
+    """What the git-annex branch says, as strangers may have written it."""
+
+    def commit(self, own: Path, logs: dict[str, str]) -> str:
+        """Make a commit of these logs and return its id."""
+        listing = ""
+        for name, text in logs.items():
+            blob = git(own, "hash-object", "-w", "--stdin", stdin=text.encode())
+            listing += f"100644 blob {blob}\t{name}\n"
+        return git(own, "commit-tree", "-m", "x", git(own, "mktree", stdin=listing.encode()))
+
+    def test_newest_line_of_an_id_counts_in_any_order(self, own: Path) -> None:
+        """A union merge leaves several; a line without words says nothing."""
+        lines = ("a name=new type=S3 timestamp=9s\n", "a name=old type=rsync timestamp=8s\n")
+        for log in (lines, lines[::-1]):
+            trust = "a timestamp=9s\nb X timestamp=1s\ntimestamp=7s\n"
+            ref = self.commit(own, {"remote.log": "".join(log), "trust.log": trust})
+            (remote,) = special_remotes(own, ref)
+            assert (remote.uuid, remote.name, remote.dead) == ("a", "new", False)
+            assert remote.fields["type"] == "S3"
+
+    def test_newest_export_counts_in_any_order(self, own: Path) -> None:
+        """Of the trees that were exported to a remote, the last one is there."""
+        whole = git(own, "rev-parse", "main^{tree}")
+        none = git(own, "mktree")
+        keys = {file.key for file in index_tree(own, "main") if file.key}
+        lines = (f"9.5s x:a {whole}\n", f"8s x:a {none}\n")
+        for log in (lines, lines[::-1]):
+            ref = self.commit(own, {"export.log": "".join(log)})
+            assert exported_keys(own, ref, {"a"}) == keys
+            assert exported_keys(own, ref, {"x"}) == set()
 
 
 class TestGet:
@@ -316,6 +351,21 @@ class TestGet:
         first.close()
         second.close()
 
+    def test_forked_process_keeps_no_pipe_of_its_parents_child(self, repo: AnnexRepo) -> None:
+        """The parent's git-annex ends with its input, though a forked process still fetches."""
+        first, second = keys_of(repo)[:2]
+        repo.get(first)
+        context = multiprocessing.get_context("fork")
+        ready, done = context.Event(), context.Event()
+        forked = context.Process(target=fetch_and_wait, args=(repo, second, ready, done))
+        forked.start()
+        assert ready.wait(60)
+        (transfer,) = repo._by_process[os.getpid()]._transfers
+        assert transfer.finish(20.0)
+        done.set()
+        forked.join(60)
+        assert forked.exitcode == 0
+
     def test_without_a_remote_the_message_says_so(self, own: Path) -> None:
         """A clone with no trusted remote fetches nothing, and says what to give."""
         repo = AnnexRepo(own, remotes=())
@@ -345,8 +395,23 @@ def fetch_and_close(repo: AnnexRepo, keys: list[AnnexKey]) -> None:
     repo.close()
 
 
+def fetch_and_wait(repo: AnnexRepo, key: AnnexKey, ready: Event, done: Event) -> None:
+    """Fetch in a forked process, and keep all its descriptors until it may end."""
+    repo.get(key)
+    ready.set()
+    assert done.wait(60)
+    repo.close()
+
+
 class TestDrop:
     """Only what can come back goes."""
+
+    def test_remote_that_is_dead_gives_nothing_back(self, repo: AnnexRepo) -> None:
+        """What only a remote has that was declared dead is not available."""
+        key = keys_of(repo)[0]
+        assert repo.unavailable([key]) == {}
+        git(repo.path, "annex", "dead", "-q", "s3-PUBLIC")
+        assert set(repo.unavailable([key])) == {key}
 
     def test_content_that_no_remote_has_stays(self, repo: AnnexRepo) -> None:
         """What the user added to the clone and nobody else has is not dropped."""

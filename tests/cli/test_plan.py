@@ -53,5 +53,5 @@ def test_shared_content_is_fetched_and_held_once() -> None:
 
 def test_a_unit_above_the_budget_is_named() -> None:
     """The message says which, and the bytes."""
-    with pytest.raises(DiskBudgetError, match=r"for b: its 2 files need 90 bytes"):
+    with pytest.raises(DiskBudgetError, match=r"hold b: its 2 files need 90 bytes"):
         plan_disk({"a": {"k": 60}, "b": {"k": 60, "l": 30}}, 89)

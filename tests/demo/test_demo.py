@@ -29,6 +29,12 @@ from tio_openneuro.demo.watch import DiskWatch, HeldSample
 from tio_openneuro.errors import TioOpenNeuroError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _torch_has_its_own_folder() -> None:
+    """Let torch make the folder of its compiler, which the first optimiser does, before a test."""
+    torch.optim.SGD([torch.zeros(1)]).step()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Let PyTorch use one thread: several wait for one another where others share the cores."""

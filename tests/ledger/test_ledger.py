@@ -1,5 +1,7 @@
 """The ledger: rooms, queues, owners and what is refused, on real SQLite and real locks."""
 
+import errno
+import os
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator
@@ -368,3 +370,28 @@ def test_no_commit_exceeds_the_budget(  # noqa: C901 - a table of acts
     finally:
         for owner in owners:
             owner.close()
+
+
+def test_a_reservation_is_on_disk_before_its_fetch_may_begin(
+    opening: Opening, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is reserved outlives a power failure, or is taken back where it cannot be written."""
+    ledger = opening()
+    synced: list[Path] = []
+    disk_is_full = False
+
+    def fsync(descriptor: int) -> None:
+        if disk_is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    arrive(ledger, "a", 10)
+    log = (folder / "ledger.sqlite-wal").resolve()
+    assert synced == [log]
+    ledger.end_lease(decide(ledger).request("a", [want("a", 10, located=True)]).lease_id)
+    assert synced == [log]  # nothing new was reserved
+    disk_is_full = True
+    with pytest.raises(LedgerError, match="Is it full"):
+        decide(ledger).request("b", [want("b", 10)])
+    assert states(ledger) == {"a": "present"}

@@ -191,10 +191,11 @@ class TestErrors:
             install("ds900001", root)
         assert clones(root) == []
 
-    def test_passwords_are_not_shown(self, root: Path) -> None:
-        """A token in a URL does not come back in a message."""
-        with pytest.raises(RemoteUnavailableError) as caught:
-            install("http://me:secret@127.0.0.1:9/data.git", root)
+    @pytest.mark.parametrize("scheme", ["http", "git"])
+    def test_passwords_are_not_shown(self, root: Path, scheme: str) -> None:
+        """A token in a URL does not come back in a message, nor in git's own words."""
+        with pytest.raises(RemoteUnavailableError, match="git said") as caught:
+            install(f"{scheme}://me:secret@127.0.0.1:9/data.git", root)
         assert "secret" not in str(caught.value)
 
     def test_sources_that_are_none(self, tmp_path: Path, root: Path) -> None:

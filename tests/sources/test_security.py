@@ -480,6 +480,7 @@ class TestBombs:
     @pytest.mark.parametrize(
         "content",
         [b"", b"\x1f\x8b", b"\x1f\x8b" + bytes(50), bytes(700), gzip.compress(b"x" * 9)[:-4]],
+        ids=["nothing", "magic", "zeros", "no header", "cut off"],
     )
     def test_damaged_header_is_unknown_and_no_error(self, tmp_path: Path, content: bytes) -> None:
         """Whatever stands at the beginning of a file, measuring it does not raise."""

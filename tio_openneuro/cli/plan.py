@@ -13,9 +13,8 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tio_openneuro.errors import DiskBudgetError
+from tio_openneuro.ledger import too_large
 from tio_openneuro.queue import permute
-from tio_openneuro.sizes import format_size
 
 _NEVER = 1 << 62
 
@@ -70,12 +69,7 @@ def plan_disk(
     totals = {name: sum(files.values()) for name, files in units.items()}
     largest = max(totals, key=totals.__getitem__)
     if totals[largest] > budget_bytes:
-        message = (
-            f"Cannot plan for {largest}: its {len(units[largest])} files need {totals[largest]} "
-            f"bytes ({format_size(totals[largest])}) at once, and the disk budget is "
-            f"{budget_bytes} bytes ({format_size(budget_bytes)}). Raise the budget."
-        )
-        raise DiskBudgetError(message, unit=largest)
+        raise too_large(largest, list(units[largest].values()), budget_bytes)
     orders = [permute(len(contents), seed, "subjects", epoch) for epoch in range(epochs)]
     fetched, peak_bytes = _play([[contents[n] for n in order] for order in orders], budget_bytes)
     sizes = {key: size for files in contents for key, size in files.items()}
@@ -94,11 +88,12 @@ def _play(
     epochs: Sequence[Sequence[Mapping[str, int]]], budget_bytes: int
 ) -> tuple[list[int], int]:
     """Return the bytes that each epoch fetches, and the most bytes held."""
-    uses: dict[str, list[int]] = {}
     steps = [files for epoch in epochs for files in epoch]
+    # The steps that use a key, the next one last.
+    uses: dict[str, list[int]] = {}
     for step in reversed(range(len(steps))):
         for key in steps[step]:
-            uses.setdefault(key, []).append(step)
+            uses.setdefault(key, [_NEVER]).append(step)
     held: dict[str, int] = {}
     farthest: list[tuple[int, str]] = []
     held_bytes = peak_bytes = 0
@@ -108,26 +103,17 @@ def _play(
         for files in epoch:
             missing = {key: size for key, size in files.items() if key not in held}
             needed_bytes = sum(missing.values())
-            aside = []
             while held_bytes + needed_bytes > budget_bytes:
-                entry = heapq.heappop(farthest)
-                key = entry[1]
-                if key in files:
-                    aside.append(entry)
-                elif key in held and -entry[0] == _next(uses[key]):
+                # This unit's own files are used now, and come last: it fits without the others.
+                next_use, key = heapq.heappop(farthest)
+                if key in held and -next_use == uses[key][-1]:
                     held_bytes -= held.pop(key)
-            for entry in aside:
-                heapq.heappush(farthest, entry)
             held |= missing
             held_bytes += needed_bytes
             peak_bytes = max(peak_bytes, held_bytes)
             epoch_bytes += needed_bytes
             for key in files:
                 uses[key].pop()
-                heapq.heappush(farthest, (-_next(uses[key]), key))
+                heapq.heappush(farthest, (-uses[key][-1], key))
         fetched.append(epoch_bytes)
     return fetched, peak_bytes
-
-
-def _next(later_uses: Sequence[int]) -> int:
-    return later_uses[-1] if later_uses else _NEVER

@@ -357,7 +357,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
 
     def statistics(self) -> DiskStatistics:
         """Return what was fetched and evicted by this process, and what the root holds."""
-        return self._engine.statistics() if self._engine else DiskStatistics(*[0] * 10)
+        return self._engine.statistics() if self._engine else DiskStatistics.empty()
 
     def check(self) -> list[str]:
         """Compare ledger and disk; return the inconsistencies, none when sound."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -101,10 +102,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, object]:
         """Return the settings, with the budget chosen."""
-        s = self._settings
-        return {
-            "settings": Settings(s.root, self._budget_bytes, s.floor_bytes, s.jobs, s.open_repo)
-        }
+        return {"settings": replace(self._settings, budget_bytes=self._budget_bytes)}
 
     def __setstate__(self, state: dict[str, Settings]) -> None:
         """Take the settings; this process opens the ledger when it needs it."""
@@ -148,10 +146,9 @@ class Engine:
         if sum(want.size_bytes for want in ours) > budget_bytes:
             raise too_large(unit.name, [want.size_bytes for want in ours], budget_bytes)
 
-    @contextmanager
     def lease(
         self, unit: ContentUnit, *, timeout_s: float = 600.0
-    ) -> Iterator[dict[AnnexKey, Path]]:
+    ) -> AbstractContextManager[dict[AnnexKey, Path]]:
         """Hold a unit's content while the block runs; fetch what is absent.
 
         All of its bytes are reserved at once, in the order in which leases of all processes were
@@ -162,28 +159,24 @@ class Engine:
             unit: What to hold.
             timeout_s: Seconds to wait for room while nobody gets ahead.
 
-        Yields:
-            The file of each key's content.
+        Returns:
+            A context that gives the file of each key's content.
 
         Raises:
             DiskBudgetError: The unit exceeds the budget, or no room came free.
             FetchError: Content did not arrive.
         """
-        with self._here().lease(unit, timeout_s) as found:
-            yield found
+        return self._here().lease(unit, timeout_s)
 
-    @contextmanager
-    def lease_prepared(self, unit: ContentUnit) -> Iterator[Path | None]:
+    def lease_prepared(self, unit: ContentUnit) -> AbstractContextManager[Path | None]:
         """Hold a unit's prepared volume while the block runs, where it is present; never wait.
 
-        Yields:
-            Its file, or None.
+        Returns:
+            A context that gives its file, or None.
         """
         if unit.prepared is None:
-            yield None
-            return
-        with prepared_volumes.lease(self._here(), unit, unit.prepared) as path:
-            yield path
+            return nullcontext()
+        return prepared_volumes.lease(self._here(), unit, unit.prepared)
 
     def keep_prepared(self, unit: ContentUnit, data: bytes, prepare_s: float) -> bool:
         """Keep a unit's prepared volume if there is room that is worth less; never wait.
@@ -284,18 +277,9 @@ class Engine:
     def statistics(self) -> DiskStatistics:
         """Return what this process did, and what the root holds."""
         leases = self._here()
-        now, done = leases.ledger.holdings(), leases.counters
-        return DiskStatistics(
-            now.budget_bytes,
-            now.used_bytes,
-            now.peak_bytes,
-            done.fetched_bytes,
-            done.fetched_files,
-            done.evicted_bytes,
-            done.evicted_files,
-            done.hit_files,
-            leases.store.retries(),
-            done.failures,
+        now, retries = leases.ledger.holdings(), leases.store.retries()
+        return leases.counters.statistics(
+            now.budget_bytes, now.used_bytes, now.peak_bytes, retries=retries
         )
 
     def status(self) -> RootStatus:

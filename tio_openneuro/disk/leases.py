@@ -29,6 +29,7 @@ from tio_openneuro.ledger import (
     ContentState,
     Ledger,
     Transaction,
+    Want,
     free_bytes,
     prepare_ledger_folder,
 )
@@ -223,19 +224,23 @@ class Leases:
         position = self.look_ahead.take(unit, files)
         kept: set[ContentId] = set()
         ticket = 0
+        wants: list[Want] = []
 
         def ask(decide: Transaction, avoid: frozenset[ContentId]) -> Answer:
-            nonlocal ticket
+            nonlocal ticket, wants
             self._check_open(unit)
+            wants = wants or self.store.wants(files)
             answer = decide.request(
                 unit.name,
-                self.store.wants(files),
+                wants,
                 ticket=ticket,
                 avoid=avoid,
                 spare_bytes=self.store.spare_bytes(files.values()) if self._has_floor else None,
                 position=position,
             )
             ticket = answer.ticket
+            if not answer.victims:
+                wants = []  # after a wait the disk may be another
             return answer
 
         def stalled(answer: Answer) -> str:
@@ -260,7 +265,7 @@ class Leases:
                 self.ledger.withdraw(ticket)
                 self.changes.notify()
             raise
-        self.counters.hit(len(files) - len(answer.fetch))
+        self.counters.add(hit_files=len(files) - len(answer.fetch))
         if position is not None:
             self.changes.notify()  # one more may be fetched ahead
         return answer

@@ -129,7 +129,7 @@ def lease(leases: Leases, unit: ContentUnit, file: ContentFile) -> Iterator[Path
         position = leases.look_ahead.take(unit, leases.store.files_of(unit))
         if position is not None:
             leases.look_ahead.reach(position)
-        leases.counters.hit(1)
+        leases.counters.add(hit_files=1)
         yield file.repo.locate(file.key)
     finally:
         leases.end_lease(lease_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from dataclasses import dataclass, fields
 
 
@@ -64,43 +65,32 @@ class RootStatus:
 
 
 class DiskCounters:
-    """Counts of one process; safe to share by threads."""
+    """Counts of one process, by the names of :class:`DiskStatistics`; safe to share by threads."""
 
     def __init__(self) -> None:
         """Start from zero."""
         self._mutex = threading.Lock()
-        self.fetched_bytes = 0
-        self.fetched_files = 0
-        self.fetch_s = 0.0
-        self.evicted_bytes = 0
-        self.evicted_files = 0
-        self.hit_files = 0
-        self.failures = 0
+        self._counts: Counter[str] = Counter()
+        self._fetch_s = 0.0
 
-    def fetched(self, size_bytes: int, seconds: float) -> None:
-        """Count one file that arrived, and how long that took."""
+    def add(self, *, fetch_s: float = 0.0, **counts: int) -> None:
+        """Count what was done.
+
+        Args:
+            fetch_s: Seconds that a fetch took.
+            counts: How many more, by name.
+        """
         with self._mutex:
-            self.fetched_files += 1
-            self.fetched_bytes += size_bytes
-            self.fetch_s += seconds
+            self._fetch_s += fetch_s
+            self._counts.update(counts)
 
     def seconds_per_byte(self) -> float:
         """Return how long a fetch of this process took for each byte; 0 before the first."""
         with self._mutex:
-            return self.fetch_s / self.fetched_bytes if self.fetched_bytes else 0.0
+            return self._fetch_s / max(self._counts["fetched_bytes"], 1)
 
-    def evicted(self, size_bytes: int) -> None:
-        """Count one file that was dropped."""
+    def statistics(self, *of_the_root: int, retries: int) -> DiskStatistics:
+        """Return the counts, beside the root's budget, used and peak bytes."""
         with self._mutex:
-            self.evicted_files += 1
-            self.evicted_bytes += size_bytes
-
-    def hit(self, files: int) -> None:
-        """Count files that were there already."""
-        with self._mutex:
-            self.hit_files += files
-
-    def failed(self) -> None:
-        """Count one fetch that failed for good."""
-        with self._mutex:
-            self.failures += 1
+            counts = {field.name: self._counts[field.name] for field in fields(DiskStatistics)[3:]}
+        return DiskStatistics(*of_the_root, **{**counts, "retries": retries})

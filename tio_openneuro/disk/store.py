@@ -198,15 +198,19 @@ class Store:
             if path is None:
                 began_s = time.monotonic()
                 path = self._get(fetch)
-                self._counters.fetched(key.size_bytes or 0, time.monotonic() - began_s)
+                self._counters.add(
+                    fetched_files=1,
+                    fetched_bytes=key.size_bytes or 0,
+                    fetch_s=time.monotonic() - began_s,
+                )
             self._verify(fetch, path)
         except TioOpenNeuroError:
             if not fetch.cancel.is_set():
-                self._counters.failed()
+                self._counters.add(failures=1)
             self._ledger.failed(fetch.content, empty=self._discard(repo, key))
             raise
         except BaseException:
-            self._counters.failed()
+            self._counters.add(failures=1)
             self._ledger.failed(fetch.content, empty=False)
             raise
         self._ledger.arrived(fetch.content)
@@ -294,7 +298,7 @@ class Store:
             self._give_back(content, refused=False)
             return False
         size_bytes = self._ledger.dropped(content)
-        self._counters.evicted(size_bytes)
+        self._counters.add(evicted_files=1, evicted_bytes=size_bytes)
         self._log("Evicted", content, size_bytes, reason, gained=False)
         return True
 

@@ -39,8 +39,8 @@ _NO_CHECKOUT = (
 
 
 def hide_password(url: str) -> str:
-    """Return a URL for messages, without what may stand before ``@``."""
-    return re.sub(r"(?<=://)[^/@]+@", "", url)
+    """Return a URL, or words with one, without name and password before ``@``."""
+    return re.sub(r"(?<=://)[^/@]+@|\b[^\s/@:]+:[^\s/@]+@", "", url)
 
 
 def clone_into(url: str, target: Path, *, title: str) -> None:
