@@ -825,17 +825,27 @@ def _threads():
     return [t for t in threading.enumerate() if t.name.startswith("tio-openneuro-queue")]
 
 
+def _await_end(threads):
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_rebinding_the_name_ends_the_threads(make_queue):
     """Threads hold no reference to the queue: a notebook cell run again leaves no old ones."""
     assert make_queue
     queue = BudgetedQueue(make_dataset(), 10, 4, tio.UniformSampler(8), num_workers=3)
     next(iter(queue))
-    assert len(_threads()) == 3
+    old = _threads()
+    assert len(old) == 3
     queue = BudgetedQueue(make_dataset(), 10, 4, tio.UniformSampler(8), num_workers=2)
     gc.collect()
-    assert len(_threads()) == 2
+    _await_end(old)
+    old = _threads()
+    assert len(old) == 2
     del queue
     gc.collect()
+    _await_end(old)
     assert _threads() == []
 
 
