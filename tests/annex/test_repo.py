@@ -40,7 +40,7 @@ def git(folder: Path, *arguments: str, stdin: bytes = b"") -> str:
     return run(["git", *arguments], cwd=folder, stdin=stdin).decode().strip()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of clones that the tests copy: making each anew takes a second."""
     return tmp_path_factory.mktemp("templates")

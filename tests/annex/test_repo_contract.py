@@ -169,7 +169,7 @@ class AnnexSource(Source):
         return key
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the root of a clone that the tests copy: making each anew takes a second."""
     return tmp_path_factory.mktemp("template")

@@ -45,7 +45,7 @@ def note(figures: str) -> None:
     logging.getLogger(__name__).info("%s", figures)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def _training(_published: LoopbackOpenNeuro) -> None:
     _published.publish(ACCESSION, heads(SUBJECTS, shape=(48, 48, 48)))
     _published.publish(LARGE, heads(5, shape=(128, 128, 96)))

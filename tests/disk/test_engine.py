@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import FailingRepo, FakeRepo, content_of, decide, make_key, make_unit
@@ -13,7 +14,12 @@ from fakes import FailingRepo, FakeRepo, content_of, decide, make_key, make_unit
 from tio_openneuro.content import AnnexKey, ContentFile, ContentUnit
 from tio_openneuro.disk import leases
 from tio_openneuro.disk.engine import Engine
-from tio_openneuro.errors import DiskBudgetError, FetchError, RemoteUnavailableError
+from tio_openneuro.errors import (
+    ContentMismatchError,
+    DiskBudgetError,
+    FetchError,
+    RemoteUnavailableError,
+)
 
 Opening = Callable[..., Engine]
 
@@ -386,3 +392,52 @@ def test_repair_mends_what_a_crash_leaves(opening: Opening, repo: FakeRepo) -> N
     assert again.check(repair=True) == []
     assert again.statistics().used_bytes == 400 + 500 + 600
     assert repo.held_bytes() == 400 + 500 + len(b"half")
+
+
+class HangingRepo(FakeRepo):
+    """A clone where every fetch but of damaged content hangs until it is cancelled."""
+
+    def get(self, key: AnnexKey, **how: Any) -> Path:
+        """Hang, or fail as any other clone."""
+        if key.name in self.corrupt:
+            assert self.halfway.wait(20)
+            return super().get(key, **how)
+        self.halfway.set()
+        while not how["cancelled"]():
+            threading.Event().wait(0.01)
+        raise FetchError(key.name)
+
+
+def test_a_lease_that_fails_ends_what_it_still_fetches(opening: Opening, root: Path) -> None:
+    """One file is damaged, the other hangs: nothing is charged once the error is raised."""
+    repo = HangingRepo(root / "clones" / "hanging")
+    engine = opening(2000)
+    unit = make_unit(repo, "sub-1", 400, 800)
+    repo.corrupt.add(unit.files[1].key.name)
+    with pytest.raises(ContentMismatchError), engine.lease(unit, timeout_s=20):
+        pass
+    assert engine.statistics().used_bytes == 0
+
+
+class ShortRepo(FakeRepo):
+    """A clone that takes half of the content for the whole."""
+
+    def get(self, key: AnnexKey, **how: Any) -> Path:
+        """Fetch, and cut off."""
+        path = super().get(key, **how)
+        os.truncate(path, path.stat().st_size // 2)
+        return path
+
+
+def test_content_of_another_size_is_refused_and_dropped(opening: Opening, root: Path) -> None:
+    """The budget relies on sizes, so they are looked at whatever the clone says."""
+    repo = ShortRepo(root / "clones" / "short")
+    engine = opening(2000)
+    unit = make_unit(repo, "sub-1", 1000)
+    with (
+        pytest.raises(ContentMismatchError, match=r"500 bytes arrived and its key .* states 1000"),
+        engine.lease(unit, timeout_s=20),
+    ):
+        pass
+    assert engine.statistics().used_bytes == 0
+    assert not repo.object_path(unit.files[0].key).exists()

@@ -64,7 +64,7 @@ def content_of(path: str) -> bytes:
     return random.Random(path).randbytes(SIZE_BYTES)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def _faulty(_published: LoopbackOpenNeuro) -> None:
     _published.publish(ACCESSION, {path: content_of(path) for path in paths()})
 

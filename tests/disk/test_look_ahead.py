@@ -249,3 +249,19 @@ def test_a_download_that_cannot_be_cancelled_counts_until_it_ends(
         thread.join()
     assert other.statistics().used_bytes == 0
     assert len(list((root / "ledger" / "owners").iterdir())) == 1
+
+
+def test_a_lease_takes_the_thread_of_what_is_fetched_ahead(
+    opening: Opening, repo: FakeRepo
+) -> None:
+    """Where every thread fetches ahead, the last to begin ends, and its unit comes again later."""
+    engine = opening(4000, jobs=1)
+    ahead, wanted = make_unit(repo, "sub-1", 1000), make_unit(repo, "sub-2", 1000)
+    repo.gate = threading.Event()
+    engine.prefetch([ahead])
+    assert repo.halfway.wait(20)
+    repo.gate = None
+    held = threading.Event()
+    threading.Thread(target=lambda: (read(engine, wanted), held.set()), daemon=True).start()
+    assert held.wait(20)
+    wait_for(engine, ahead)

@@ -16,13 +16,19 @@ from jupyter_client.manager import start_new_kernel
 TIMEOUT_S = 120
 
 _MAKE = """
-import threading, psutil, torch, torchio as tio
+import threading, time, psutil, torch, torchio as tio
 import tio_openneuro as tno
 dataset = tno.DataladSubjectsDataset(
     "ds900001", {"t1": tno.Scalar("sub-*/anat/*_T1w.nii.gz")}, disk_budget="1 GB", jobs=2
 )
-def count_threads():
-    return sum(t.name.startswith("tio-openneuro-queue") for t in threading.enumerate())
+def count_threads(wanted=3):
+    # Those of a queue that nobody closed end soon, and not at once.
+    deadline_s = time.monotonic() + 20
+    while True:
+        count = sum(t.name.startswith("tio-openneuro-queue") for t in threading.enumerate())
+        if count == wanted or time.monotonic() > deadline_s:
+            return count
+        time.sleep(0.01)
 """
 _CELL = """
 queue = tno.BudgetedQueue(dataset, 8, 2, tio.UniformSampler(8), num_workers=3, seed=0)
@@ -97,7 +103,7 @@ def test_a_cell_that_is_run_twice_leaves_one_queue(openneuro):
         kernel.manager.interrupt_kernel()
         assert kernel.finish(number) == "KeyboardInterrupt"
         assert kernel.run(_WHOLE) == "12 3"
-        assert kernel.run("queue.close()\nprint(count_threads())") == "0"
+        assert kernel.run("queue.close()\nprint(count_threads(0))") == "0"
         assert kernel.run("dataset.close()\nprint(psutil.Process().children())") == "[]"
         children = kernel.process.children(recursive=True)
         assert children == []

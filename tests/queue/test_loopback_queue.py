@@ -20,7 +20,7 @@ IMAGES = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def _subjects(_published):
     _published.publish(ACCESSION, heads(SUBJECTS, shape=(40, 36, 32)))
 

@@ -1,7 +1,9 @@
 """Which subjects an epoch visits, and which it may."""
 
 import pytest
-from torch.utils.data import SubsetRandomSampler, WeightedRandomSampler
+import torch
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.queue.order import Planner
 
@@ -47,3 +49,21 @@ def test_weighted_draws_with_replacement_are_foreseen():
     assert (asked.plan(0), later) == (kept.plan(0), kept.plan(1))
     assert kept.plan(0).order != kept.plan(1).order
     assert sampler.generator is None
+
+
+def test_a_distributed_samplers_epoch_is_set_and_an_own_generators_passes_are_counted():
+    """Epochs are those of the sampler itself, whatever the order in which they are asked for."""
+    distributed = DistributedSampler(range(9), num_replicas=2, rank=1, seed=4)
+    planner = Planner([1] * 9, distributed, seed=0, shuffled=False)
+    for epoch in (2, 0, 1):
+        order = planner.plan(epoch).order
+        other = DistributedSampler(range(9), num_replicas=2, rank=1, seed=4)
+        other.set_epoch(epoch)
+        assert order == tuple(other)
+    assert distributed.epoch == 0
+    passes = RandomSampler(range(9), generator=torch.Generator().manual_seed(6))
+    expected = [tuple(passes) for _ in range(3)]
+    own = RandomSampler(range(9), generator=torch.Generator().manual_seed(6))
+    planner = Planner([1] * 9, own, seed=0, shuffled=False)
+    for epoch in (2, 0, 1, 2):
+        assert planner.plan(epoch).order == expected[epoch]

@@ -569,6 +569,20 @@ def test_the_growth_of_a_transformed_subject_is_learnt_for_those_to_come(make_qu
     assert after.work_bytes > before.work_bytes + 3 * 2 * 4 * (64**3 - _SIZE**3)
 
 
+def test_patches_that_a_transform_makes_larger_are_charged_as_they_came_out(make_queue):
+    """After one subject's patches were padded to 24 voxels, those of others are taken for alike."""
+    queue = make_queue(num_workers=0, patch_transform=tio.Pad(8))
+    before = queue._source.bounds(5).patch_bytes
+    patch = queue[0]
+    images = patch.get_images(intensity_only=False)
+    padded = sum(image.data.nbytes for image in images)
+    assert (before, patch.t1.spatial_shape) == (2 * 4 * 8**3, (24, 24, 24))
+    assert queue._source.bounds(5).patch_bytes == padded > 2 * before
+    statistics = queue.statistics()
+    held_bytes = statistics.buffer_patches * padded
+    assert statistics.ram_charged_bytes == BASE_BYTES + held_bytes > BASE_BYTES
+
+
 def test_a_large_subject_in_a_local_file_is_refused_at_construction(make_queue, tmp_path):
     """Its header tells; the file is not decoded: it has no voxels behind its header at all."""
     image = tio.ScalarImage(tensor=torch.zeros(1, 400, 400, 4))
@@ -621,6 +635,57 @@ def test_the_first_subject_runs_alone_only_until_its_header_tells(make_queue):
         assert len([queue[step] for step in range(16)]) == 16
     finally:
         MeetingDataset.met.abort()  # those of the next epoch may be waiting
+
+
+def test_the_first_subject_through_an_unknown_transform_runs_alone(make_queue):
+    """Its bound is a guess until it came out; two of those that follow are in work at once."""
+
+    class MeetingDataset(tio.SubjectsDataset):
+        barrier, met = threading.Barrier(2), []
+
+        def __getitem__(self, index):
+            if len(self.met) < 2:
+                try:
+                    self.barrier.wait(60 if self.met else 1)
+                    self.met.append(True)
+                except threading.BrokenBarrierError:
+                    self.barrier.reset()
+                    self.met.append(False)
+            return super().__getitem__(index)
+
+    dataset = MeetingDataset([make_subject(n) for n in range(6)], transform=tio.Pad(1))
+    queue = make_queue(dataset, max_length=100)
+    assert len(list(queue)) == 24
+    assert dataset.met[:2] == [False, True]
+
+
+def test_a_subject_that_was_given_back_finds_room_though_others_were_made_meanwhile(make_queue):
+    """They are dropped and made again: nothing is refused for the room that they take."""
+
+    class LateDataset(RemoteDataset):
+        def __getitem__(self, index):
+            deadline_s = time.monotonic() + 60
+            while index == 0 and set(self.loads) < {1, 2, 3, 4, 5, 6}:
+                assert time.monotonic() < deadline_s
+                threading.Event().wait(0.001)
+            return super().__getitem__(index)
+
+    # Five subjects of 64**3 wait with four patches of 1 MB each when the header of one of 120**3
+    # tells: it needs 33 MB, where 29 are left.
+    dataset = LateDataset([120, *[64] * 6])
+    queue = make_queue(
+        dataset,
+        max_length=28,
+        sampler=tio.UniformSampler(64),
+        ram_budget=BASE_BYTES + 50_000_000,
+        subject_sampler=[1, 0, 2, 3, 4, 5, 6],
+        shuffle_subjects=False,
+        shuffle_patches=False,
+    )
+    found = [queue[index]["name"] for index in range(28)]
+    assert found == [f"sub-{n:02d}" for n in (1, 0, 2, 3, 4, 5, 6) for _ in range(4)]
+    assert len(dataset.loads) > 7, "those that made way were made again"
+    assert queue.statistics().ram_peak_bytes <= BASE_BYTES + 50_000_000
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
@@ -760,17 +825,27 @@ def _threads():
     return [t for t in threading.enumerate() if t.name.startswith("tio-openneuro-queue")]
 
 
+def _await_end(threads):
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_rebinding_the_name_ends_the_threads(make_queue):
     """Threads hold no reference to the queue: a notebook cell run again leaves no old ones."""
     assert make_queue
     queue = BudgetedQueue(make_dataset(), 10, 4, tio.UniformSampler(8), num_workers=3)
     next(iter(queue))
-    assert len(_threads()) == 3
+    old = _threads()
+    assert len(old) == 3
     queue = BudgetedQueue(make_dataset(), 10, 4, tio.UniformSampler(8), num_workers=2)
     gc.collect()
-    assert len(_threads()) == 2
+    _await_end(old)
+    old = _threads()
+    assert len(old) == 2
     del queue
     gc.collect()
+    _await_end(old)
     assert _threads() == []
 
 

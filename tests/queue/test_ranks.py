@@ -154,7 +154,7 @@ def train(root, results, *options, units=2):
     return found, peak_bytes, budget_bytes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def _subjects(_published):
     _published.publish(ACCESSION, heads(SUBJECTS, shape=(48, 48, 48)))
 

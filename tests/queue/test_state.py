@@ -186,6 +186,33 @@ def test_after_a_resume_the_first_index_is_0_or_the_next_one(make_queue, num_wor
         assert epochs(third, 1) == expected[35:]
 
 
+def test_the_length_is_that_of_the_epoch_that_index_0_would_begin(make_queue):
+    """Where epochs differ, a loader reads that of the one that it begins, also in mid-pass."""
+    subjects = [_subject(number) for number in range(4)]
+    for number, subject in enumerate(subjects):
+        subject["num_samples"] = 2 + 3 * number
+
+    def make():
+        sampler = WeightedRandomSampler([1.0] * 4, 3)
+        return make_queue(
+            dataset=tio.SubjectsDataset(subjects), subject_sampler=sampler, shuffle_subjects=False
+        )
+
+    queue = make()
+    lengths = [len(list(queue)) for _ in range(4)]
+    assert len(set(lengths)) > 2
+    queue = make()
+    for epoch in range(3):
+        assert (len(queue), queue._next.epoch) == (lengths[epoch], epoch)
+        queue[0]
+        assert (len(queue), queue.left) == (lengths[epoch + 1], lengths[epoch] - 1)
+    other = make()
+    other.load_state_dict(queue.state_dict())
+    assert (len(other), other.left) == (lengths[2], lengths[2] - 1)
+    assert len(list(other)) == lengths[2] - 1
+    assert len(list(other)) == lengths[3]
+
+
 def test_what_was_made_after_a_load_is_not_made_twice(make_queue):
     """The subjects that a resumed epoch lacks are made once, ahead of the first index."""
 

@@ -511,7 +511,7 @@ def test_other_layouts_need_patterns() -> None:
 # -- real repositories -----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that clones a real repository's bundle, once."""
     folder = tmp_path_factory.mktemp("bundles")

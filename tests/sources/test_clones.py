@@ -34,7 +34,7 @@ def git(folder: Path, *arguments: str) -> str:
     return run(["git", *arguments], cwd=folder).decode().strip()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder for a clone that the tests copy: making each anew takes seconds."""
     return tmp_path_factory.mktemp("template")

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torchio as tio
 
@@ -39,8 +39,7 @@ def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset
     first = datasets[0]
     for other in datasets[1:]:
         _check_alike(first, other)
-    engines = [dataset._engine for dataset in datasets if dataset._engine is not None]  # noqa: SLF001
-    engine = engines[0] if engines else None
+    engine = next((one._engine for one in datasets if one._engine is not None), None)  # noqa: SLF001
     rows = [row for dataset in datasets for row in dataset._rows]  # noqa: SLF001
     missing = _missing_values(rows)
     result = first._with_rows([_adapted(row, engine, missing) for row in rows])  # noqa: SLF001
@@ -99,7 +98,6 @@ def _adapted(row: SubjectRow, engine: Engine | None, missing: dict[str, Any]) ->
             value = "" if value != value else f"{value:g}"  # noqa: PLR0124 - nan
         subject[name] = value
     subject.update_attributes()
-    for image in subject.get_images(intensity_only=False):
-        if isinstance(image, FetchedImage):
-            image.move_to(engine)
+    for image in cast("list[FetchedImage]", subject.get_images(intensity_only=False)):
+        image.move_to(engine)
     return replace(row, subject=subject)

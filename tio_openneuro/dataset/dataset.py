@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self, cast, overload
 
 import platformdirs
 import torch
@@ -244,11 +244,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         with lease as leased:
             files = {key: VolumeFile(path) for key, path in leased.items()}
             announce_files(files.values() or map(VolumeFile, filter(Path.exists, row.paths)))
-            for image in subject.get_images(intensity_only=False):
-                if isinstance(image, FetchedImage):
-                    image.load_leased(files)
-                else:
-                    image.load()
+            for image in cast("list[FetchedImage]", subject.get_images(intensity_only=False)):
+                image.load_leased(files)
 
     def _prepare(self, preprocess_id: str | None) -> None:
         """Give each unit the name of its prepared volume."""
@@ -346,9 +343,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         """
         if self._engine is not None:
             units = [self._rows[index].content for index in indices]
-            self._engine.prefetch(
-                units, again=[self._rows[index].content for index in likely_later]
-            )
+            later = [self._rows[index].content for index in likely_later]
+            self._engine.prefetch(units, again=later)
 
     def release_index(self, index: int, *, drop: bool) -> None:
         """Let a unit's content go: at once, or when its room is needed."""

@@ -160,8 +160,13 @@ class _Builder:
         )
 
     def _sources(self, row: SelectedUnit) -> dict[str, ImageFiles]:
+        catalog, engine = self._catalog, self._engine
+
+        def source(selector: Scalar | Label, files: tuple[TreeFile, ...]) -> ImageFiles:
+            return ImageFiles(files, catalog.folder, catalog.repo, engine, row.unit, selector)
+
         sources = {
-            name: self._files(row, selector, row.images[name])
+            name: source(selector, row.images[name])
             for name, selector in self._images.items()
             if row.images.get(name)
         }
@@ -170,14 +175,8 @@ class _Builder:
         for name, selector in self._images.items():
             zeros = isinstance(selector, Label) and selector.when_missing == "zeros"
             if name not in sources and zeros:
-                sources[name] = replace(self._files(row, selector, ()), grid_of=by_kind[0])
+                sources[name] = replace(source(selector, ()), grid_of=by_kind[0])
         return {name: sources[name] for name in self._images if name in sources}
-
-    def _files(
-        self, row: SelectedUnit, selector: Scalar | Label, files: tuple[TreeFile, ...]
-    ) -> ImageFiles:
-        catalog = self._catalog
-        return ImageFiles(files, catalog.folder, catalog.repo, self._engine, row.unit, selector)
 
     def _image(self, source: ImageFiles) -> tio.Image:
         fields: dict[str, Any] = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from tio_openneuro.annex import AnnexRepo
+from tio_openneuro.closing import Closing
 from tio_openneuro.content import AnnexKey, ContentRepo, ContentUnit
 from tio_openneuro.disk import many_units, prepared_volumes
 from tio_openneuro.disk.audit import audit
@@ -118,7 +118,7 @@ class Engine:
                 raise LedgerError(message)
             if self._leases is None or self._leases.pid != os.getpid():
                 self._leases = Leases(self._settings)
-                weakref.finalize(self, self._leases.close)
+                Closing(self, self._leases.close)
             return self._leases
 
     @property
@@ -214,7 +214,12 @@ class Engine:
             again: What is used after them in an order that is not known yet, the likeliest first;
                 it is not prefetched, and gives way in reverse.
         """
-        self._here().look_ahead.replace(units, again)
+        try:
+            self._here().look_ahead.replace(units, again)
+        except LedgerError:
+            # What is closed, or closes meanwhile, looks ahead to nothing anyway.
+            if units or not self._closed:
+                raise
 
     def release(self, unit: ContentUnit, *, drop: bool) -> None:
         """Note that a unit is not needed any more for now.

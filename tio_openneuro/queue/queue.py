@@ -7,7 +7,6 @@ and RAM are :mod:`~tio_openneuro.queue.filler`'s, the draw is :mod:`~tio_openneu
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
@@ -15,6 +14,7 @@ import torchio as tio
 from torch.utils.data import get_worker_info
 from torchio.constants import NUM_SAMPLES
 
+from tio_openneuro.closing import Closing
 from tio_openneuro.queue import checks
 from tio_openneuro.queue.draw import Pass, PassStart, choose_window
 from tio_openneuro.queue.filler import Filler
@@ -30,6 +30,7 @@ from tio_openneuro.queue.state import (
 from tio_openneuro.queue.threads import INTRA_OP_THREADS
 from tio_openneuro.ram import available_bytes, read_budget
 from tio_openneuro.torchio_seams import identify_parts, install_seed_guard, leave_unfilled
+from tio_openneuro.volumes import install_reading_gate
 
 
 class BudgetedQueue(tio.Queue):
@@ -38,6 +39,11 @@ class BudgetedQueue(tio.Queue):
     A drop-in for :class:`torchio.Queue`. With ``seed``, the sequence of patches is the same for
     any number of workers, timing or restarts. Use it as the dataset of a loader that has
     ``num_workers=0``, or iterate over it: one epoch each time.
+
+    Index 0 begins a pass over one epoch; ``len`` is that of the epoch that index 0 would begin,
+    :attr:`left` what remains of the present one. After a state was loaded the first index may be 0
+    or the next one, and the pass ends with its epoch, short of ``len``. A loader with
+    ``drop_last=True`` gets a short batch then: take ``left // batch_size`` of it.
 
     Example:
         >>> import torch, torchio as tio, tio_openneuro as tno
@@ -126,6 +132,7 @@ class BudgetedQueue(tio.Queue):
         self._parts: dict[str, str] = {}
         self._delivered = 0
         install_seed_guard()
+        install_reading_gate()
         self._build(PassStart())
         self._has_ranks = checks.has_ranks(subject_sampler, self._planner)
         self._source.require_room(min(self.max_length, self._planner.largest_total))
@@ -157,7 +164,7 @@ class BudgetedQueue(tio.Queue):
         self._rewound: PassStart | None = None
         self._next = start
         # The threads hold the filler and never the queue: rebinding the name ends them.
-        self._finalizer = weakref.finalize(self, self._filler.close)
+        self._closing = Closing(self, self._filler.close)
 
     # --- patches ---
 
@@ -262,6 +269,8 @@ class BudgetedQueue(tio.Queue):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where a queue was: the next pass gives what was left of its epoch.
 
+        Its first index may be 0 or the one that came next then, as the loader counts.
+
         Args:
             state_dict: What :meth:`state_dict` returned, in this process or another.
 
@@ -274,7 +283,7 @@ class BudgetedQueue(tio.Queue):
         if self._chooses_length:
             parts["max_length"] = str(state.window)
         compare_parts(state.parts, parts)
-        self._finalizer()
+        self._closing()
         self.seed = state.seed
         self.max_length = state.window
         self.skipped = list(state.skipped)
@@ -288,7 +297,7 @@ class BudgetedQueue(tio.Queue):
 
     def close(self) -> None:
         """End the background threads; the queue gives no more patches. Idempotent."""
-        self._finalizer()
+        self._closing()
 
     def __enter__(self) -> Self:
         """Return the queue itself."""

@@ -22,13 +22,7 @@ from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.prepared import DamagedVolumeError
 from tio_openneuro.queue.draw import Turn, derive_seed
 from tio_openneuro.queue.order import Planner
-from tio_openneuro.ram import (
-    BASE_BYTES,
-    FLOAT_BYTES,
-    THREAD_BYTES,
-    bound_subject,
-    refuse_subject,
-)
+from tio_openneuro.ram import BASE_BYTES, FLOAT_BYTES, THREAD_BYTES, bound_subject, refuse_subject
 from tio_openneuro.torchio_seams import (
     CancelledWorkError,
     KeptMaps,
@@ -169,8 +163,7 @@ class SubjectSource:
         self._patch_cost = measure_cost(patch_transform)
         self.costs_known = self._cost.known and self._patch_cost.known
         self._boxes_alone = transform is None and not map_bytes(sampler)
-        keeps_maps = has_map(sampler) and transform is None
-        keeps_maps = keeps_maps and preprocess is not None
+        keeps_maps = has_map(sampler) and transform is None and preprocess is not None
         self._maps = KeptMaps(ram_budget_bytes // _MAPS_SHARE if keeps_maps else 0)
         self.base_bytes = BASE_BYTES + self._maps.most_bytes
         self._sizes: dict[int, SubjectSize] = {}
@@ -223,8 +216,7 @@ class SubjectSource:
             size = max(self._sizes.values(), key=lambda s: s.stored_bytes, default=guess)
         work_bytes = self._bound_prepared(index, size) if prepared else self._bound(size)
         patch_bytes = self._largest_patch_bytes or self.patch_bytes(size.channels)
-        guessed = not known and not self.knows_sizes
-        return RamBounds(work_bytes, patch_bytes, known, guessed)
+        return RamBounds(work_bytes, patch_bytes, known, guessed=not known and not self._sizes)
 
     def require_room(self, waiting_patches: int) -> None:
         """Refuse a budget that cannot hold the largest subject whose size is known now.

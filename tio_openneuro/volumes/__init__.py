@@ -1,6 +1,7 @@
 """Headers and voxels of NIfTI and MGH files.
 
-Owns the fast reader and the sizes that headers state. Promises to refuse what is damaged instead
+Owns the fast reader, the sizes that headers state, and the gate that keeps forks apart from ITK's
+reading of files. Promises to refuse what is damaged instead
 of inventing voxels. Never reads more than it must to know a size.
 """
 
@@ -14,12 +15,14 @@ from tio_openneuro.volumes.headers import (
     sum_sizes,
 )
 from tio_openneuro.volumes.reader import read_nifti
+from tio_openneuro.volumes.reading_gate import install_reading_gate
 
 __all__ = [
     "ImageSize",
     "SubjectSize",
     "VolumeFile",
     "announce_files",
+    "install_reading_gate",
     "listening",
     "read_nifti",
     "refuse_bomb",
