@@ -70,7 +70,7 @@ class FakeRepo:
         self._path = path
         self.chunk_pause_s = chunk_pause_s
         self.remotes = ("fake",)
-        self.retries = 0
+        self.counts: Counter[str] = Counter()
         self._flying: dict[tuple[int, str], object] = {}
         self.undroppable: set[str] = set()
         self.lost: dict[AnnexKey, str] = {}
@@ -135,7 +135,7 @@ class FakeRepo:
                 return present
             while self.hiccups:
                 self.hiccups -= 1
-                self.retries += 1
+                self.counts["retries"] += 1
             self.before(key)
             content = content_of(key)
             partial = self.partial_path(key)

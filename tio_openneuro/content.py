@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -18,7 +18,7 @@ _KEY = re.compile(
     r"(?P<backend>[A-Z0-9_]+)(?:-s(?P<size>\d+))?(?:-m\d+)?(?:-S\d+-C\d+)?--(?P<name>[^/\x00\n]+)"
 )
 _CHECKED = re.compile(
-    r"(?P<hash>MD5|SHA1|SHA224|SHA256|SHA384|SHA512)E?-s\d+(-m\d+)?--(?P<digest>[0-9a-f]+)(\..*)?"
+    r"(?P<hash>MD5|SHA1|SHA224|SHA256|SHA384|SHA512)E?-s\d+(-m\d+)?--(?P<digest>[0-9a-f]+)(\..{1,40})?"
 )
 _MIXED_CHARACTERS = "0123456789zqjxkmvwgpfZQJXKMVWGPF"
 
@@ -137,8 +137,8 @@ class ContentRepo(Protocol):
         """Names of the remotes that are trusted to keep content."""
 
     @property
-    def retries(self) -> int:
-        """How often a transfer was tried again; never falls in one process."""
+    def counts(self) -> Mapping[str, int]:
+        """``retries`` of transfers, and ``http_files``; none ever falls in one process."""
 
     def locate(self, key: AnnexKey) -> Path | None:
         """Return the file that holds the whole content, or None where it is absent."""

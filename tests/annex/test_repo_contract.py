@@ -320,14 +320,14 @@ class TestFetch:
 
     def test_retries_are_counted_and_never_forgotten(self, source: Source) -> None:
         """Each try after the first counts, in this process alone, also once it was closed."""
-        assert source.repo.retries == 0
+        assert source.repo.counts["retries"] == 0
         source.stumble(2)
         source.repo.get(source.keys[0])
-        assert source.repo.retries == 2
+        assert source.repo.counts["retries"] == 2
         source.recover()
         source.repo.get(source.keys[1])
         source.repo.close()
-        assert source.repo.retries == 2
+        assert source.repo.counts["retries"] == 2
 
 
 class TestDrop:
@@ -386,7 +386,7 @@ class TestClone:
         key, other = source.keys[:2]
         source.repo.get(key)
         copy: ContentRepo = pickle.loads(pickle.dumps(source.repo))
-        assert (copy.path, copy.remotes, copy.retries) == (source.repo.path, source.repo.remotes, 0)
+        assert (copy.path, copy.remotes, copy.counts) == (source.repo.path, source.repo.remotes, {})
         with closing(copy):
             assert copy.locate(key) == source.repo.locate(key)
             assert source.is_right(other, copy.get(other).read_bytes())

@@ -16,7 +16,7 @@ import posixpath
 import re
 import sys
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -36,15 +36,15 @@ _FEW_KEYS = 50
 _FEW_LOOKUPS = 10
 _EXPORT_WORDS = 3
 # What changes where git-annex puts content, in which mode, how it gets or removes it, or whether
-# it does. Of a remote: the same, for that one.
+# it does; of the remote, too.
 _SETTINGS = re.compile(
     r"annex\.(tune\..*|(freezecontent|thawcontent|secure-erase|http-headers)-command|http-headers"
-    r"|crippledfilesystem|securehashesonly|web-options|bwlimit.*|pidlock|direct"
+    r"|crippledfilesystem|securehashesonly|web-options|bwlimit.*|pidlock|direct|trashbin"
     r"|security\.allowed-url-schemes)|core\.sharedrepository"
+    r"|REMOTE\.annex-(ignore.*|bwlimit.*|(start|stop)-command|web-options|trashbin)"
 )
-_REMOTE_SETTINGS = re.compile(r"annex-(ignore.*|bwlimit.*|(start|stop)-command|web-options)")
 _OFF = frozenset({"", "false", "no", "off", "0", "umask"})
-_VERSION_ID = re.compile(r"[\w.-]+")
+_VERSION_ID = re.compile(r"[\w.-]+", re.ASCII)
 _VERSIONS = frozenset({"8", "9", "10"})
 _AMAZON = re.compile(r"([a-z0-9.-]+\.)?s3([.-][a-z0-9-]+)*\.amazonaws\.com")
 
@@ -150,9 +150,8 @@ def version_logs(clone: Path, ref: str, keys: Collection[AnnexKey] | None) -> di
     else:
         # git finds one path after another in 0.6 ms each; the whole branch takes it 20 ms.
         listed = {path: blob for _, blob, path in list_files(clone, ref) if path.endswith(_RMET)}
-        if keys is not None:
-            listed = {path: listed[path] for path in map(_log_path, keys) if path in listed}
-        blobs = {posixpath.basename(path)[: -len(_RMET)]: blob for path, blob in listed.items()}
+        wanted = listed if keys is None else listed.keys() & map(_log_path, keys)
+        blobs = {posixpath.basename(path).removesuffix(_RMET): listed[path] for path in wanted}
     logs = read_blobs_if_present(clone, list(blobs.values()))
     return {name: log for name, log in zip(blobs, logs, strict=True) if log is not None}
 
@@ -217,54 +216,54 @@ def git_config(clone: Path, pattern: str, *scope: str) -> dict[str, str]:
         pattern: A regular expression, as git reads it.
         scope: ``"--local"`` for those of the clone itself; default: the user's and system's too.
     """
-    command = ["git", "config", *scope, "-z", "--get-regexp", pattern]
+    listed = _found(clone, "config", *scope, "-z", "--get-regexp", pattern)
+    entries = (entry.partition("\n") for entry in listed.decode(errors="replace").split("\0"))
+    return {name: value if equals else "true" for name, equals, value in entries if name}
+
+
+def _found(clone: Path, *arguments: str) -> bytes:
+    """Return what git finds; nothing where it says that nothing matches."""
     try:
-        listed = run(command, cwd=clone).decode(errors="replace")
+        return run(["git", *arguments], cwd=clone)
     except CommandError as error:
-        if error.returncode == 1:  # git's way to say that nothing matches
-            return {}
+        if error.returncode == 1:
+            return b""
         raise
-    entries = (entry.partition("\n") for entry in listed.split("\0") if entry)
-    return {name: value if equals else "true" for name, equals, value in entries}
 
 
-def _why_git_annex(clone: Path, config: Mapping[str, str], remote: str) -> str:
-    """Return why content is git-annex's to put into a clone; empty where it may just be put there.
+def _why_git_annex(clone: Path, config: Mapping[str, str], remote: str, url: str) -> Iterator[str]:
+    """Yield why content is git-annex's to put into a clone; nothing where it may just be put there.
 
     Args:
         clone: The clone's folder.
         config: Its settings, of :func:`git_config`.
         remote: Name of the remote that it comes from.
+        url: The remote's public URL.
     """
-    for name, value in config.items():
-        mine = name.removeprefix(f"remote.{remote}.")
-        known = _REMOTE_SETTINGS if mine != name else _SETTINGS
-        if known.fullmatch(mine) and value not in _OFF:
-            return f"{name} is set"
-    folder = git_folder(clone)
+    if sys.platform == "win32" or os.environ.get("TIO_OPENNEURO_FETCH") == "git-annex":
+        yield "it is asked for"
+    folder = git_folder(clone) or clone.parent
     if folder not in {clone, clone / ".git"}:
-        return "it is a linked work tree, or a submodule"
+        yield "it is a linked work tree, or a submodule"
+    verified = folder / "annex" / "verified-remote.log"
+    if not url or (verified.exists() and f" publicurl={url} " not in verified.read_text()):
+        yield "the remote has no public URL, or none that was verified"
+    for name, value in config.items():
+        known = _SETTINGS.fullmatch(name.replace(f"remote.{remote}.", "REMOTE.", 1))
+        if known and value not in _OFF:
+            yield f"{name} is set"
+    if config.get("annex.version") not in _VERSIONS:
+        yield "its annex is of another version"
     if (folder / "HEAD").read_text().startswith("ref: refs/heads/adjusted/"):
-        return "it is on an adjusted branch"
-    logs = [
-        f"{ref}:{log}" for ref in branch_refs(clone) for log in ("difference.log", "config.log")
-    ]
-    places, settings = tuple(read_blobs_if_present(clone, logs)), b"annex.securehashesonly"
-    if any(places[::2]) or any(log and settings in log for log in places[1::2]):
-        return "its git-annex branch sets where or what content may be"
-    if (folder / "index").exists() and _has_unlocked_files(clone):
-        return "it has unlocked files"
-    return "" if config.get("annex.version") in _VERSIONS else "its annex is of another version"
-
-
-def _has_unlocked_files(clone: Path) -> bool:
-    try:
-        run(["git", "grep", "--cached", "-q", "-E", "^/annex/objects/"], cwd=clone)
-    except CommandError as error:
-        if error.returncode == 1:  # nothing matches
-            return False
-        raise
-    return True
+        yield "it is on an adjusted branch"
+    refs = branch_refs(clone)
+    logs = read_blobs_if_present(clone, [f"{ref}:difference.log" for ref in refs])
+    settings = read_blobs_if_present(clone, [f"{ref}:config.log" for ref in refs])
+    if any(logs) or any(b"annex.securehashesonly" in log for log in settings if log):
+        yield "its git-annex branch sets where or what content may be"
+    indexed = (folder / "index").exists()
+    if indexed and _found(clone, "grep", "--cached", "-l", "-E", "^/annex/objects/"):
+        yield "it has unlocked files"
 
 
 class PublicUrls:
@@ -281,11 +280,9 @@ class PublicUrls:
         """Read nothing yet."""
         self.config: Mapping[str, str] = {}
         self._clone = clone
-        self._folder = git_folder(clone) or clone
         self._lock = threading.Lock()
         self._bases: dict[str, tuple[str, str]] = {}
         self._logs: dict[str, bytes] = {}
-        self._all_logs = False
 
     def of(self, key: AnnexKey, remote: str) -> list[str]:
         """Return the URLs of a key's versions, the newest first; none where git-annex is to fetch.
@@ -296,10 +293,7 @@ class PublicUrls:
         """
         with self._lock:
             if remote not in self._bases:
-                uuid, base, why = self._find(remote)
-                how = f"through git-annex: {why}" if why else f"over HTTP, from {base}"
-                _LOG.info("Content of %s comes from %s %s", self._clone, remote, how)
-                self._bases[remote] = uuid, base
+                self._bases[remote] = self._find(remote)
             uuid, base = self._bases[remote]
             checked = base and key.checksum is not None
             versions = recorded_versions(self._log(key), [uuid]) if checked else []
@@ -310,27 +304,21 @@ class PublicUrls:
             if path and not path.startswith("/") and _VERSION_ID.fullmatch(version)
         ]
 
-    def _find(self, remote: str) -> tuple[str, str, str]:
-        """Return a remote's id and public URL, and why it is git-annex's to fetch from."""
-        if sys.platform == "win32" or os.environ.get("TIO_OPENNEURO_FETCH") == "git-annex":
-            return "", "", "it is asked for"
+    def _find(self, remote: str) -> tuple[str, str]:
+        """Return a remote's id, and its public URL if content may be fetched from there."""
         self.config = git_config(self._clone, ".")
         uuid = self.config.get(f"remote.{remote}.annex-uuid", "")
         known = (special_remotes(self._clone, ref) for ref in branch_refs(self._clone)[:1])
         url = next((each.public_url for each in chain(*known) if each.uuid == uuid), "")
-        verified = self._folder / "annex" / "verified-remote.log"
-        if verified.exists() and f" publicurl={url} " not in verified.read_text():
-            url = ""
-        if not url:
-            return "", "", "it has no public URL, or none that was verified"
-        why = _why_git_annex(self._clone, self.config, remote)
-        return uuid, "" if why else url.rstrip("/"), why
+        why = next(_why_git_annex(self._clone, self.config, remote, url), "")
+        how = f"through git-annex: {why}" if why else f"over HTTP, from {url}"
+        _LOG.info("Content of %s comes from %s %s", self._clone, remote, how)
+        return uuid, "" if why else url.rstrip("/")
 
     def _log(self, key: AnnexKey) -> bytes:
         """Return what is recorded of a key, looked up alone at first, then together with all."""
-        if key.name not in self._logs and not self._all_logs:
-            self._all_logs = len(self._logs) >= _FEW_LOOKUPS
-            keys = None if self._all_logs else [key]
+        if key.name not in self._logs:
+            keys = [key] if len(self._logs) < _FEW_LOOKUPS else None
             for ref in branch_refs(self._clone)[:1]:
                 self._logs.update(version_logs(self._clone, ref, keys))
         return self._logs.setdefault(key.name, b"")
@@ -346,6 +334,11 @@ def _log_path(key: AnnexKey) -> str:
     """Return where the branch has a key's remote metadata, ``"f9f/b63/KEY.log.rmet"``."""
     folders = key.object_paths()[1].removeprefix("annex/objects/")[:8]
     return f"{folders}{key.name}{_RMET}"
+
+
+def journal_name(key: AnnexKey) -> str:
+    """Return the name under which git-annex's journal has where a key's content is."""
+    return _log_path(key).removesuffix(".rmet").replace("_", "__").replace("/", "_")
 
 
 def _lines(log: bytes | None) -> list[list[str]]:

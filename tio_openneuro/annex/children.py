@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +18,11 @@ from tio_openneuro.annex.messages import Failure, complaints, parse_answer
 from tio_openneuro.annex.processes import GATE, CommandError, Coprocess
 from tio_openneuro.annex.transfer import (
     OWN_PREFIX,
-    FailedTransfer,
     NotOverHttpError,
     Transfer,
+    TransferError,
     TransferRequest,
+    Watch,
 )
 from tio_openneuro.content import AnnexKey
 
@@ -32,21 +32,22 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _DROP_TIMEOUT_S = 60.0
-_LONGEST_NAME_BYTES = 255
 
 
 class AnnexChildren:
     """Downloads and coprocesses of one process. For its threads, not for a forked process."""
 
-    def __init__(self, clone: Path, remotes: Sequence[str]) -> None:
+    def __init__(self, clone: Path, remotes: Sequence[str], count: Callable[[str], None]) -> None:
         """Start nothing yet.
 
         Args:
             clone: The clone's folder.
             remotes: Remotes that drops trust.
+            count: Told that one more ``"http_files"`` came.
         """
         self._clone = clone
         self._remotes = tuple(remotes)
+        self._count = count
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, tuple[int, ...]], list[Transfer]] = {}
         self._transfers: set[Transfer] = set()
@@ -58,24 +59,28 @@ class AnnexChildren:
         self._failed = False
         self.closing = threading.Event()
 
-    def get(self, request: TransferRequest) -> FailedTransfer | None:
+    def get(self, request: TransferRequest) -> TransferError | None:
         """Fetch a key once, over HTTP where that can be; None where it is there."""
         partial = self._tmp / f"{OWN_PREFIX}{request.key.name}"
-        short = len(os.fsencode(partial.name)) <= _LONGEST_NAME_BYTES
-        urls = self._public.of(request.key, request.remote) if short else []
+        urls = self._public.of(request.key, request.remote)
         # What git-annex began, for us or for the user, it also ends.
         if urls and not self._failed and not (self._tmp / request.key.name).exists():
+            watch = Watch(self._clone, request)
             try:
-                return self._over_http().get(request, urls, partial)
+                failed = self._over_http().get(request.key, urls, partial, watch)
             except NotOverHttpError as error:
                 _LOG.warning("Nothing more comes into %s over HTTP: %s", self._clone, error)
                 self._failed = True
+            else:
+                if failed is None:
+                    self._count("http_files")
+                return failed
         with contextlib.suppress(OSError):
             partial.unlink()
         failed = self._through_git_annex(request)
         if urls and failed is not None and failed.why is Failure.NOT_RECORDED:
             # It is recorded: it was there just now, and somebody dropped it since.
-            return FailedTransfer(Failure.BUSY)
+            return TransferError(Failure.BUSY)
         return failed
 
     def _over_http(self) -> Downloads:
@@ -87,7 +92,7 @@ class AnnexChildren:
                 self._downloads = Downloads(self._tmp.parent.parent, self._public.config)
             return self._downloads
 
-    def _through_git_annex(self, request: TransferRequest) -> FailedTransfer | None:
+    def _through_git_annex(self, request: TransferRequest) -> TransferError | None:
         """Ask a coprocess once for a key; see :meth:`Transfer.get`."""
         with self._lock:
             idle = self._idle.setdefault((request.remote, request.keep_fds), [])

@@ -2,28 +2,30 @@
 
 Owns connections and unfinished downloads, which lie under names of our own, locked by who writes
 them. Promises that nothing is put in place before size and checksum are the key's, that no byte
-beyond the key's size is written, and that each wait ends as its :class:`Watch` says: sockets wait
-in steps, between which it is asked. Reads and sends no credentials. Never retries, but goes on
-where an earlier download stopped. Imports urllib3: imported itself when something is fetched.
+beyond the key's size is written, and that each wait but the resolver's ends as its
+:class:`~tio_openneuro.annex.transfer.Watch` says: sockets wait in steps, between which it is asked.
+Reads and sends no credentials. Never retries, but goes on where an earlier download stopped.
+Imports urllib3: imported itself when something is fetched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
+import http.client
 import ipaddress
 import os
 import socket
 import ssl
-import stat
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -32,15 +34,9 @@ import urllib3
 from urllib3.exceptions import HTTPError, NewConnectionError, ProxyError, SSLError
 from urllib3.util.wait import wait_for_write
 
-from tio_openneuro.annex.branch import is_amazon
+from tio_openneuro.annex.branch import is_amazon, journal_name
 from tio_openneuro.annex.messages import Failure
-from tio_openneuro.annex.transfer import (
-    POLL_S,
-    FailedTransfer,
-    NotOverHttpError,
-    TransferRequest,
-    Watch,
-)
+from tio_openneuro.annex.transfer import POLL_S, NotOverHttpError, TransferError, Watch
 from tio_openneuro.content import AnnexKey
 
 if sys.platform != "win32":
@@ -50,17 +46,13 @@ _BLOCK_BYTES = 1 << 16
 _CONNECT_S = 5.0
 _MOST_REDIRECTS = 4
 _PLACING_TRIES = 5
+_WRITE_BITS = 0o222
+_DOWNLOAD = "the download"
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "tio-openneuro"}
+_HOW: dict[str, Any] = {"redirect": False, "retries": False, "timeout": POLL_S}
+_HOW |= {"preload_content": False, "decode_content": False}
 # What another version of the same content may do better.
 _NEXT = frozenset({Failure.NOT_FOUND, Failure.FORBIDDEN, Failure.CORRUPT})
-
-
-class _FailedError(Exception):
-    """Ends a download; from inside a socket, too."""
-
-    def __init__(self, why: Failure, said: str = "") -> None:
-        super().__init__(said)
-        self.failed = FailedTransfer(why, said, "the download")
 
 
 class Downloads:
@@ -75,58 +67,48 @@ class Downloads:
         """
         self._folder = folder
         self._config = config
-        # Each is used by one download at a time: a process that is forked meanwhile finds those
-        # that are idle with no lock of urllib3's held.
-        self._idle: list[_Connections] = []
-        self._brought: set[str] = set()
+        # Each thread has its own connections: no lock of urllib3's is ever waited for.
+        self._own = threading.local()
+        self._brought: dict[str, list[float]] = {}
 
     def get(
-        self, request: TransferRequest, urls: Sequence[str], partial_path: Path
-    ) -> FailedTransfer | None:
+        self, key: AnnexKey, urls: Sequence[str], partial_path: Path, watch: Watch
+    ) -> TransferError | None:
         """Download a key from the first URL that gives it; None where it is in place.
 
         Args:
-            request: What to fetch.
+            key: What to fetch.
             urls: Where recorded versions of it are.
             partial_path: Where to keep what has arrived.
+            watch: Asked whether to go on.
 
         Raises:
             NotOverHttpError: TLS or the proxy failed, or the address is not allowed.
         """
         allowed = self._config.get("annex.security.allowed-ip-addresses", "")
-        _STEPS.set(_Steps(Watch(self._folder, request), allowed.split()))
+        before = _STEPS.set(_Steps(watch, allowed.split()))
+        failed: TransferError | None = None
         try:
-            connections = self._idle.pop()
-        except IndexError:
-            connections = _Connections(self)
-        failed: FailedTransfer | None = None
-        for url in urls:
-            try:
-                with contextlib.closing(_Partial(partial_path, request.key)) as partial:
-                    connections.fill(partial, url)
-                    self._place(partial)
-                failed = None
-                break
-            except _FailedError as error:
-                failed = error.failed
-            except OSError as error:
-                failed = FailedTransfer(Failure.of(str(error), Failure.UNKNOWN), str(error), "it")
-            if failed.why not in _NEXT:
-                break
-        self._idle.append(connections)
+            for url in urls:
+                failed = self._get(key, url, partial_path)
+                if failed is None or failed.why not in _NEXT:
+                    break
+        finally:
+            _STEPS.reset(before)
         return failed
 
     def drop(self, key: AnnexKey) -> bool:
         """Remove what came by :meth:`get` into a clone of ours; return whether it is gone.
 
-        As git-annex would: not what somebody keeps locked. It has no record of it that would
-        then be wrong.
+        As git-annex would: not what somebody keeps locked. What git-annex has recorded since is
+        its own to drop, or its records would be wrong.
         """
-        if key.name not in self._brought or "tio-openneuro.url" not in self._config:
-            return False
         path = self._path_of(key)
         lock_path = path.with_name(f"{path.name}.lck")
         with contextlib.suppress(OSError):
+            ours = "tio-openneuro.url" in self._config
+            if not ours or self._brought.get(key.name) != self._records(key):
+                return False
             path.parent.chmod(0o755)
             with lock_path.open("wb") as file:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,7 +119,7 @@ class Downloads:
         return not path.exists()
 
     @functools.cached_property
-    def tls(self) -> ssl.SSLContext:
+    def _tls(self) -> ssl.SSLContext:
         """What is trusted: what git is told to trust, else certifi's authorities."""
         given = os.environ.get("GIT_SSL_CAINFO") or self._config.get("http.sslcainfo")
         file = given or os.environ.get("SSL_CERT_FILE") or certifi.where()
@@ -148,26 +130,98 @@ class Downloads:
         context.sslsocket_class = _TlsSocket
         return context
 
+    def _get(self, key: AnnexKey, url: str, partial_path: Path) -> TransferError | None:
+        """Download a key from one URL, after what has arrived of it."""
+        try:
+            with contextlib.closing(_Partial(partial_path, key)) as partial:
+                if partial.size_bytes < partial.stated_bytes:
+                    self._receive(partial, url)
+                partial.check()
+                self._place(partial)
+        except TransferError as error:
+            return error
+        except HTTPError as error:
+            broken = isinstance(error.args[0], ssl.SSLEOFError | ssl.SSLZeroReturnError)
+            if isinstance(error, SSLError | ProxyError) and not broken:
+                raise NotOverHttpError(str(error)) from error
+            return TransferError(Failure.CONNECTION, str(error), _DOWNLOAD)
+        except OSError as error:
+            return TransferError(Failure.of(str(error), Failure.UNKNOWN), str(error), _DOWNLOAD)
+        return None
+
+    def _receive(self, partial: _Partial, url: str) -> None:
+        begins = f"bytes {partial.size_bytes}-"
+        with contextlib.closing(self._ask(url, partial.size_bytes)) as response:
+            if response.status == http.client.OK:
+                partial.restart()
+            elif response.status != http.client.PARTIAL_CONTENT:
+                # Not the server's own words, which may be anything.
+                said = f"{response.status} {http.client.responses.get(response.status, '')}"
+                raise TransferError(Failure.of(said, Failure.UNKNOWN), said, _DOWNLOAD)
+            elif not response.headers.get("Content-Range", "").startswith(begins):
+                raise TransferError(Failure.BAD_RANGE)
+            while block := response.read(_BLOCK_BYTES):
+                partial.add(block)
+
+    def _ask(self, url: str, start: int) -> urllib3.BaseHTTPResponse:
+        """Return the answer to a request, after redirects to OpenNeuro's own hosts."""
+        headers = {**_HEADERS, **({"Range": f"bytes={start}-"} if start else {})}
+        with contextlib.suppress(ValueError):  # of an URL that is none
+            for _ in range(_MOST_REDIRECTS):
+                response = self._manager(url).urlopen("GET", url, headers=headers, **_HOW)
+                location = response.get_redirect_location()
+                if not location:
+                    return response
+                response.close()
+                before, url = urlsplit(url), urljoin(url, location)
+                after = urlsplit(url)
+                known = after.netloc == before.netloc or is_amazon(after.netloc)
+                if not known or after.scheme not in {before.scheme, "https"}:
+                    break
+        raise TransferError(Failure.REDIRECTED, f"go to {url!r}", _DOWNLOAD)
+
+    def _manager(self, url: str) -> urllib3.PoolManager:
+        """Return what connects to a URL, through the proxy that the environment names for it."""
+        parts = urlsplit(url)
+        proxy = "" if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, "")
+        proxy = f"http://{proxy}" if proxy and "://" not in proxy else proxy
+        if proxy and ("@" in proxy or not proxy.startswith("http://")):
+            raise NotOverHttpError("the proxy wants TLS, a password or SOCKS")
+        managers: dict[str, urllib3.PoolManager] = vars(self._own)
+        slot = f"{parts.scheme} {proxy}"
+        if slot not in managers:
+            more: dict[str, Any] = {"ssl_context": self._tls} if parts.scheme == "https" else {}
+            make = (
+                functools.partial(urllib3.proxy_from_url, proxy) if proxy else urllib3.PoolManager
+            )
+            managers[slot] = make(num_pools=2, maxsize=1, **more)
+        pool: Any = managers[slot].connection_from_url(url)
+        pool.ConnectionCls = _HttpsConnection if pool.scheme == "https" else _HttpConnection
+        return managers[slot]
+
     def _path_of(self, key: AnnexKey) -> Path:
         return self._folder / key.object_paths()[self._config.get("core.bare") == "true"]
+
+    def _records(self, key: AnnexKey) -> list[float]:
+        """Return when git-annex last recorded anything, and where this content is."""
+        logs = ("refs/heads/git-annex", f"annex/journal/{journal_name(key)}")
+        return [path.stat().st_mtime for log in logs if (path := self._folder / log).exists()]
 
     def _place(self, partial: _Partial) -> None:
         """Move whole content to where git-annex has it, unless it is there by now."""
         path = self._path_of(partial.key)
-        self._brought.add(partial.key.name)
-        partial.path.chmod(stat.S_IMODE(partial.path.stat().st_mode) & 0o555)
+        partial.path.chmod(partial.path.stat().st_mode & 0o777 & ~_WRITE_BITS)
         for left in reversed(range(_PLACING_TRIES)):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.exists():
                     partial.path.unlink()
-                    if path.stat().st_size != partial.stated_bytes:
-                        said = "an object of another size lies there: run 'git annex fsck'"
-                        raise _FailedError(Failure.CORRUPT, said)
                     return
-                path.parent.chmod(0o755)
+                mode = path.parent.stat().st_mode & 0o777
+                path.parent.chmod(mode | 0o200)
                 partial.path.rename(path)
-                path.parent.chmod(0o555)
+                self._brought[partial.key.name] = self._records(partial.key)
+                path.parent.chmod(mode & ~_WRITE_BITS)
             except (FileNotFoundError, PermissionError):
                 # Somebody put the same content there, or dropped it with its folders, in between.
                 if not left or not partial.path.exists():
@@ -190,11 +244,8 @@ class _Partial:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise _FailedError(Failure.BUSY) from None
+            raise TransferError(Failure.BUSY) from None
         self._begin()
-        self._file.seek(0)
-        while block := self._file.read(_BLOCK_BYTES):
-            self._take_in(block)
         if self.size_bytes > self.stated_bytes:
             self.restart()
 
@@ -206,23 +257,19 @@ class _Partial:
     def add(self, block: bytes) -> None:
         """Write what has arrived, unless it is more than the key states."""
         if self.size_bytes + len(block) > self.stated_bytes:
-            self.refuse(f"incorrect size: more than {self.stated_bytes} bytes")
+            self._refuse(f"incorrect size: more than {self.stated_bytes} bytes")
         rest = memoryview(block)
         while rest:
             rest = rest[self._file.write(rest) :]
-        self._take_in(block)
+        self._hash.update(block)
+        self.size_bytes += len(block)
 
     def check(self) -> None:
         """Refuse what is not the key's content."""
         if self.size_bytes != self.stated_bytes:
-            self.refuse(f"incorrect size: {self.size_bytes} bytes")
+            self._refuse(f"incorrect size: {self.size_bytes} bytes")
         if self._hash.hexdigest() != self._digest:
-            self.refuse("another checksum than the key's")
-
-    def refuse(self, said: str) -> None:
-        """Forget what has arrived, and raise."""
-        self.restart()
-        raise _FailedError(Failure.CORRUPT, said)
+            self._refuse("another checksum than the key's")
 
     def close(self) -> None:
         """Let others write it."""
@@ -231,82 +278,17 @@ class _Partial:
         self._file.close()
 
     def _begin(self) -> None:
+        """Take the checksum of what is there."""
         name, self._digest = self.key.checksum or ("md5", "")
-        self._hash = hashlib.new(name, usedforsecurity=False)
-        self.size_bytes = 0
+        self._file.seek(0)
+        self._hash = hashlib.file_digest(
+            self._file, functools.partial(hashlib.new, name, usedforsecurity=False)
+        )
+        self.size_bytes = self._file.tell()
 
-    def _take_in(self, block: bytes) -> None:
-        self._hash.update(block)
-        self.size_bytes += len(block)
-
-
-class _Connections:
-    """Connections of one download at a time, kept open between."""
-
-    def __init__(self, downloads: Downloads) -> None:
-        self._downloads = downloads
-        self._managers: dict[tuple[str, str], urllib3.PoolManager] = {}
-
-    def fill(self, partial: _Partial, url: str) -> None:
-        """Download the rest, and check all of it."""
-        start = partial.size_bytes
-        try:
-            if start < partial.stated_bytes:
-                self._receive(partial, url, {"Range": f"bytes={start}-"} if start else {})
-        except HTTPError as error:
-            broken = isinstance(error.args[0], ssl.SSLEOFError | ssl.SSLZeroReturnError)
-            if isinstance(error, SSLError | ProxyError) and not broken:
-                raise NotOverHttpError(str(error)) from error
-            raise _FailedError(Failure.CONNECTION, str(error)) from error
-        partial.check()
-
-    def _receive(self, partial: _Partial, url: str, range_: Mapping[str, str]) -> None:
-        with contextlib.closing(self._ask(url, {**_HEADERS, **range_})) as response:
-            begins = f"bytes {partial.size_bytes}-"
-            if response.status == HTTPStatus.OK:
-                partial.restart()
-            elif response.status != HTTPStatus.PARTIAL_CONTENT:
-                said = f"{response.status} {response.reason}"
-                raise _FailedError(Failure.of(said, Failure.UNKNOWN), said)
-            elif not response.headers.get("Content-Range", "").startswith(begins):
-                raise _FailedError(Failure.BAD_RANGE)
-            while block := response.read(_BLOCK_BYTES):
-                partial.add(block)
-
-    def _ask(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
-        """Return the answer to a request, after redirects to OpenNeuro's own hosts."""
-        how: dict[str, Any] = {"redirect": False, "retries": False, "preload_content": False}
-        how["decode_content"] = False
-        for _ in range(_MOST_REDIRECTS):
-            manager = self._manager(url)
-            response = manager.urlopen("GET", url, headers=headers, timeout=POLL_S, **how)
-            location = response.get_redirect_location()
-            if not location:
-                return response
-            response.close()
-            before, url = urlsplit(url), urljoin(url, location)
-            after = urlsplit(url)
-            known = after.netloc == before.netloc or is_amazon(after.netloc)
-            if not known or after.scheme not in {before.scheme, "https"}:
-                break
-        raise _FailedError(Failure.REDIRECTED, f"go to {url}")
-
-    def _manager(self, url: str) -> urllib3.PoolManager:
-        """Return what connects to a URL, through the proxy that the environment names for it."""
-        parts = urlsplit(url)
-        proxy = "" if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme, "")
-        proxy = f"http://{proxy}" if proxy and "://" not in proxy else proxy
-        if proxy and ("@" in proxy or not proxy.startswith("http://")):
-            raise NotOverHttpError("the proxy wants TLS, a password or SOCKS")
-        slot = parts.scheme, proxy
-        if slot not in self._managers:
-            more: dict[str, Any] = {"num_pools": 2, "maxsize": 1}
-            if parts.scheme == "https":
-                more["ssl_context"] = self._downloads.tls
-            made = urllib3.proxy_from_url(proxy, **more) if proxy else urllib3.PoolManager(**more)
-            made.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
-            self._managers[slot] = made
-        return self._managers[slot]
+    def _refuse(self, said: str) -> NoReturn:
+        self.restart()
+        raise TransferError(Failure.CORRUPT, said, _DOWNLOAD)
 
 
 class _Steps:
@@ -316,22 +298,18 @@ class _Steps:
         self._watch = watch
         self._allowed = allowed
         self._bytes = 0
-        self._next_s = 0.0
 
     def step(self, size_bytes: int = 0) -> None:
         """Note bytes that came, and raise where no more is to come."""
         self._bytes += size_bytes
-        now_s = time.monotonic()
-        if now_s >= self._next_s:
-            self._next_s = now_s + POLL_S
-            if failed := self._watch.complaint(self._bytes):
-                raise _FailedError(failed.why, failed.said)
+        if failed := self._watch.complaint(self._bytes):
+            failed.program = _DOWNLOAD
+            raise failed
 
     def refuse_local(self, address: str, port: int) -> None:
         """Raise where an address is not public, and the user's settings do not allow it."""
-        known = {"all", address, f"[{address}]:{port}"}
         public = ipaddress.ip_address(address.partition("%")[0]).is_global
-        if not public and known.isdisjoint(self._allowed):
+        if not public and {"all", address, f"[{address}]:{port}"}.isdisjoint(self._allowed):
             raise NotOverHttpError(f"{address} is no public address")
 
 
@@ -365,32 +343,24 @@ class _HttpConnection(urllib3.connection.HTTPConnection):
 
     def _new_conn(self) -> socket.socket:
         steps = _STEPS.get()
-        code = 0
+        code = errno.EHOSTUNREACH
         hosts = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         for family, kind, number, _, address in hosts:
             steps.refuse_local(str(address[0]), self.port)
-            found = _PlainSocket(family, kind, number)
-            found.settimeout(0.0)
-            found.connect_ex(address)
+            made = _PlainSocket(family, kind, number)
+            made.settimeout(0.0)
+            made.connect_ex(address)
             until_s = time.monotonic() + _CONNECT_S
-            while not (ready := wait_for_write(found, POLL_S)) and time.monotonic() < until_s:
+            while not (ready := wait_for_write(made, POLL_S)) and time.monotonic() < until_s:
                 steps.step()
-            code = found.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            code = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if ready and not code:
-                found.settimeout(POLL_S)
-                return found
-            found.close()
-        said = os.strerror(code) if code else f"no answer within {_CONNECT_S:.0f} s"
+                made.settimeout(POLL_S)
+                return made
+            made.close()
+        said = os.strerror(code or errno.ETIMEDOUT)
         raise NewConnectionError(self, f"Connection to {self.host} failed: {said}")
 
 
 class _HttpsConnection(_HttpConnection, urllib3.connection.HTTPSConnection):
     pass
-
-
-class _HttpPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _HttpConnection
-
-
-class _HttpsPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _HttpsConnection

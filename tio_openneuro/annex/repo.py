@@ -16,6 +16,7 @@ import shutil
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from tio_openneuro.annex.branch import (
 )
 from tio_openneuro.annex.children import AnnexChildren
 from tio_openneuro.annex.messages import Failure, Retries
-from tio_openneuro.annex.transfer import OWN_PREFIX, POLL_S, FailedTransfer, TransferRequest
+from tio_openneuro.annex.transfer import OWN_PREFIX, POLL_S, TransferError, TransferRequest
 from tio_openneuro.content import AnnexKey, StoredContent
 from tio_openneuro.errors import (
     DropRefusedError,
@@ -57,7 +58,8 @@ class AnnexRepo:
     Attributes:
         path: Absolute folder of the clone.
         remotes: Names of the trusted remotes.
-        retries: How often a transfer was tried again; waits for another process's do not count.
+        counts: Of this process: ``retries`` of transfers, waits for another process's left out,
+            and ``http_files``, those that came over HTTP.
     """
 
     def __init__(
@@ -91,12 +93,17 @@ class AnnexRepo:
         self._git_folder = folder
         self._by_process: dict[int, AnnexChildren] = {}
         self._proven: set[str] = set()
-        self.retries = 0
+        self.counts: Counter[str] = Counter()
         self._counting = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
         """Return what another process needs: names and numbers, no children."""
-        fresh = {"_by_process": {}, "_proven": set(), "retries": 0, "_counting": None}
+        fresh: dict[str, object] = {
+            "_by_process": {},
+            "_proven": set(),
+            "counts": Counter(),
+            "_counting": None,
+        }
         return {**self.__dict__, **fresh}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -152,7 +159,7 @@ class AnnexRepo:
         def stopped() -> bool:
             return children.closing.is_set() or (cancelled is not None and cancelled())
 
-        failed = FailedTransfer(Failure.NOT_RECORDED, "no remote is trusted")
+        failed = TransferError(Failure.NOT_RECORDED, "no remote is trusted")
         for remote in self.remotes:
             request = TransferRequest(
                 key,
@@ -268,9 +275,14 @@ class AnnexRepo:
                 inherited.abandon()
             # A thread that does not exist here may have held it.
             self._counting = threading.Lock()
-        return self._by_process.setdefault(pid, AnnexChildren(self.path, self.remotes))
+        fresh = AnnexChildren(self.path, self.remotes, self._count)
+        return self._by_process.setdefault(pid, fresh)
 
-    def _get_from(self, children: AnnexChildren, request: TransferRequest) -> Path | FailedTransfer:
+    def _count(self, what: str) -> None:
+        with self._counting:
+            self.counts[what] += 1
+
+    def _get_from(self, children: AnnexChildren, request: TransferRequest) -> Path | TransferError:
         """Try one remote as often as each failure's policy says."""
         key = request.key
         retries = Retries(request.deadline_s)
@@ -278,16 +290,16 @@ class AnnexRepo:
             found = self.locate(key)
             if found is not None:
                 return found
+            sizes = {_file_size(self._git_folder / path) for path in key.object_paths()}
+            if sizes - {None, key.size_bytes}:
+                said = "an object of another size lies where it belongs: run 'git annex fsck'"
+                return TransferError(Failure.CORRUPT, said)
             self._refuse_stopped(request)
             failed = children.get(request)
             self._refuse_stopped(request)
             if failed is None and self.locate(key) is not None:
                 continue
-            failed = failed or FailedTransfer(Failure.CORRUPT, "it is said to be there, and is not")
-            sizes = {_file_size(self._git_folder / path) for path in key.object_paths()}
-            if failed.why is Failure.NOT_RECORDED and sizes - {None, key.size_bytes}:
-                said = "an object of another size lies where it belongs: run 'git annex fsck'"
-                return FailedTransfer(Failure.CORRUPT, said)
+            failed = failed or TransferError(Failure.CORRUPT, "it is said to be there, and is not")
             arrived = [_file_size(path) or 0 for path in self._partial_paths(key)]
             pause_s = retries.pause_s(failed.why, sum(arrived))
             if pause_s is None:
@@ -295,8 +307,7 @@ class AnnexRepo:
             if failed.why is Failure.BAD_RANGE:
                 self.discard_partial(key)
             if failed.why is not Failure.BUSY:
-                with self._counting:
-                    self.retries += 1
+                self._count("retries")
             _LOG.debug("Again in %.1f s: %s: %s", pause_s, key, failed.said)
             again_s = time.monotonic() + pause_s
             while not request.stopped() and (left_s := again_s - time.monotonic()) > 0:

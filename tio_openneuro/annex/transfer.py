@@ -52,8 +52,8 @@ class TransferRequest:
     deadline_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class FailedTransfer:
+@dataclass(eq=False)
+class TransferError(Exception):
     """Why one request for content brought none.
 
     Attributes:
@@ -113,7 +113,7 @@ class Transfer(Coprocess):
             keep_fds=keep_fds,
         )
 
-    def get(self, request: TransferRequest) -> FailedTransfer | None:
+    def get(self, request: TransferRequest) -> TransferError | None:
         """Ask for one key and wait for the end; None where git-annex says that it is there.
 
         After a failure to answer the child is dead.
@@ -131,7 +131,7 @@ class Transfer(Coprocess):
             if line is None:
                 return self._died()
             if not line:
-                return FailedTransfer(Failure.NOT_RECORDED)
+                return TransferError(Failure.NOT_RECORDED)
             answer = parse_answer(line)
             if "success" in answer:
                 return self._finished(answer, request.key.text)
@@ -140,18 +140,18 @@ class Transfer(Coprocess):
                 self.kill()
                 return failed
 
-    def _died(self) -> FailedTransfer:
+    def _died(self) -> TransferError:
         self.kill()
-        return FailedTransfer(Failure.of(self.stderr, Failure.DIED), self.stderr)
+        return TransferError(Failure.of(self.stderr, Failure.DIED), self.stderr)
 
-    def _finished(self, answer: dict[str, Any], key_text: str) -> FailedTransfer | None:
+    def _finished(self, answer: dict[str, Any], key_text: str) -> TransferError | None:
         if answer.get("key") not in {None, key_text}:
             self.kill()
-            return FailedTransfer(Failure.DIED, f"it answered for {answer.get('key')} instead")
+            return TransferError(Failure.DIED, f"it answered for {answer.get('key')} instead")
         if answer["success"]:
             return None
         said = complaints(answer)
-        return FailedTransfer(Failure.of(said, Failure.UNKNOWN), said)
+        return TransferError(Failure.of(said, Failure.UNKNOWN), said)
 
 
 class Watch:
@@ -169,14 +169,14 @@ class Watch:
         self._window_bytes = 0
         self._space_checked_s = self._since_s
 
-    def complaint(self, progress: object) -> FailedTransfer | None:
+    def complaint(self, progress: object) -> TransferError | None:
         """Return why to give up, or None.
 
         Args:
             progress: How many bytes have come, if it is known.
         """
         if self._request.stopped():
-            return FailedTransfer(Failure.STALLED)
+            return TransferError(Failure.STALLED)
         if isinstance(progress, int):
             self._bytes = max(self._bytes, progress)
         now_s = time.monotonic()
@@ -190,11 +190,11 @@ class Watch:
             with contextlib.suppress(OSError):
                 free_bytes = shutil.disk_usage(self._folder).free
                 if free_bytes < _SPACE_LEFT_BYTES:
-                    return FailedTransfer(Failure.DISK_FULL, f"{free_bytes} bytes are free")
+                    return TransferError(Failure.DISK_FULL, f"{free_bytes} bytes are free")
         if now_s - self._since_s >= self._stall_s:
             silent_s = now_s - self._since_s
             got_bytes = self._bytes - self._window_bytes
-            return FailedTransfer(Failure.STALLED, f"{got_bytes} bytes in {silent_s:.0f} s")
+            return TransferError(Failure.STALLED, f"{got_bytes} bytes in {silent_s:.0f} s")
         if now_s >= self._request.deadline_s:
-            return FailedTransfer(Failure.STALLED, "it is past its deadline")
+            return TransferError(Failure.STALLED, "it is past its deadline")
         return None

@@ -277,9 +277,9 @@ class Engine:
     def statistics(self) -> DiskStatistics:
         """Return what this process did, and what the root holds."""
         leases = self._here()
-        now, retries = leases.ledger.holdings(), leases.store.retries()
+        now, counts = leases.ledger.holdings(), leases.store.counts()
         return leases.counters.statistics(
-            now.budget_bytes, now.used_bytes, now.peak_bytes, retries=retries
+            now.budget_bytes, now.used_bytes, now.peak_bytes, of_clones=counts
         )
 
     def status(self) -> RootStatus:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,6 @@ class PreparedRepo:
     """A :class:`~tio_openneuro.content.ContentRepo` of files that this library makes itself."""
 
     remotes: tuple[str, ...] = ()
-    retries = 0
 
     def __init__(self, root: Path) -> None:
         """Make the folder, for this user alone.
@@ -45,6 +45,7 @@ class PreparedRepo:
         """
         self.path = Path(os.path.realpath(root)) / FOLDER
         self.path.mkdir(mode=0o700, exist_ok=True)
+        self.counts: Counter[str] = Counter()
 
     def file(self, digest: str) -> ContentFile:
         """Return the name of a prepared volume, as the engine wants it."""

@@ -22,6 +22,7 @@ class DiskStatistics:
         hit_files: Leased files whose content was there already.
         retries: Fetches that were tried again.
         failures: Fetches that failed for good.
+        http_files: Files of this process's that came over HTTP; others came through git-annex.
     """
 
     budget_bytes: int
@@ -34,6 +35,7 @@ class DiskStatistics:
     hit_files: int
     retries: int
     failures: int
+    http_files: int
 
     @classmethod
     def empty(cls) -> DiskStatistics:
@@ -89,8 +91,8 @@ class DiskCounters:
         with self._mutex:
             return self._fetch_s / max(self._counts["fetched_bytes"], 1)
 
-    def statistics(self, *of_the_root: int, retries: int) -> DiskStatistics:
-        """Return the counts, beside the root's budget, used and peak bytes."""
+    def statistics(self, *of_the_root: int, of_clones: Counter[str]) -> DiskStatistics:
+        """Return the counts and the clones', beside the root's budget, used and peak bytes."""
         with self._mutex:
-            counts = {field.name: self._counts[field.name] for field in fields(DiskStatistics)[3:]}
-        return DiskStatistics(*of_the_root, **{**counts, "retries": retries})
+            counts = self._counts + of_clones
+        return DiskStatistics(*of_the_root, *(counts[f.name] for f in fields(DiskStatistics)[3:]))

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ class Store:
         self._mutex = threading.Lock()
         self._repos: dict[str, ContentRepo] = {}
         self._clones: dict[int, str] = {}
-        self._used: dict[int, tuple[ContentRepo, int]] = {}
+        self._used: dict[int, tuple[ContentRepo, Mapping[str, int]]] = {}
 
     # Which content
 
@@ -107,7 +108,7 @@ class Store:
             with self._mutex:
                 self._repos.setdefault(clone, file.repo)
                 # Several may stand for one clone, each with children of its own.
-                self._used.setdefault(id(file.repo), (file.repo, file.repo.retries))
+                self._used.setdefault(id(file.repo), (file.repo, dict(file.repo.counts)))
             self._ledger.remember_clone(clone, file.repo.remotes)
             self._clones[id(file.repo)] = clone
         return ContentId(clone, file.key.name)
@@ -158,7 +159,7 @@ class Store:
                 except NotAnAnnexError:
                     return None
                 self._repos[clone] = repo
-                self._used[id(repo)] = (repo, repo.retries)
+                self._used[id(repo)] = (repo, dict(repo.counts))
             return repo
 
     def is_whole(self, row: ContentRow) -> bool:
@@ -167,10 +168,14 @@ class Store:
         path = None if repo is None else repo.locate(key_of(row.content))
         return path is not None and path.stat().st_size == row.size_bytes
 
-    def retries(self) -> int:
-        """Return how often fetches of this process were tried again."""
+    def counts(self) -> Counter[str]:
+        """Return what the clones count of this process's fetches."""
+        total: Counter[str] = Counter()
         with self._mutex:
-            return sum(repo.retries - before for repo, before in self._used.values())
+            for repo, before in self._used.values():
+                total.update(repo.counts)
+                total.subtract(before)
+        return total
 
     def close(self) -> None:
         """End the child processes of every clone used."""
