@@ -65,6 +65,14 @@ def _new_machine(_turn: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(params=["http", "git-annex"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return one of the ways by which public content comes, each in turn."""
+    name: str = request.param
+    monkeypatch.setenv("TIO_OPENNEURO_FETCH", name)
+    return name
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left(tmp_path: Path) -> Iterator[None]:
     """Fail the test that leaves a child, a thread, or a ledger that disagrees with its disk."""

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -128,6 +129,31 @@ def record(clone: Path, key: AnnexKey, *versions: tuple[str, str]) -> None:
     lines = "".join(f"{at}s {uuid}:V +{v}#{path}\n" for at, (v, path) in enumerate(versions, 1))
     folders = key.object_paths()[1].removeprefix("annex/objects/")[:8]
     rewrite_branch(clone, {f"{folders}{key.name}.log.rmet": lines.encode()})
+
+
+def fork_and_kill(repo: AnnexRepo, key: AnnexKey, step: int) -> bool:
+    """Fetch and drop in a process that is killed before that step on disk; say whether it was."""
+    disk = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
+    left = step
+    here = os.fspath(repo.path / ".git" / "annex")
+
+    def kill(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal left
+        if event in disk and str(arguments[0]).startswith(here):
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+
+    def fetch_and_drop() -> None:
+        sys.addaudithook(kill)
+        repo.get(key)
+        repo.drop(key)
+
+    child = multiprocessing.get_context("fork").Process(target=fetch_and_drop)
+    child.start()
+    child.join()
+    assert child.exitcode in {0, -signal.SIGKILL}
+    return child.exitcode != 0
 
 
 class TestWhere:
@@ -314,6 +340,57 @@ class TestRefused:
             repo.get(third)
         assert not used_git_annex(repo)
 
+    @pytest.mark.parametrize(
+        ("answer", "error", "words"),
+        [
+            (Answer(404), RemoteUnavailableError, r"does not have it \(404\)"),
+            (Answer(403), RemoteUnavailableError, r"refuses access \(403\)"),
+            (Answer(416), RemoteUnavailableError, r"the part of the file .* \(416\)"),
+            (Answer(206), RemoteUnavailableError, "the part of the file"),
+            (Answer(429), RemoteUnavailableError, "overloaded.*429 Too Many Requests"),
+            (Answer(500), RemoteUnavailableError, "overloaded.*500"),
+            (Answer(301), FetchError, "not known here.*301 Moved"),
+            (Answer(299), FetchError, "not known here.*299"),
+            (Answer(302, headers={"Location": "http://["}), RemoteUnavailableError, "its readers"),
+            (Answer(302, headers={"Location": "ftp://a"}), RemoteUnavailableError, "its readers"),
+            (Answer(200), ContentMismatchError, "incorrect size: 0 bytes"),
+            (Answer(200, bytes(300_000)), ContentMismatchError, "another checksum"),
+        ],
+        ids=lambda value: str(value.status) if isinstance(value, Answer) else "",
+    )
+    def test_each_answer_has_its_own_error(
+        self,
+        repo: AnnexRepo,
+        scripted: Scripted,
+        answer: Answer,
+        error: type[FetchError],
+        words: str,
+    ) -> None:
+        """One message, which names the key and the remote; nothing is left."""
+        key = keys_of(repo)[0]
+        scripted.answers = {"": answer}
+        set_public_url(repo.path, f"http://127.0.0.1:{scripted.port}/{BUCKET}")
+        hasty = AnnexRepo(repo.path, stall_timeout_s=1.0, total_timeout_s=-5.0)
+        with pytest.raises(error, match=f"Cannot fetch {key}.* from s3-PUBLIC .*{words}") as caught:
+            hasty.get(key)
+        assert type(caught.value) is error
+        assert "\n" not in str(caught.value)
+        assert sum(each.size_bytes for each in repo.stored()) == 0
+        assert not used_git_annex(hasty)
+        hasty.close()
+
+    @pytest.mark.parametrize("chunked", [False, True])
+    def test_bodies_are_taken_as_they_are(
+        self, repo: AnnexRepo, openneuro: LoopbackOpenNeuro, scripted: Scripted, chunked: bool
+    ) -> None:
+        """Never inflated, whatever the server says of their encoding; chunks are put together."""
+        key = keys_of(repo)[0]
+        encoding = {"Content-Encoding": "gzip"}
+        scripted.answers = {"": Answer(200, content_of(openneuro, key), encoding, chunked)}
+        set_public_url(repo.path, f"http://127.0.0.1:{scripted.port}/{BUCKET}")
+        assert is_right(key, repo.get(key))
+        assert not used_git_annex(repo)
+
     def test_local_addresses_are_refused_as_git_annex_refuses_them(
         self, repo: AnnexRepo, openneuro: LoopbackOpenNeuro
     ) -> None:
@@ -376,6 +453,25 @@ class TestConnections:
                 assert is_right(key, repo.get(key))
                 assert openneuro.faults_struck() == [1]
         assert not used_git_annex(repo)
+
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    def test_hosts_that_do_not_answer_are_given_up_at_once(
+        self, repo: AnnexRepo, monkeypatch: pytest.MonkeyPatch, scheme: str
+    ) -> None:
+        """A connection, or TLS, that does not come about ends when the fetch is cancelled."""
+        monkeypatch.setattr("tio_openneuro.annex.download._CONNECT_S", 1e9)
+        with contextlib.ExitStack() as stack:
+            silent = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+            port = silent.getsockname()[1]
+            if scheme == "http":  # Where nobody accepts, one more finds no room in the queue.
+                stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            set_public_url(repo.path, f"{scheme}://127.0.0.1:{port}/{BUCKET}")
+            patient = AnnexRepo(repo.path, stall_timeout_s=1e9, total_timeout_s=1e9)
+            asked = iter([False] * 6 + [True] * 1000)
+            with pytest.raises(FetchError, match="Stopped fetching"):
+                patient.get(keys_of(repo)[0], cancelled=lambda: next(asked))
+            assert not used_git_annex(patient)
+            patient.close()
 
     def test_tls_that_is_not_trusted_is_left_to_git_annex(
         self,
@@ -512,6 +608,46 @@ class TestPlaced:
         git(repo.path, "annex", "drop", "--quiet", "--key", key.name, "--numcopies=1")
         assert repo.locate(key) is None
         assert is_right(key, repo.get(key))
+
+    def test_folders_have_the_rights_that_the_user_gives(self, repo: AnnexRepo) -> None:
+        """Where the umask hides all from others, so does the content."""
+        key, other = keys_of(repo)[:2]
+        before = os.umask(0o077)
+        try:
+            paths = [repo.get(key)]
+            git(repo.path, "annex", "get", "-q", "--from", "s3-PUBLIC", "--key", other.text)
+        finally:
+            os.umask(before)
+        theirs = repo.locate(other)
+        assert theirs is not None
+        for path in (*paths, theirs):
+            assert [p.stat().st_mode & 0o777 for p in (path, path.parent)] == [0o400, 0o500]
+
+    def test_what_git_annex_has_recorded_it_also_drops(self, repo: AnnexRepo) -> None:
+        """Its records stay right, whether or not they were committed."""
+        for committed, key in zip(("false", "true"), keys_of(repo), strict=False):
+            repo.get(key)
+            setting = f"annex.alwayscommit={committed}"
+            git(repo.path, "-c", setting, "annex", "fsck", "--quiet", "--key", key.name)
+            assert "[here]" in git(repo.path, "annex", "whereis", "--key", key.name)
+            repo.drop(key)
+            assert "[here]" not in git(repo.path, "annex", "whereis", "--key", key.name)
+            assert git(repo.path, "annex", "fsck", "--quiet", "--key", key.name) == ""
+
+    def test_killed_at_any_step_nothing_is_lost_or_uncounted(self, repo: AnnexRepo) -> None:
+        """Of all that touches the disk, on the way in and out: what is left is used or removed."""
+        key = keys_of(repo)[0]
+        steps = 0
+        while fork_and_kill(repo, key, steps):
+            steps += 1
+            stored = list(repo.stored())
+            assert {each.key_name for each in stored} <= {key.name}
+            assert sum(each.size_bytes for each in stored) <= (key.size_bytes or 0)
+            assert is_right(key, repo.get(key))
+            assert git(repo.path, "annex", "fsck", "--fast", "--quiet", "--key", key.name) == ""
+            repo.drop(key)
+            assert list(repo.stored()) == []
+        assert steps > 10
 
     def test_bare_repositories_have_it_where_theirs_is(self, repo: AnnexRepo) -> None:
         """In folders of three letters."""

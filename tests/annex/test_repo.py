@@ -46,16 +46,14 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("templates")
 
 
-@pytest.fixture(params=["http", "git-annex"])
+@pytest.fixture
 def repo(
     openneuro: LoopbackOpenNeuro,
     templates: Path,
     tmp_path: Path,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    way: str,
 ) -> Iterator[AnnexRepo]:
     """Return a clone of ours of ds900001, with short deadlines, for each way of fetching."""
-    monkeypatch.setenv("TIO_OPENNEURO_FETCH", request.param)
     if not (templates / "clones").exists():
         install("ds900001", templates)
     clone = tmp_path / "root" / "clones" / "ds900001"
@@ -359,7 +357,7 @@ class TestGet:
         first.close()
         second.close()
 
-    @pytest.mark.parametrize("repo", ["git-annex"], indirect=True)
+    @pytest.mark.parametrize("way", ["git-annex"], indirect=True)
     def test_forked_process_keeps_no_pipe_of_its_parents_child(self, repo: AnnexRepo) -> None:
         """The parent's git-annex ends with its input, though a forked process still fetches."""
         first, second = keys_of(repo)[:2]
@@ -549,6 +547,7 @@ def tmpfs(folder: Path, size_bytes: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("way")
 def test_full_disk_is_reported_and_recovered_from(
     openneuro: LoopbackOpenNeuro, tmp_path: Path
 ) -> None:

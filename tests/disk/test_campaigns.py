@@ -267,8 +267,16 @@ def campaign(
 
 
 @pytest.mark.parametrize(
-    ("victim", "units", "kills"), [("trainer", 99, 3), ("loader", 2, 1), ("annex", 2, 3)]
+    ("way", "victim", "units", "kills"),
+    [
+        ("http", "trainer", 99, 3),
+        ("git-annex", "trainer", 99, 3),
+        ("http", "loader", 2, 1),
+        ("git-annex", "annex", 2, 3),
+    ],
+    indirect=["way"],
 )
+@pytest.mark.usefixtures("way")
 def test_kills_lose_nothing(
     server: LoopbackOpenNeuro, nursery: Nursery, root: Path, victim: str, units: int, kills: int
 ) -> None:

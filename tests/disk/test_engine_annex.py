@@ -1,4 +1,4 @@
-"""The same engine on real git-annex, over HTTP from the loopback OpenNeuro."""
+"""The same engine on a real clone of the loopback OpenNeuro, by both ways of fetching."""
 
 import hashlib
 import os
@@ -17,6 +17,8 @@ from tio_openneuro.content import ContentFile, ContentUnit
 from tio_openneuro.disk.engine import Engine
 from tio_openneuro.errors import RemoteUnavailableError
 from tio_openneuro.sources.install import install
+
+pytestmark = pytest.mark.usefixtures("way")
 
 
 @pytest.fixture
@@ -40,8 +42,8 @@ def read(engine: Engine, unit: ContentUnit) -> None:
             assert key.name.rpartition("--")[2].startswith(digest)
 
 
-def test_git_annex_keeps_within_the_budget(
-    openneuro: LoopbackOpenNeuro, root: Path, units: list[ContentUnit]
+def test_a_clone_is_kept_within_the_budget(
+    openneuro: LoopbackOpenNeuro, root: Path, units: list[ContentUnit], way: str
 ) -> None:
     """Two passes of two threads through a budget of two subjects: all arrive, none too many."""
     budget_bytes = 2 * max(unit.size_bytes for unit in units)
@@ -78,6 +80,7 @@ def test_git_annex_keeps_within_the_budget(
     largest = max(unit.size_bytes for unit in units)
     assert largest <= observer.peak_bytes <= budget_bytes
     assert statistics.evicted_files >= 8
+    assert statistics.http_files == (statistics.fetched_files if way == "http" else 0)
     assert openneuro.total().bytes >= statistics.fetched_bytes > sum(u.size_bytes for u in units)
 
 

@@ -69,7 +69,7 @@ class Downloads:
         self._config = config
         # Each thread has its own connections: no lock of urllib3's is ever waited for.
         self._own = threading.local()
-        self._brought: dict[str, list[float]] = {}
+        self._brought: set[str] = set()
 
     def get(
         self, key: AnnexKey, urls: Sequence[str], partial_path: Path, watch: Watch
@@ -100,15 +100,16 @@ class Downloads:
     def drop(self, key: AnnexKey) -> bool:
         """Remove what came by :meth:`get` into a clone of ours; return whether it is gone.
 
-        As git-annex would: not what somebody keeps locked. What git-annex has recorded since is
-        its own to drop, or its records would be wrong.
+        As git-annex would: not what somebody keeps locked. What git-annex has recorded to be here
+        (in clones of ours beside the branch) is its own to drop, or its records would be wrong.
         """
         path = self._path_of(key)
         lock_path = path.with_name(f"{path.name}.lck")
+        record = self._folder / "annex" / "journal-private" / journal_name(key)
+        ours = {"tio-openneuro.url", "annex.private"} <= self._config.keys()
+        if not ours or key.name not in self._brought or record.exists():
+            return False
         with contextlib.suppress(OSError):
-            ours = "tio-openneuro.url" in self._config
-            if not ours or self._brought.get(key.name) != self._records(key):
-                return False
             path.parent.chmod(0o755)
             with lock_path.open("wb") as file:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,11 +203,6 @@ class Downloads:
     def _path_of(self, key: AnnexKey) -> Path:
         return self._folder / key.object_paths()[self._config.get("core.bare") == "true"]
 
-    def _records(self, key: AnnexKey) -> list[float]:
-        """Return when git-annex last recorded anything, and where this content is."""
-        logs = ("refs/heads/git-annex", f"annex/journal/{journal_name(key)}")
-        return [path.stat().st_mtime for log in logs if (path := self._folder / log).exists()]
-
     def _place(self, partial: _Partial) -> None:
         """Move whole content to where git-annex has it, unless it is there by now."""
         path = self._path_of(partial.key)
@@ -220,7 +216,7 @@ class Downloads:
                 mode = path.parent.stat().st_mode & 0o777
                 path.parent.chmod(mode | 0o200)
                 partial.path.rename(path)
-                self._brought[partial.key.name] = self._records(partial.key)
+                self._brought.add(partial.key.name)
                 path.parent.chmod(mode & ~_WRITE_BITS)
             except (FileNotFoundError, PermissionError):
                 # Somebody put the same content there, or dropped it with its folders, in between.
@@ -299,10 +295,11 @@ class _Steps:
         self._allowed = allowed
         self._bytes = 0
 
-    def step(self, size_bytes: int = 0) -> None:
-        """Note bytes that came, and raise where no more is to come."""
+    def step(self, waiting: socket.socket, size_bytes: int = 0) -> None:
+        """Note bytes that came; close and raise where no more is to come."""
         self._bytes += size_bytes
         if failed := self._watch.complaint(self._bytes):
+            waiting.close()
             failed.program = _DOWNLOAD
             raise failed
 
@@ -323,9 +320,9 @@ class _PlainSocket(socket.socket):
         while True:
             with contextlib.suppress(TimeoutError):
                 size_bytes = super().recv_into(*arguments)
-                _STEPS.get().step(size_bytes)
+                _STEPS.get().step(self, size_bytes)
                 return size_bytes
-            _STEPS.get().step()
+            _STEPS.get().step(self)
 
 
 class _TlsSocket(_PlainSocket, ssl.SSLSocket):
@@ -335,7 +332,7 @@ class _TlsSocket(_PlainSocket, ssl.SSLSocket):
         while True:
             with contextlib.suppress(TimeoutError):
                 return super().do_handshake(*arguments)
-            _STEPS.get().step()
+            _STEPS.get().step(self)
 
 
 class _HttpConnection(urllib3.connection.HTTPConnection):
@@ -352,7 +349,7 @@ class _HttpConnection(urllib3.connection.HTTPConnection):
             made.connect_ex(address)
             until_s = time.monotonic() + _CONNECT_S
             while not (ready := wait_for_write(made, POLL_S)) and time.monotonic() < until_s:
-                steps.step()
+                steps.step(made)
             code = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if ready and not code:
                 made.settimeout(POLL_S)
