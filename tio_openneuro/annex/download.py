@@ -45,7 +45,6 @@ if sys.platform != "win32":
 _BLOCK_BYTES = 1 << 16
 _CONNECT_S = 5.0
 _MOST_REDIRECTS = 4
-_PLACING_TRIES = 5
 _WRITE_BITS = 0o222
 _DOWNLOAD = "the download"
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "tio-openneuro"}
@@ -206,24 +205,23 @@ class Downloads:
     def _place(self, partial: _Partial) -> None:
         """Move whole content to where git-annex has it, unless it is there by now."""
         path = self._path_of(partial.key)
-        partial.path.chmod(partial.path.stat().st_mode & 0o777 & ~_WRITE_BITS)
-        for left in reversed(range(_PLACING_TRIES)):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if path.exists():
-                    partial.path.unlink()
-                    return
-                mode = path.parent.stat().st_mode & 0o777
-                path.parent.chmod(mode | 0o200)
-                partial.path.rename(path)
-                self._brought.add(partial.key.name)
-                path.parent.chmod(mode & ~_WRITE_BITS)
-            except (FileNotFoundError, PermissionError):
-                # Somebody put the same content there, or dropped it with its folders, in between.
-                if not left or not partial.path.exists():
-                    raise
-            else:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mode = path.parent.stat().st_mode & 0o777
+            if path.exists():
+                partial.path.unlink()
                 return
+            path.parent.chmod(mode | 0o200)
+            partial.path.rename(path)
+            # Not before: a process killed in between would leave a partial that cannot be opened.
+            path.chmod(path.stat().st_mode & 0o777 & ~_WRITE_BITS)
+            path.parent.chmod(mode & ~_WRITE_BITS)
+        except (FileNotFoundError, PermissionError) as error:
+            # Somebody put the same content there, or dropped it with its folders, in between.
+            if isinstance(error, FileNotFoundError) or path.exists():
+                raise TransferError(Failure.BUSY) from error
+            raise
+        self._brought.add(partial.key.name)
 
 
 class _Partial:
