@@ -454,6 +454,27 @@ class TestConnections:
                 assert openneuro.faults_struck() == [1]
         assert not used_git_annex(repo)
 
+    def test_the_next_address_is_tried(
+        self, repo: AnnexRepo, openneuro: LoopbackOpenNeuro, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where one cannot be reached; where none can, that is said."""
+        git(repo.path, "config", "annex.security.allowed-ip-addresses", "all")
+        key, other = keys_of(repo)[:2]
+        addresses = [("255.255.255.255", 9), ("127.0.0.1", 9), ("127.0.0.1", openneuro.port)]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: found)
+        set_public_url(repo.path, f"http://several.invalid/{BUCKET}")
+        assert is_right(key, repo.get(key))
+        hasty = AnnexRepo(repo.path, stall_timeout_s=1.0, total_timeout_s=-5.0)
+        found.pop()
+        with pytest.raises(RemoteUnavailableError, match=r"several\.invalid failed: .*refused"):
+            hasty.get(other)
+        found.pop()
+        with pytest.raises(RemoteUnavailableError, match=r"several\.invalid failed: .*unreachable"):
+            hasty.get(other)
+        assert not used_git_annex(repo)
+        hasty.close()
+
     @pytest.mark.parametrize("scheme", ["http", "https"])
     def test_hosts_that_do_not_answer_are_given_up_at_once(
         self, repo: AnnexRepo, monkeypatch: pytest.MonkeyPatch, scheme: str

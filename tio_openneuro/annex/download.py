@@ -344,17 +344,19 @@ class _HttpConnection(urllib3.connection.HTTPConnection):
             steps.refuse_local(str(address[0]), self.port)
             made = _PlainSocket(family, kind, number)
             made.settimeout(0.0)
-            made.connect_ex(address)
+            code = made.connect_ex(address)
             until_s = time.monotonic() + _CONNECT_S
-            while not (ready := wait_for_write(made, POLL_S)) and time.monotonic() < until_s:
+            while code == errno.EINPROGRESS:
                 steps.step(made)
-            code = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if ready and not code:
+                if wait_for_write(made, POLL_S):
+                    code = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                elif time.monotonic() >= until_s:
+                    code = errno.ETIMEDOUT
+            if not code:
                 made.settimeout(POLL_S)
                 return made
             made.close()
-        said = os.strerror(code or errno.ETIMEDOUT)
-        raise NewConnectionError(self, f"Connection to {self.host} failed: {said}")
+        raise NewConnectionError(self, f"Connection to {self.host} failed: {os.strerror(code)}")
 
 
 class _HttpsConnection(_HttpConnection, urllib3.connection.HTTPSConnection):

@@ -114,7 +114,7 @@ class Failure(_Told):
         FetchError,
         "the disk is full",
         "Free space on the clone's disk, or lower disk_budget.",
-        r"not enough free space|No space left|disk full|ResourceExhausted|resource exhausted",
+        r"not enough free space|No space left|disk full|quota|[Rr]esource ?[Ee]xhausted",
         attempts=4,
         backoff_s=1.0,
     )
