@@ -167,7 +167,7 @@ class TestWhere:
         if not (openneuro.folder / "git/ds900071.git").exists():
             openneuro.publish("ds900071", files)
         clone = install("ds900071", root).path
-        public = PublicUrls(clone)
+        public = PublicUrls(clone, {})
         for file in index_tree(clone, "refs/tags/1.0.0"):
             if file.key is None:
                 continue
@@ -222,27 +222,27 @@ class TestWhere:
     ) -> None:
         """Whatever would be put elsewhere, otherwise or not at all."""
         key = keys_of(repo)[0]
-        assert PublicUrls(repo.path).of(key, "s3-PUBLIC")
+        assert PublicUrls(repo.path, {}).of(key, "s3-PUBLIC")
         git(repo.path, "config", *setting)
-        assert PublicUrls(repo.path).of(key, "s3-PUBLIC") == []
+        assert PublicUrls(repo.path, {}).of(key, "s3-PUBLIC") == []
 
     def test_layouts_that_are_not_plain_are_left_to_git_annex(self, repo: AnnexRepo) -> None:
         """An adjusted branch, a tuned branch, unlocked files, and what the user asks for."""
         key = keys_of(repo)[0]
         rewrite_branch(repo.path, {"difference.log": b"u [ObjectHashLower] timestamp=1s\n"})
-        assert PublicUrls(repo.path).of(key, "s3-PUBLIC") == []
+        assert PublicUrls(repo.path, {}).of(key, "s3-PUBLIC") == []
         rewrite_branch(repo.path, {"difference.log": None})
-        assert PublicUrls(repo.path).of(key, "s3-PUBLIC")
+        assert PublicUrls(repo.path, {}).of(key, "s3-PUBLIC")
         head = repo.path / ".git/HEAD"
         before = head.read_text()
         head.write_text("ref: refs/heads/adjusted/main(unlocked)\n")
-        assert PublicUrls(repo.path).of(key, "s3-PUBLIC") == []
+        assert PublicUrls(repo.path, {}).of(key, "s3-PUBLIC") == []
         head.write_text(before)
         pointer = repo.path / "pointer"
         pointer.write_text(f"/annex/objects/{key.name}\n")
         blob = git(repo.path, "hash-object", "-w", "--no-filters", str(pointer))
         git(repo.path, "update-index", "--add", "--cacheinfo", f"100644,{blob},unlocked.nii.gz")
-        assert PublicUrls(repo.path).of(key, "s3-PUBLIC") == []
+        assert PublicUrls(repo.path, {}).of(key, "s3-PUBLIC") == []
 
     def test_what_has_no_version_no_size_or_no_checksum_is_left_to_git_annex(
         self, repo: AnnexRepo
@@ -251,7 +251,7 @@ class TestWhere:
         key = keys_of(repo)[0]
         digest = key.name.partition("--")[2]
         others = [f"SHA256E--{digest}", f"WORM-s3-m4--{digest}", f"SHA256E-s9-S3-C1--{digest}"]
-        public = PublicUrls(repo.path)
+        public = PublicUrls(repo.path, {})
         assert public.of(key, "origin") == []
         for name in [*others, f"SHA256E-s9--{digest}"]:
             other = AnnexKey.parse(name)
@@ -261,8 +261,8 @@ class TestWhere:
     def test_many_keys_are_looked_up_together(self, repo: AnnexRepo) -> None:
         """The answers are the same as one by one."""
         keys = keys_of(repo)
-        one_by_one = [PublicUrls(repo.path).of(key, "s3-PUBLIC") for key in keys]
-        public = PublicUrls(repo.path)
+        one_by_one = [PublicUrls(repo.path, {}).of(key, "s3-PUBLIC") for key in keys]
+        public = PublicUrls(repo.path, {})
         assert [public.of(key, "s3-PUBLIC") for key in keys] == one_by_one
         assert all(one_by_one)
 

@@ -158,7 +158,7 @@ def _living_s(repo: AnnexRepo) -> float:
 
 def _throughput(clone: Path, runs: int, console: Console) -> dict[str, object]:
     """Fetch the files of 7 MB from new processes' first one on, beside a plain fetcher."""
-    public = PublicUrls(clone)
+    public = PublicUrls(clone, {})
     files = index_tree(clone, "refs/tags/1.0.0")
     keys = [file.key for file in files if file.key is not None]
     urls = [public.of(key, "s3-PUBLIC")[0] for key in keys]

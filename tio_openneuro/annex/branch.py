@@ -18,7 +18,6 @@ import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 
@@ -256,10 +255,9 @@ def _why_git_annex(clone: Path, config: Mapping[str, str], remote: str, url: str
         yield "its annex is of another version"
     if (folder / "HEAD").read_text().startswith("ref: refs/heads/adjusted/"):
         yield "it is on an adjusted branch"
-    refs = branch_refs(clone)
-    logs = read_blobs_if_present(clone, [f"{ref}:difference.log" for ref in refs])
-    settings = read_blobs_if_present(clone, [f"{ref}:config.log" for ref in refs])
-    if any(logs) or any(b"annex.securehashesonly" in log for log in settings if log):
+    names = [f"{ref}:{log}" for log in ("difference.log", "config.log") for ref in _BRANCH_REFS]
+    *tunings, mine, theirs = read_blobs_if_present(clone, names)
+    if any(tunings) or b"annex.securehashesonly" in (mine or b"") + (theirs or b""):
         yield "its git-annex branch sets where or what content may be"
     indexed = (folder / "index").exists()
     if indexed and _found(clone, "grep", "--cached", "-l", "-E", "^/annex/objects/"):
@@ -276,13 +274,20 @@ class PublicUrls:
         config: git's settings in the clone.
     """
 
-    def __init__(self, clone: Path) -> None:
-        """Read nothing yet."""
+    def __init__(self, clone: Path, logs: dict[str, bytes]) -> None:
+        """Read nothing yet.
+
+        Args:
+            clone: The clone's folder.
+            logs: What is known of :func:`version_logs`; more is added.
+        """
         self.config: Mapping[str, str] = {}
         self._clone = clone
+        self._ref = ""
         self._lock = threading.Lock()
         self._bases: dict[str, tuple[str, str]] = {}
-        self._logs: dict[str, bytes] = {}
+        self._logs = logs
+        self._all_logs = False
 
     def of(self, key: AnnexKey, remote: str) -> list[str]:
         """Return the URLs of a key's versions, the newest first; none where git-annex is to fetch.
@@ -308,8 +313,9 @@ class PublicUrls:
         """Return a remote's id, and its public URL if content may be fetched from there."""
         self.config = git_config(self._clone, ".")
         uuid = self.config.get(f"remote.{remote}.annex-uuid", "")
-        known = (special_remotes(self._clone, ref) for ref in branch_refs(self._clone)[:1])
-        url = next((each.public_url for each in chain(*known) if each.uuid == uuid), "")
+        self._ref = next(iter(branch_refs(self._clone)), _BRANCH_REFS[0])
+        known = special_remotes(self._clone, self._ref)
+        url = next((each.public_url for each in known if each.uuid == uuid), "")
         why = next(_why_git_annex(self._clone, self.config, remote, url), "")
         how = f"through git-annex: {why}" if why else f"over HTTP, from {url}"
         _LOG.info("Content of %s comes from %s %s", self._clone, remote, how)
@@ -317,10 +323,10 @@ class PublicUrls:
 
     def _log(self, key: AnnexKey) -> bytes:
         """Return what is recorded of a key, looked up alone at first, then together with all."""
-        if key.name not in self._logs:
-            keys = [key] if len(self._logs) < _FEW_LOOKUPS else None
-            for ref in branch_refs(self._clone)[:1]:
-                self._logs.update(version_logs(self._clone, ref, keys))
+        if key.name not in self._logs and not self._all_logs:
+            self._all_logs = len(self._logs) >= _FEW_LOOKUPS
+            keys = None if self._all_logs else [key]
+            self._logs.update(version_logs(self._clone, self._ref, keys))
         return self._logs.setdefault(key.name, b"")
 
 

@@ -37,13 +37,20 @@ _DROP_TIMEOUT_S = 60.0
 class AnnexChildren:
     """Downloads and coprocesses of one process. For its threads, not for a forked process."""
 
-    def __init__(self, clone: Path, remotes: Sequence[str], count: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        clone: Path,
+        remotes: Sequence[str],
+        count: Callable[[str], None],
+        logs: dict[str, bytes],
+    ) -> None:
         """Start nothing yet.
 
         Args:
             clone: The clone's folder.
             remotes: Remotes that drops trust.
             count: Told that one more ``"http_files"`` came.
+            logs: What is known of keys' versions.
         """
         self._clone = clone
         self._remotes = tuple(remotes)
@@ -54,7 +61,7 @@ class AnnexChildren:
         self._drop_lock = threading.Lock()
         self._dropper: Coprocess | None = None
         self._tmp = (git_folder(clone) or clone) / "annex" / "tmp"
-        self._public = PublicUrls(clone)
+        self._public = PublicUrls(clone, logs)
         self._downloads: Downloads | None = None
         self._failed = False
         self.closing = threading.Event()

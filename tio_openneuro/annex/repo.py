@@ -93,18 +93,14 @@ class AnnexRepo:
         self._git_folder = folder
         self._by_process: dict[int, AnnexChildren] = {}
         self._proven: set[str] = set()
+        self._logs: dict[str, bytes] = {}
         self.counts: Counter[str] = Counter()
         self._counting = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
         """Return what another process needs: names and numbers, no children."""
-        fresh: dict[str, object] = {
-            "_by_process": {},
-            "_proven": set(),
-            "counts": Counter(),
-            "_counting": None,
-        }
-        return {**self.__dict__, **fresh}
+        fresh: dict[str, object] = {"_by_process": {}, "_proven": set(), "_logs": {}}
+        return {**self.__dict__, **fresh, "counts": Counter(), "_counting": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Take it, with no children and nothing counted yet."""
@@ -252,6 +248,7 @@ class AnnexRepo:
             return unsafe
         living = [remote.uuid for remote in remotes if not remote.dead]
         logs = version_logs(self.path, ref, keys)
+        self._logs.update({key.name: logs.get(key.name, b"") for key in keys})
         versioned = {name for name, log in logs.items() if recorded_versions(log, living)}
         lacking = [key for key in keys if key.name not in versioned]
         exported = exported_keys(self.path, ref, living) if lacking else set()
@@ -275,7 +272,7 @@ class AnnexRepo:
                 inherited.abandon()
             # A thread that does not exist here may have held it.
             self._counting = threading.Lock()
-        fresh = AnnexChildren(self.path, self.remotes, self._count)
+        fresh = AnnexChildren(self.path, self.remotes, self._count, self._logs)
         return self._by_process.setdefault(pid, fresh)
 
     def _count(self, what: str) -> None:
