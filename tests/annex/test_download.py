@@ -654,6 +654,11 @@ class TestPlaced:
             repo.drop(key)
             assert "[here]" not in git(repo.path, "annex", "whereis", "--key", key.name)
             assert git(repo.path, "annex", "fsck", "--quiet", "--key", key.name) == ""
+            again = AnnexRepo(repo.path)
+            again.get(key)
+            again.drop(key)
+            assert not used_git_annex(again)
+            again.close()
 
     def test_killed_at_any_step_nothing_is_lost_or_uncounted(self, repo: AnnexRepo) -> None:
         """Of all that touches the disk, on the way in and out: what is left is used or removed."""

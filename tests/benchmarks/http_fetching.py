@@ -4,6 +4,7 @@ Each case is a process of its own, which fetches files of one size through ``Ann
 many in flight, from the loopback OpenNeuro behind TLS under a local authority (or plain). It says
 what its first file took beyond imports, and what each later one took. The same files are fetched
 by a plain fetcher too, which keeps its connections, writes and checks, for the time that it takes.
+Last, an epoch of a loader and one of a queue, at a disk budget of half the dataset, both ways.
 """
 
 import hashlib
@@ -14,13 +15,15 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from faulty import LoopbackOpenNeuro
+from heads import write_heads
 from measure import interleaved, median
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +41,8 @@ IN_FLIGHT = (1, 4, 8)
 CONNECTION_BYTES_PER_S = 20e6
 LATENCY_S = 0.1
 JOBS = 8
+EPOCH_SHAPES = [(128, 128, 128)] * 16
+EPOCH_ACCESSION = "ds900184"
 WANTED_MS = {"7 MB": 20.0, "first": 60.0}
 WANTED_RATIO = 0.97
 
@@ -63,6 +68,7 @@ def measure(runs: int, folder: Path, console: Console) -> dict[str, object]:
             for clone in clones.values():
                 set_public_url(clone, url)
             figures[scheme] = _cost(scheme, clones, runs, console)
+        figures["epochs"] = _epochs(server, folder, runs, console)
         server.set_connection_rate(CONNECTION_BYTES_PER_S)
         server.set_latency(LATENCY_S)
         figures["throughput"] = _throughput(clones["7 MB"], runs, console)
@@ -78,7 +84,7 @@ def _cost(
         for size, clone in clones.items():
             for in_flight in IN_FLIGHT:
                 for way in ("http", "git-annex")[:: 1 if number % 2 else -1]:
-                    said = _child(way, clone, in_flight)
+                    said = _child(way, clone, str(in_flight))
                     case = found.setdefault(f"{size}, {in_flight} in flight, {way}", {})
                     for name, value in said.items():
                         case.setdefault(name, []).append(value)
@@ -94,9 +100,75 @@ def _cost(
     return medians
 
 
-def _child(way: str, clone: Path, in_flight: int) -> dict[str, float]:
+def _epochs(
+    server: LoopbackOpenNeuro, folder: Path, runs: int, console: Console
+) -> dict[str, dict[str, float]]:
+    """Return what an epoch at half the budget takes, medians of the runs."""
+    heads = write_heads(folder / "heads", EPOCH_SHAPES)
+    paths = [path for path in heads.rglob("*") if path.is_file()]
+    files = {str(path.relative_to(heads)): path.read_bytes() for path in paths}
+    server.publish(EPOCH_ACCESSION, files)
+    install(EPOCH_ACCESSION, folder / "root")
+    budget_bytes = sum(map(len, files.values())) // 2
+    found: dict[str, dict[str, list[float]]] = {}
+    for number in range(runs):
+        for kind in ("loader", "queue"):
+            for way in ("http", "git-annex")[:: 1 if number % 2 else -1]:
+                said = _child(way, folder / "root", f"{kind} {budget_bytes}")
+                case = found.setdefault(f"{kind}, {way}", {})
+                for name, value in said.items():
+                    case.setdefault(name, []).append(value)
+    medians = {case: {n: median(v) for n, v in each.items()} for case, each in found.items()}
+    names = ("processor s", "children", "their PSS in MiB")
+    table = Table(title=f"An epoch of {len(EPOCH_SHAPES)} heads of 128³, medians of {runs}")
+    for name in ("", *names):
+        table.add_column(name, justify="right" if name else "left")
+    for case, each in medians.items():
+        table.add_row(case, *(f"{each[name]:.1f}" for name in names))
+    console.print(table)
+    return medians
+
+
+def train(root: Path, kind: str, budget_bytes: int) -> dict[str, float]:
+    """Run an epoch, evict all, and return what it took and the most children at once."""
+    import psutil
+    import torchio as tio
+    from heads import open_heads
+
+    import tio_openneuro as tno
+
+    most = {"children": 0.0, "their PSS in MiB": 0.0}
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.2):
+            pss = []
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    pss.append(child.memory_full_info().pss / 2**20)
+            most["children"] = max(most["children"], len(pss))
+            most["their PSS in MiB"] = max(most["their PSS in MiB"], sum(pss))
+
+    sampler = threading.Thread(target=sample)
+    with open_heads(EPOCH_ACCESSION, root, budget_bytes) as dataset:
+        began_s = _processor_s()
+        sampler.start()
+        if kind == "queue":
+            with tno.BudgetedQueue(dataset, None, 4, tio.UniformSampler(64)) as queue:
+                given = sum(1 for _ in tio.SubjectsLoader(queue, batch_size=4))
+        else:
+            given = sum(1 for _ in tio.SubjectsLoader(dataset, batch_size=1))
+        assert given == len(EPOCH_SHAPES)
+        ended.set()
+        sampler.join()
+        used_s = _processor_s() + _living_s() - began_s
+        dataset.evict()
+    return {"processor s": used_s, **most}
+
+
+def _child(way: str, folder: Path, what: str) -> dict[str, float]:
     said = subprocess.run(
-        [sys.executable, __file__, str(clone), str(in_flight)],
+        [sys.executable, __file__, str(folder), *what.split()],
         env={**os.environ, "TIO_OPENNEURO_FETCH": way, "PYTHONPATH": ":".join(sys.path)},
         stdout=subprocess.PIPE,
         check=True,
@@ -130,10 +202,10 @@ def fetch_all(clone: Path, in_flight: int) -> dict[str, float]:
         warm = [pool.submit(repo.get, key) for key in others[:in_flight]]
         for each in warm:
             each.result()
-        spent_s = _processor_s() + _living_s(repo)
+        spent_s = _processor_s() + _living_s()
         for _ in pool.map(repo.get, others[in_flight:]):
             pass
-        later_s = _processor_s() + _living_s(repo) - spent_s
+        later_s = _processor_s() + _living_s() - spent_s
     children = max(children, len(repo._by_process[os.getpid()]._transfers))
     for key in (first, *others):
         repo.drop(key)
@@ -145,7 +217,7 @@ def fetch_all(clone: Path, in_flight: int) -> dict[str, float]:
     }
 
 
-def _living_s(repo: AnnexRepo) -> float:
+def _living_s() -> float:
     """Return the processor seconds of git-annex children that have not ended, and of theirs."""
     import psutil
 
@@ -225,4 +297,9 @@ def _download(urls: list[str], folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    json.dump(fetch_all(Path(sys.argv[1]), int(sys.argv[2])), sys.stdout)
+    folder, *what = sys.argv[1:]
+    if len(what) > 1:
+        said = train(Path(folder), what[0], int(what[1]))
+    else:
+        said = fetch_all(Path(folder), int(what[0]))
+    json.dump(said, sys.stdout)

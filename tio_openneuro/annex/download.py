@@ -106,7 +106,9 @@ class Downloads:
         lock_path = path.with_name(f"{path.name}.lck")
         record = self._folder / "annex" / "journal-private" / journal_name(key)
         ours = {"tio-openneuro.url", "annex.private"} <= self._config.keys()
-        if not ours or key.name not in self._brought or record.exists():
+        here = f" 1 {self._config.get('annex.uuid')}"
+        recorded = record.exists() and here in record.read_text()
+        if not ours or key.name not in self._brought or recorded:
             return False
         with contextlib.suppress(OSError):
             path.parent.chmod(0o755)
