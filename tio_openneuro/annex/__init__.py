@@ -1,4 +1,4 @@
-"""Content of annex keys in one clone, and the children that fetch and drop it.
+"""Content of annex keys in one clone: what downloads it, and the children that do what is left.
 
 Owns git and git-annex processes: nobody else starts one, but DataLad's clone. Promises that every
 wait is bounded. Never decides what is fetched, and keeps no account.

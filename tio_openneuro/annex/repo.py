@@ -1,8 +1,9 @@
-"""Content by annex key in one clone, through git-annex: fetch, drop, find.
+"""Content by annex key in one clone, over HTTP or through git-annex: fetch, drop, find.
 
-Owns the git-annex children of a clone: lockstep ``get`` coprocesses, one per thread that fetches,
-and one ``drop``. Promises that what :meth:`AnnexRepo.get` returns was verified by git-annex, that
-no wait is endless, and that only content which a trusted remote is recorded to give is dropped.
+Owns a clone's downloads, and its git-annex children where those are needed: lockstep ``get``
+coprocesses, one per thread that fetches, and one ``drop``. Promises that what
+:meth:`AnnexRepo.get` returns was verified, that no wait is endless, and that only content which a
+trusted remote is recorded to give is dropped.
 Never uses ``--force``, and never initialises a clone or enables a remote.
 """
 
