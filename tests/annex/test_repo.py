@@ -555,7 +555,8 @@ def test_full_disk_is_reported_and_recovered_from(
     small = tmp_path / "small"
     if os.name == "nt" or not tmpfs(small, 8_000_000):
         pytest.skip("needs the right to mount a tmpfs")
-    openneuro.publish("ds900009", {IMAGE: os.urandom(4_000_000)})
+    if not (openneuro.folder / "git/ds900009.git").exists():
+        openneuro.publish("ds900009", {IMAGE: os.urandom(4_000_000)})
     try:
         installed = install("ds900009", small)
         repo = AnnexRepo(installed.path, remotes=installed.remotes)
