@@ -11,9 +11,11 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.extend(str(room) for room in Path(__file__).parent.parent.iterdir() if room.is_dir())
 
 import budget
 import eviction
+import forks
 import growth
 import hops
 import indexing
@@ -46,6 +48,7 @@ BENCHMARKS = {
     "reading": reading,
     "maps": maps,
     "hops": hops,
+    "forks": forks,
 }
 
 
