@@ -21,7 +21,6 @@ from tio_openneuro.loopback import LoopbackOpenNeuro
 ACCESSION = "ds900094"
 SHARE = -(-SUBJECTS // 2)
 ALL = {f"sub-{number}" for number in range(SUBJECTS)}
-RANKS = pytest.mark.xfail(strict=True, reason="issue 11, item 4: ranks")
 
 
 def names(queue: object) -> list[str]:
@@ -40,7 +39,6 @@ def assert_dealt(first: list[str], second: list[str], subjects: set[str] = ALL) 
     assert len(set(first) & set(second)) <= extra
 
 
-@RANKS
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1), (None, None)])
 def test_ranks_given_by_hand_share_the_subjects(seeds: tuple[int | None, int | None]) -> None:
     """Whatever the seeds: the deal depends on the epoch alone, and epochs differ."""
@@ -55,7 +53,6 @@ def test_ranks_given_by_hand_share_the_subjects(seeds: tuple[int | None, int | N
     assert len({frozenset(epoch) for epoch in epochs[0]}) > 1
 
 
-@RANKS
 def test_the_deal_is_the_same_whatever_came_before() -> None:
     """Epoch 2 has one deal, also where it is the first one that is read."""
     found = []
@@ -66,7 +63,6 @@ def test_the_deal_is_the_same_whatever_came_before() -> None:
     assert found[0] == found[1]
 
 
-@RANKS
 @pytest.mark.parametrize("ranks", [(2, 2), (-1, 2), (0, 0), "two", (0,)])
 def test_ranks_out_of_range_are_refused(ranks: object) -> None:
     """By the parameter's name."""
@@ -74,7 +70,6 @@ def test_ranks_out_of_range_are_refused(ranks: object) -> None:
         make_queue(make_dataset(), ranks=ranks).close()
 
 
-@RANKS
 def test_a_state_without_skips_is_valid_on_every_rank() -> None:
     """Lightning saves rank 0's alone: each rank goes on with its own share."""
     whole = []
@@ -91,7 +86,6 @@ def test_a_state_without_skips_is_valid_on_every_rank() -> None:
             assert [names(queue), names(queue)] == [whole[rank][0][3:], whole[rank][1]]
 
 
-@RANKS
 def test_ranks_beside_a_subject_sampler_are_refused() -> None:
     """One of the two deals the subjects out."""
     dataset = make_dataset()
@@ -141,10 +135,10 @@ def shuffled(queue: object) -> None:
 @pytest.mark.parametrize(
     ("lead", "words", "wrong"),
     [
-        pytest.param(zipped, "two iterators", "shuffle=", marks=RANKS),
-        pytest.param(interleaved, "two iterators", "shuffle=", marks=RANKS),
-        pytest.param(skipping, "load_state_dict", "shuffle=", marks=RANKS),
-        pytest.param(distributed, "use_distributed_sampler=False", "shuffle=", marks=RANKS),
+        (zipped, "two iterators", "shuffle="),
+        (interleaved, "two iterators", "shuffle="),
+        (skipping, "load_state_dict", "shuffle="),
+        (distributed, "use_distributed_sampler=False", "shuffle="),
         (shuffled, "shuffle=False", "use_distributed_sampler"),
     ],
 )
@@ -184,7 +178,6 @@ def _subjects(_published: LoopbackOpenNeuro) -> None:
     _published.publish(ACCESSION, heads(SUBJECTS))
 
 
-@RANKS
 @pytest.mark.usefixtures("_subjects", "openneuro")
 def test_two_real_ranks_share_the_subjects_or_are_told_why_not(tmp_path: Path) -> None:
     """With and without sampler, seeds, roots; sharded already; made too early; led astray."""
@@ -227,7 +220,6 @@ def test_two_real_ranks_share_the_subjects_or_are_told_why_not(tmp_path: Path) -
     assert all(sum(pair) in {0, 2} for pair in warned.values())
 
 
-@RANKS
 def test_lightning_on_two_ranks(tmp_path: Path) -> None:
     """Without Lightning's sampler the ranks share the subjects; with it they are told."""
     pytest.importorskip("lightning")

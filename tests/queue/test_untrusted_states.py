@@ -15,8 +15,6 @@ from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.errors import RamBudgetError
 
-STATES = pytest.mark.xfail(strict=True, reason="issue 11, item 3: states are untrusted input")
-
 
 def pack(values: list[int]) -> str:
     """Return an order as a state holds it."""
@@ -66,7 +64,6 @@ def state() -> dict[str, object]:
         return queue.state_dict()
 
 
-@STATES
 @pytest.mark.parametrize("case", WRONG)
 def test_a_state_with_values_out_of_range_is_refused_by_their_name(case: str) -> None:
     """And the queue goes on as if nothing had been loaded."""
@@ -77,7 +74,6 @@ def test_a_state_with_values_out_of_range_is_refused_by_their_name(case: str) ->
         assert len(list(queue)) == len(queue)
 
 
-@STATES
 @pytest.mark.parametrize("whole", [None, [], {}, "state", {"version": 1}])
 def test_what_is_no_state_is_refused(whole: object) -> None:
     """By the word, or by what it lacks."""
@@ -85,7 +81,6 @@ def test_what_is_no_state_is_refused(whole: object) -> None:
         queue.load_state_dict(whole)
 
 
-@STATES
 def test_a_window_that_the_ram_budget_cannot_hold_is_refused() -> None:
     """It says so, in bytes, before anything is made."""
     with make_queue(make_dataset()) as queue:
@@ -99,7 +94,6 @@ def test_a_window_that_the_ram_budget_cannot_hold_is_refused() -> None:
         queue.load_state_dict(saved)
 
 
-@STATES
 def test_a_state_with_skips_is_valid_on_its_rank_alone() -> None:
     """It names its rank and world size; one without is valid on every rank."""
 
