@@ -139,15 +139,17 @@ def refuse_other_generators(dataset: tio.SubjectsDataset, *targets: object) -> N
             )
 
 
-def read_ranks(asked: object, subject_sampler: object) -> Ranks:
+def read_ranks(asked: object, subject_sampler: object, before: Ranks | None = None) -> Ranks:
     """Return which rank this is: as asked, else as the sampler or torch.distributed says now.
 
     Args:
         asked: ``"auto"``, None (the ranks do not share the subjects) or rank and world size.
         subject_sampler: The user's, or None.
+        before: What this returned when the queue was made.
 
     Raises:
         ValueError: No rank was asked for, or one beside a subject sampler.
+        RuntimeError: The ranks share the subjects, and are others than before.
     """
     rank, world = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -157,27 +159,18 @@ def read_ranks(asked: object, subject_sampler: object) -> Ranks:
         world, rank = max(dealt, (world, rank))
     match asked:
         case None | "auto":
-            return Ranks(rank, world, share=asked is not None or knows_ranks(subject_sampler))
+            now = Ranks(rank, world, share=asked is not None or knows_ranks(subject_sampler))
         case (int(rank), int(world)) if 0 <= rank < world and subject_sampler is None:
-            return Ranks(rank, world, share=True)
-    raise ValueError(
-        f"Cannot use ranks={asked!r}: give 'auto', None, or (rank, world_size) with a rank from "
-        f"zero, and no subject_sampler beside it."
-    )
-
-
-def read_same_ranks(before: Ranks, asked: object, subject_sampler: object) -> Ranks:
-    """Return which rank this is, where that is what it was when the queue was made.
-
-    Raises:
-        RuntimeError: It is not, and the ranks share the subjects.
-    """
-    now = read_ranks(asked, subject_sampler)
-    if now != before and now.share:
+            now = Ranks(rank, world, share=True)
+        case _:
+            raise ValueError(
+                f"Cannot use ranks={asked!r}: give 'auto', None, or (rank, world_size) with a rank "
+                f"from zero, and no subject_sampler beside it."
+            )
+    if before is not None and before != now and now.share:
         raise RuntimeError(
-            f"Cannot begin a pass: this is rank {now.rank} of {now.world}, and was {before.rank} "
-            f"of {before.world}. Make the queue after init_process_group, or say "
-            f"ranks=(rank, world_size)."
+            f"Cannot begin a pass: this is rank {rank} of {world}, and was {before.rank} of "
+            f"{before.world}. Make the queue after init_process_group."
         )
     return now
 
@@ -229,8 +222,7 @@ def refuse_window(window: int, source: SubjectSource, planner: Planner) -> None:
     if need_bytes > source.ram_budget_bytes:
         raise RamBudgetError(
             f"Cannot resume from this state: its window of {window} patches needs {need_bytes} "
-            f"bytes, and the RAM budget is {source.ram_budget_bytes} bytes. Raise ram_budget, or "
-            f"begin anew without load_state_dict()."
+            f"bytes, and the RAM budget is {source.ram_budget_bytes} bytes: raise ram_budget."
         )
     source.require_room(min(window, most))
 

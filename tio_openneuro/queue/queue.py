@@ -254,13 +254,18 @@ class BudgetedQueue(tio.Queue):
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the queue is: everything that a new one needs to go on from here."""
+        """Return where the queue is: everything that a new one needs to go on from here.
+
+        It counts patches handed out, not trained on: those that a loader had fetched ahead when
+        it was taken are not given again. So take it where the loader holds none; torch's own with
+        ``num_workers=0`` never does, Accelerate's prepared one is a batch ahead.
+        """
         start = self._next
         if self._rewound is not None:
             start = self._rewound
         elif self._pass is not None and not self._pass.finished:
             start = self._pass.here()
-        keeps_order = (start.step or start.holes) and not self._planner.foreseeable
+        keeps_order = start.step > 0 and not self._planner.foreseeable
         return QueueState(
             seed=self.seed,
             window=self.max_length,
@@ -420,7 +425,7 @@ class BudgetedQueue(tio.Queue):
         return index == 0 and self._pass.begun
 
     def _begin_pass(self, index: int) -> None:
-        self._ranks = checks.read_same_ranks(self._ranks, self.ranks, self.subject_sampler)
+        self._ranks = checks.read_ranks(self.ranks, self.subject_sampler, self._ranks)
         before = self._pass
         self._left_at = None if before is None or before.finished else before.expected
         current = self._pass_at(self._next)

@@ -191,32 +191,31 @@ class QueueState:
         Raises:
             ValueError: It does not; the message names the value.
         """
-        own = bool(self.skipped or self.start.holes or self.order is not None)
-        same = self.ranks == (ranks.rank, ranks.world)
-        if not same if own else self.start.step and self.ranks[1] != ranks.world:
-            raise ValueError(
-                f"Cannot resume from this state: it was taken by rank {self.ranks[0]} of "
-                f"{self.ranks[1]} and is of its subjects (skips, a kept order, or part of an "
-                f"epoch), and this is rank {ranks.rank} of {ranks.world}. Save and load one on "
-                f"each rank, or begin anew without load_state_dict()."
-            )
         start, subjects = self.start, len(planner.counts)
-        kept = not planner.foreseeable and bool(start.step or start.holes)
+        own = bool(self.skipped or start.holes or self.order is not None)
+        same = self.ranks == (ranks.rank, ranks.world)
+        if not same if own else start.step and self.ranks[1] != ranks.world:
+            raise ValueError(
+                f"Cannot resume from this state: it tells of skips, a kept order or part of an "
+                f"epoch of rank {self.ranks[0]} of {self.ranks[1]}, and this is rank {ranks.rank} "
+                f"of {ranks.world}. Save and load one on each rank, or begin anew without it."
+            )
+        kept = start.step > 0 and not planner.foreseeable
         _require("order", self.order, sound=kept is (self.order is not None))
         if self.order is not None:
             order = _unpack(self.order, max(subjects, len(planner)))
             _require("order", order, sound=all(0 <= index < subjects for index in order))
             planner.recall(start.epoch, order)
-        begun = kept or planner.foreseeable
-        plan = planner.plan(start.epoch) if begun else EpochPlan(start.epoch, (), ())
+        drawn = kept or planner.foreseeable
+        plan = planner.plan(start.epoch) if drawn else EpochPlan(start.epoch, (), ())
         step, total, shares = 0, plan.total, start.replacements
         sound = len(shares) <= min(len(start.holes), _MOST_REPLACED * len(plan.order))
         for each in shares:
-            sound &= step <= each.step <= min(start.step, total - 1) and each.index < subjects
-            sound &= 1 <= each.count <= max(planner.counts)
+            sound &= step <= each.step <= min(start.step, total - 1)
+            sound &= each.index < subjects and 1 <= each.count <= max(planner.counts)
             step, total = each.step, total + each.count
-        _require("replacements", shares, sound=sound)
         positions = len(plan.order) + len(shares)
+        _require("replacements", shares, sound=sound)
         _require("holes", start.holes, sound=all(hole < positions for hole in start.holes))
         _require("step", start.step, sound=start.step <= total)
         _require("skipped", self.skipped, sound=all(s.index < subjects for s in self.skipped))
@@ -239,9 +238,8 @@ def _fits(value: object, kind: Any) -> bool:  # noqa: ANN401 - a kind is a type,
 def _require(name: str, value: object, *, sound: bool) -> None:
     if not sound:
         raise ValueError(
-            f"Cannot resume from this state: its {name} cannot be {reprlib.repr(value)} in this "
-            f"queue. It is damaged, or was made by something else: load another one, or begin "
-            f"anew without load_state_dict()."
+            f"Cannot resume from this state: its {name} cannot be {reprlib.repr(value)}. It is "
+            f"damaged, or not of this queue: begin anew without load_state_dict()."
         )
 
 
