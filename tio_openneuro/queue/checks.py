@@ -195,7 +195,7 @@ def check_ranks(asked: object, ranks: Ranks, subject_sampler: object, planner: P
             "every subject the same."
         )
     if asked == "auto" and not knows_ranks(subject_sampler):
-        name = f"{type(subject_sampler).__name__} knows no ranks and draws anew on each"
+        name = f"{type(subject_sampler).__name__} knows no ranks, each draws for itself"
         how = "the queue deals the subjects out" if subject_sampler is None else name
         warnings.warn(
             f"There are {ranks.world} ranks: {how}. Say ranks=None where each has subjects of its "

@@ -92,6 +92,9 @@ class Planner:
         self._shuffled = shuffled
         self._live = subject_sampler
         self._first = copy.deepcopy(subject_sampler) if self.foreseeable else None
+        generator = getattr(self._first, "generator", None)
+        if own and ranks.rank > 0 and generator is not None:
+            generator.manual_seed(derive_seed(generator.initial_seed(), *self._drawn_for))
         self._copy: Iterable[int] | None = None
         self._copied_epoch = 0
         self._plans: dict[int, EpochPlan] = {}
