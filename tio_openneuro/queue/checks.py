@@ -68,7 +68,8 @@ def name_jump(number: int, expected: int, *, in_turns: bool) -> str:
     if not causes:
         names = [link.split()[0] for link in links]
         own = [f"Its loader asks by {name}." for name in names if name not in _IN_ORDER]
-        causes = [_IN_TURNS] if in_turns else [*own, _OTHERWISE]
+        other = [] if links else ["A loader not of torch's needs shuffle=False and num_workers=0."]
+        causes = [_IN_TURNS] if in_turns else [*own, *other, _OTHERWISE]
     return (
         f"Cannot give patch {number}: patch {expected} comes next. A queue is read in order, 0, 1, "
         f"2, ..., and shuffles by itself. {' '.join(causes)}"
