@@ -19,7 +19,6 @@ import torchio as tio
 import tio_openneuro as tno
 
 EPOCHS = 2
-SAME = pytest.mark.xfail(strict=True, reason="issue 11, item 6: same patches, really")
 
 
 def subjects() -> list[tio.Subject]:
@@ -114,7 +113,6 @@ CASES: dict[str, Callable[[], tuple[tio.SubjectsDataset, tio.data.PatchSampler]]
 }
 
 
-@SAME
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_two_runs_are_the_same_or_one_says_why_not(case: str, num_workers: int) -> None:
@@ -136,7 +134,6 @@ def test_two_runs_are_the_same_or_one_says_why_not(case: str, num_workers: int) 
         assert runs[0] == runs[1]
 
 
-@SAME
 def test_a_busy_ledger_leaves_the_consumers_generators_alone(openneuro: object, root: Path) -> None:
     """Waiting for another process's transaction draws from no generator that is the user's."""
     images = {"t1": tno.Scalar("sub-*/anat/*_T1w.nii.gz")}

@@ -16,9 +16,6 @@ from rank_dealing import make_dataset, make_queue
 from tio_openneuro.errors import RamBudgetError
 
 DEADLINE_S = 10.0
-ERRORS = pytest.mark.xfail(strict=True, reason="issue 11, item 5: what stops a filling thread")
-# On the way to the mend a thread dies with its error, which is what is being tested.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 def subjects(folder: Path) -> list[tio.Subject]:
@@ -61,7 +58,6 @@ class Gone(tio.SubjectsDataset):
         return super().dry_iter()
 
 
-@ERRORS
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_an_error_between_two_subjects_is_raised_in_the_loop(
     tmp_path: Path, num_workers: int
@@ -73,7 +69,6 @@ def test_an_error_between_two_subjects_is_raised_in_the_loop(
     assert "the share is gone" in str(found)
 
 
-@ERRORS
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_budget_below_the_fixed_part_is_refused_when_the_queue_is_made(
     tmp_path: Path, num_workers: int
@@ -89,7 +84,6 @@ def first_answer_of_made(made: list[tio.Subject], num_workers: int, ram_budget: 
     pytest.fail(f"was made, and gave {first_answer(queue)!r}")
 
 
-@ERRORS
 @pytest.mark.parametrize("known", [False, True])
 def test_a_budget_of_few_bytes_asks_for_the_unit(tmp_path: Path, known: bool) -> None:
     """``ram_budget=4`` is four bytes: were GB meant?"""

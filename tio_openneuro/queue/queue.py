@@ -121,6 +121,7 @@ class BudgetedQueue(tio.Queue):
         self.on_release = on_release
         if seed is not None:
             checks.refuse_other_generators(subjects_dataset, self.sampler, patch_transform)
+        self._repeats = seed is not None
         self.seed = int.from_bytes(os.urandom(4), "little") if seed is None else int(seed)
         self.ram_budget_bytes = read_budget(ram_budget, available_bytes())
         self.max_length = max_length or 0  # until the size of a patch is known
@@ -151,6 +152,7 @@ class BudgetedQueue(tio.Queue):
             planner=self._planner,
             patch_transform=self.patch_transform,
             seed=self.seed,
+            checked=self._repeats,
             drop=self.on_release == "drop",
             ram_budget_bytes=self.ram_budget_bytes,
         )
