@@ -206,7 +206,8 @@ class Filler:
         Jobs that still run stay charged until they end.
         """
         self._generation += 1
-        self.admission.recount(sum(job.charge_bytes for job in self._running))
+        noted_bytes = self.admission.charged_bytes - self._source.base_bytes
+        self.admission.settle(noted_bytes, sum(job.charge_bytes for job in self._running))
         self._made = Buffer(self.admission)
         if not self._closed:
             self._schedule.begin_anew()

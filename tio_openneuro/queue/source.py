@@ -338,12 +338,11 @@ class SubjectSource:
 
         try:
             with listening(admit):
-                told = None
+                told: list[dict[str, str]] = []
                 if self.is_made_twice(turn):
                     told = list(map(identify_items, self._make(turn, cancelled, drop=False)))
                 patches = self._make(turn, cancelled, drop=self._drop)
-                if told is not None:
-                    self._require_same(turn, told, list(map(identify_items, patches)))
+                self._require_same(turn, told, patches)
             patch_bytes = max(map(subject_bytes, patches), default=0)
         except CancelledWorkError:
             return None
@@ -372,16 +371,21 @@ class SubjectSource:
         return patches
 
     def _require_same(
-        self, turn: Turn, first: list[dict[str, str]], second: list[dict[str, str]]
+        self, turn: Turn, told: Sequence[dict[str, str]], patches: Sequence[tio.Subject]
     ) -> None:
         """Refuse what a seed does not decide.
 
+        Args:
+            turn: The subject's.
+            told: What each patch was when it was made before; empty where it was not.
+            patches: The same again.
+
         Raises:
-            NotImplementedError: The patches of a subject differ from those of the same seed.
+            NotImplementedError: They differ in what the message names, images first.
         """
-        items = dict.fromkeys(name for digests in (*first, *second) for name in digests)
-        pairs = list(zip(first, second, strict=True))
-        differing = [name for name in items if any(a.get(name) != b.get(name) for a, b in pairs)]
+        both = [(first, identify_items(patch)) for first, patch in zip(told, patches, strict=False)]
+        names = dict.fromkeys(name for pair in both for digests in pair for name in digests)
+        differing = [name for name in names if any(a.get(name) != b.get(name) for a, b in both)]
         if differing:
             raise NotImplementedError(
                 f"Cannot repeat the patches of {self.name(turn.index)}: made twice from one seed "

@@ -173,16 +173,6 @@ class Admission:
         if excess > 0:
             raise ValueError(f"Released {excess} bytes more than were charged.")
 
-    def recount(self, held_bytes: int) -> None:
-        """Set what is charged now, where it is not known which charges have ended.
-
-        Args:
-            held_bytes: The charges that go on, beside what is never released.
-        """
-        ended_bytes = self.charged_bytes - self._base_bytes - held_bytes
-        self.charged_bytes -= ended_bytes
-        self.retained_bytes += max(ended_bytes, 0)
-
     def measured(self, free_bytes: int) -> None:
         """Note what the allocator holds free at most: what was freed may be in use again.
 
