@@ -25,10 +25,10 @@ from tio_openneuro.disk.look_ahead import is_prepared
 from tio_openneuro.disk.prepared_volumes import FOLDER, PreparedRepo
 from tio_openneuro.disk.statistics import DiskStatistics, RootStatus
 from tio_openneuro.disk.store import OpenRepo
-from tio_openneuro.errors import LedgerError
+from tio_openneuro.errors import DiskBudgetError, LedgerError
 from tio_openneuro.forks import at_fork
 from tio_openneuro.ledger import FLOOR_BYTES, too_large
-from tio_openneuro.sizes import parse_size
+from tio_openneuro.sizes import ask_unit, parse_size
 
 __all__ = ["DiskStatistics", "Engine", "open_annex"]
 
@@ -79,6 +79,10 @@ class Engine:
             raise ValueError(message)
         auto = disk_budget == "auto"
         budget_bytes = None if auto else parse_size(disk_budget)
+        if budget_bytes is not None and (question := ask_unit(budget_bytes)):
+            # Before all that the root holds is evicted for it.
+            message = f"Cannot keep to disk_budget={disk_budget!r}: no image is so small.{question}"
+            raise DiskBudgetError(message)
         floor_bytes = FLOOR_BYTES if auto else 0
         self._settings = Settings(Path(root).absolute(), budget_bytes, floor_bytes, jobs, open_repo)
         self._begin()

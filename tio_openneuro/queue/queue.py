@@ -40,8 +40,14 @@ class BudgetedQueue(tio.Queue):
     """Fill a buffer of patches in the background, within a RAM budget.
 
     A drop-in for :class:`torchio.Queue`. With ``seed``, the sequence of patches is the same for
-    any number of workers, timing or restarts. Use it as the dataset of a loader that has
-    ``num_workers=0``, or iterate over it: one epoch each time.
+    any number of workers, timing or restarts, for code that draws from torch. Code that is seen to
+    draw from NumPy or ``random`` is refused then; what nobody sees beforehand is found out while
+    it runs: one subject of each epoch is made a second time, and a difference raises
+    NotImplementedError. Without ``seed`` any code goes, and no subject is made twice.
+
+    What stops a filling thread is raised by the next patch that is asked for, as it was raised; the
+    one after that goes on. Use it as the dataset of a loader that has ``num_workers=0``, or iterate
+    over it: one epoch each time.
 
     Index 0 begins a pass over one epoch; ``len`` is that of the epoch that index 0 would begin,
     :attr:`left` what remains of the present one. After a state was loaded the first index may be 0
@@ -92,7 +98,8 @@ class BudgetedQueue(tio.Queue):
             start_background: Whether filling begins now, or with the first patch.
             verbose: As in TorchIO.
             ram_budget: Bytes, text like ``"4 GB"``, or ``"auto"``: half of what is available.
-            seed: Decides every draw; None takes one from the system.
+            seed: Decides every draw, and has one subject of each epoch made twice to find whether
+                it does; None takes one from the system.
             on_error: ``"raise"`` or ``"skip"`` a subject that cannot be made into patches. With
                 ranks, its share is taken by the rank's next subjects.
             patch_transform: Applied to each patch, ``(C, I, J, K)`` an image, after sampling:
@@ -108,7 +115,7 @@ class BudgetedQueue(tio.Queue):
 
         Raises:
             ValueError: A parameter is out of range, or two exclude each other.
-            RamBudgetError: The budget cannot hold a subject whose size is known.
+            RamBudgetError: The budget cannot hold a subject whose size is known, or any.
         """
         checks.refuse_below(1, max_length=max_length, samples_per_volume=samples_per_volume)
         checks.refuse_below(0, num_workers=num_workers)
@@ -130,6 +137,7 @@ class BudgetedQueue(tio.Queue):
         self._ranks = checks.read_ranks(ranks, subject_sampler)
         if seed is not None:
             checks.refuse_other_generators(subjects_dataset, self.sampler, patch_transform)
+        self._repeats = seed is not None
         self.seed = int.from_bytes(os.urandom(4), "little") if seed is None else int(seed)
         self.ram_budget_bytes = read_budget(ram_budget, available_bytes())
         self.max_length = max_length or 0  # until the size of a patch is known
@@ -162,6 +170,7 @@ class BudgetedQueue(tio.Queue):
             planner=planner,
             patch_transform=self.patch_transform,
             seed=self.seed,
+            checked=self._repeats,
             drop=self.on_release == "drop",
             ram_budget_bytes=self.ram_budget_bytes,
         )
