@@ -1,13 +1,15 @@
-"""What a dataset offers for training and validation: parts, folds, balancing weights.
+"""What a dataset offers for training and validation: views, parts, folds, balancing weights.
 
 Owns no state; the arithmetic is in :mod:`~tio_openneuro.dataset.splits`.
 """
 
 from __future__ import annotations
 
+import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Self
 
 import torchio as tio
@@ -17,6 +19,8 @@ from tio_openneuro.dataset.splits import SplitUnit, k_fold, read_split, save_spl
 from tio_openneuro.errors import SelectionError, SplitError
 
 Transform = Callable[[tio.Subject], tio.Subject]
+
+_MOST_COMPARED = 2000
 
 
 class SplitViews:
@@ -152,34 +156,78 @@ class SplitViews:
         return None if column is None else self._column(column)
 
 
-def to_index(index: Any) -> int:  # noqa: ANN401 - as in TorchIO, whatever becomes an int
-    """Return the number that an index names.
+def find_rows(index: Any, rows: Sequence[SubjectRow]) -> int | list[int]:  # noqa: ANN401 - any
+    """Return the number of the row that an index means, or the numbers of the rows of a view.
+
+    Args:
+        index: An integer of any kind, a name, a slice, a mask, or a list, array or tensor of
+            integers and names.
+        rows: The rows to choose from.
 
     Raises:
-        ValueError: It is nothing that becomes an int.
+        IndexError: It is out of range, or a mask of another length.
+        KeyError: No row bears the name.
+        ValueError: It is nothing of that.
     """
+    if isinstance(index, slice):
+        return list(range(len(rows))[index])
+    plain = _plain(index)
+    if isinstance(plain, str):
+        found = _bearers(plain, rows)
+        return found[0] if len(found) == 1 else found
+    if not hasattr(plain, "__len__"):
+        return _position(plain, len(rows))
+    values = [_plain(value) for value in plain]
+    if not values or not all(isinstance(value, bool) for value in values):
+        several = (
+            _bearers(value, rows) if isinstance(value, str) else [_position(value, len(rows))]
+            for value in values
+        )
+        return [number for numbers in several for number in numbers]
+    if len(values) != len(rows):
+        raise IndexError(
+            f"Cannot apply a mask of {len(values)} values to {len(rows)} subjects: give one value "
+            f"for each."
+        )
+    return [number for number, kept in enumerate(values) if kept]
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever somebody takes for an index
+    """Return an array or tensor, also one without dimension, as Python's own lists and numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _position(value: object, length: int) -> int:
+    """Return the number from zero that an integer names, from the end where it is negative."""
     try:
-        return int(index)
-    except (RuntimeError, TypeError, ValueError) as error:
+        # What is no index is refused as a truth value is, which would be one.
+        number = operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
+    except TypeError as error:
         raise ValueError(
-            f"Cannot take subject {index!r}: an index is an int, a slice, a list of ints or a "
-            f"boolean mask, not {type(index).__name__}."
+            f"Cannot take subject {value!r}: an index is an integer, a name, a slice, a list of "
+            f"them or a boolean mask, not {type(value).__name__}."
         ) from error
+    if not -length <= number < length:
+        raise IndexError(
+            f"Cannot take subject {number} of {length}: indices go from {-length} to {length - 1}."
+        )
+    return number % length
 
 
-def to_indices(index: Any, length: int) -> list[int]:  # noqa: ANN401 - list, array or tensor
-    """Return the indices that a list, an array, a tensor or a boolean mask selects.
+def _bearers(name: str, rows: Sequence[SubjectRow]) -> list[int]:
+    """Return the numbers of the rows that bear a name: the unit's, or subject and session."""
+    names = [_names_of(row) for row in rows]
+    wanted = name.replace("_", " ")
+    found = [n for n, own in enumerate(names) if wanted in {each.replace("_", " ") for each in own}]
+    if not found:
+        near = get_close_matches(name, sorted(set[str]().union(*names))[:_MOST_COMPARED], cutoff=0)
+        raise KeyError(
+            f"Cannot take subject {name!r}: none of {len(rows)} subjects bears that name. Near: "
+            f"{', '.join(near) or 'none'}."
+        )
+    return found
 
-    Raises:
-        IndexError: One is out of range, or a mask has another length.
-        ValueError: Something in it is no number.
-    """
-    values = index.tolist() if hasattr(index, "tolist") else list(index)
-    if values and all(isinstance(value, bool) for value in values):
-        if len(values) != length:
-            raise IndexError(
-                f"Cannot apply a mask of {len(values)} values to {length} subjects: give one "
-                f"value for each."
-            )
-        return [number for number, kept in enumerate(values) if kept]
-    return [range(length)[to_index(value)] for value in values]
+
+def _names_of(row: SubjectRow) -> set[str]:
+    subject, session = row.subject["subject_id"], row.subject["session_id"]
+    return {row.content.name, f"{subject}", f"{subject} {session}".strip()}

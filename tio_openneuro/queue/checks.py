@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import SupportsIndex, cast
+
 import torch
 import torchio as tio
 from torch.utils.data.distributed import DistributedSampler
@@ -18,8 +21,48 @@ OTHER_PROCESS = (
 )
 
 
+def refuse_wrapped(dataset: object) -> None:
+    """Refuse what is no dataset of subjects, such as torch's wrappers of one.
+
+    Raises:
+        TypeError: It is; the message tells what to write instead.
+    """
+    if not hasattr(dataset, "dry_iter"):
+        raise TypeError(
+            f"Cannot make patches of {type(dataset).__name__}: a queue needs a tio.SubjectsDataset,"
+            f" whose subjects it asks for names and sizes before it loads them. Instead of Subset "
+            f"or random_split use dataset[indices] or dataset.split, instead of ConcatDataset "
+            f"tno.concat, instead of a list tio.SubjectsDataset(subjects)."
+        )
+
+
+def count_patches(name: str, count: object) -> int:
+    """Return a subject's ``num_samples``: any integer from zero, which gives no patch of it.
+
+    Args:
+        name: The subject's, for the message.
+        count: What it says, or the queue's ``samples_per_volume``.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if not _is_integer(count, 0):
+        raise ValueError(
+            f"Cannot take {count!r} patches of {name}: its num_samples must be an integer of at "
+            f"least 0. Correct it in the subject, or delete it for samples_per_volume to hold."
+        )
+    return operator.index(cast("SupportsIndex", count))
+
+
+def _is_integer(value: object, least: int) -> bool:
+    try:
+        return not isinstance(value, bool) and operator.index(cast("SupportsIndex", value)) >= least
+    except TypeError:
+        return False
+
+
 def refuse_below(least: int, **given: int | None) -> None:
-    """Refuse a parameter that is too small.
+    """Refuse a parameter that is no integer, or too small.
 
     Args:
         least: The smallest value that is allowed.
@@ -29,8 +72,10 @@ def refuse_below(least: int, **given: int | None) -> None:
         ValueError: One is; the message names it.
     """
     for parameter, value in given.items():
-        if value is not None and value < least:
-            raise ValueError(f"Cannot use {parameter}={value}: it must be at least {least}.")
+        if value is not None and not _is_integer(value, least):
+            raise ValueError(
+                f"Cannot use {parameter}={value!r}: it must be an integer, and at least {least}."
+            )
 
 
 def refuse_others(allowed: tuple[str, str], **given: str) -> None:

@@ -19,7 +19,7 @@ from tio_openneuro.queue import checks
 from tio_openneuro.queue.draw import Pass, PassStart, choose_window
 from tio_openneuro.queue.filler import Filler
 from tio_openneuro.queue.order import Planner
-from tio_openneuro.queue.source import SubjectSource
+from tio_openneuro.queue.source import SubjectSource, name_subject
 from tio_openneuro.queue.state import (
     LONGEST_SKIPPED,
     QueueState,
@@ -79,7 +79,8 @@ class BudgetedQueue(tio.Queue):
             subjects_dataset: The subjects; any ``tio.SubjectsDataset``.
             max_length: Patches from which the next one is drawn, the most that wait in
                 ``patches_list``; None chooses it from the RAM budget and the patch size.
-            samples_per_volume: Patches of each subject that has no ``num_samples``.
+            samples_per_volume: Patches of each subject that has no ``num_samples``, an integer
+                from zero.
             sampler: The patch sampler; by default ``tio.UniformSampler(96)``.
             subject_sampler: Gives the indices of the subjects of each epoch; it needs a length.
             num_workers: Threads that fill; with zero, the consumer's thread does.
@@ -96,9 +97,12 @@ class BudgetedQueue(tio.Queue):
             on_release: ``"keep"`` or ``"drop"`` a subject's content once its patches are made.
 
         Raises:
-            ValueError: A parameter is out of range, or two exclude each other.
+            ValueError: A parameter, or a subject's ``num_samples``, is out of range, or two
+                parameters exclude each other.
+            TypeError: The dataset is none of subjects, such as a ``Subset`` or a list.
             RamBudgetError: The budget cannot hold a subject whose size is known.
         """
+        checks.refuse_wrapped(subjects_dataset)
         checks.refuse_below(1, max_length=max_length, samples_per_volume=samples_per_volume)
         checks.refuse_below(0, num_workers=num_workers)
         checks.refuse_others(("raise", "skip"), on_error=on_error)
@@ -140,8 +144,12 @@ class BudgetedQueue(tio.Queue):
 
     def _build(self, start: PassStart) -> None:
         """Make what depends on the seed and the window, to go on from there."""
-        subjects = self.subjects_dataset.dry_iter()
-        counts = [int(getattr(each, NUM_SAMPLES, self.samples_per_volume)) for each in subjects]
+        counts = [
+            checks.count_patches(
+                name_subject(subject, index), getattr(subject, NUM_SAMPLES, self.samples_per_volume)
+            )
+            for index, subject in enumerate(self.subjects_dataset.dry_iter())
+        ]
         self._planner = Planner(
             counts, self.subject_sampler, seed=self.seed, shuffled=self.shuffle_subjects
         )
