@@ -64,6 +64,26 @@ def test_a_dataset_that_is_only_held_keeps_no_thread_and_no_child(
         assert dataset.statistics().fetched_files == 12
 
 
+def test_a_work_that_is_started_while_it_ends_looks_again() -> None:
+    """Whoever starts it finds its threads there, and starts no other."""
+    fetches = fetching.Fetches(1, None, None)
+    runs: list[int] = []
+
+    def work() -> None:
+        runs.append(len(threading.enumerate()))
+        if len(runs) == 1:
+            fetches.start(work)
+
+    before = left()
+    fetches.start(work)
+    wait_until(lambda: left() == before)
+    assert len(runs) == 2
+    fetches.start(work)
+    wait_until(lambda: left() == before)
+    assert len(runs) == 3
+    assert len(set(runs)) == 1
+
+
 @pytest.mark.parametrize("jobs", [1, 4])
 @pytest.mark.parametrize("idle_s", [0, 0.001, 0.01])
 def test_a_fetch_that_comes_just_when_threads_end_is_carried_out(
