@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -48,6 +49,12 @@ from tio_openneuro.torchio_seams import (
     transform_of,
 )
 from tio_openneuro.volumes import SubjectSize, VolumeFile, announce_files
+
+_WHY = (
+    "Of all datasets that are open under one root the smallest budget does. In a notebook it may "
+    "be that of an older dataset, which a variable, a subject or an output keeps (Out[3].close() "
+    "closes one that was shown), or which this cell replaces now."
+)
 
 
 class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
@@ -108,7 +115,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             on_multiple: ``"raise"``, ``"first"``, ``"all"`` (one unit for each combination) or
                 ``"stack"`` (hits as channels): a pattern with several hits in a unit.
             on_incomplete: ``"raise"`` or ``"allow"``: units that differ in their images.
-            disk_budget: Bytes, ``"10 GB"``, or ``"auto"``.
+            disk_budget: Bytes, ``"10 GB"``, or ``"auto"``. The smallest one that is open under
+                the root holds for all, in every process: a larger one warns and names it.
             preprocess: Deterministic transform, applied before ``transform``.
             transform: Random transform, applied each time.
             jobs: Fetches in flight.
@@ -164,16 +172,24 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             )
             if self._engine is not None:
                 self._engine.require(max(self._contents(), key=lambda unit: unit.size_bytes))
+                budget_bytes, stated = self._engine.binding()
+                if stated:
+                    smaller = f"{format_size(budget_bytes)}{stated}"
+                    warnings.warn(f"A smaller disk budget holds: {smaller}. {_WHY}", stacklevel=2)
         except BaseException:
             self.close()
             raise
 
     def __repr__(self) -> str:
-        """Show what is selected, without touching content."""
+        """Show what is selected, and the disk budget that binds, without touching content."""
+        budget = ""
+        if self._engine is not None:
+            budget_bytes, stated = self._engine.binding()
+            budget = f"; disk budget {format_size(budget_bytes)}{stated}"
         names = ", ".join(self._rows[0].subject.get_images_names()) if self._rows else ""
         return (
             f"{type(self).__name__}({self.dataset_id!r} at {self.version[:8] or 'no commit'}: "
-            f"{len(self)} subjects; images: {names}; {format_size(self.nbytes)})"
+            f"{len(self)} subjects; images: {names}; {format_size(self.nbytes)}{budget})"
         )
 
     # -- subjects ----------------------------------------------------------------------------

@@ -8,7 +8,10 @@ until somebody has cleared it away. Never touches content: callers drop and fetc
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -37,6 +40,9 @@ from tio_openneuro.ledger.schema import (
 from tio_openneuro.ledger.transaction import Transaction
 
 _OWNERS = "SELECT id, pid, created_s, budget_bytes FROM owner WHERE id <> ?"
+_BINDING = (
+    "SELECT budget_bytes, pid, created_s, id FROM owner ORDER BY budget_bytes, id <> ? LIMIT 1"
+)
 _NO_BUDGET_BYTES = 10**18
 """The smallest budget of a root holds; this one never is."""
 
@@ -240,6 +246,18 @@ class Ledger:
                 tuple(row[0] for row in db.execute(LEASE_PIDS)),
                 tuple(row[0] for row in db.execute(FETCH_PIDS)),
             )
+
+    def binding(self) -> tuple[int, str]:
+        """Return the budget that binds; and who states it since when, unless this owner does."""
+        self.reap()
+        budget_bytes, pid, since_s, owner_id = self._db.read(_BINDING, (self.owner_id,))[0]
+        if owner_id == self.owner_id:
+            return budget_bytes, ""
+        with contextlib.suppress(OSError):  # It has left just now.
+            since_s = self._lock_path(owner_id).stat().st_mtime
+        who = f"{pid} (this one)" if pid == os.getpid() else pid
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since_s))
+        return budget_bytes, f", stated by process {who} since {since}"
 
     def remember_clone(self, path: str, remotes: Sequence[str]) -> None:
         """Keep which remotes a clone's content comes from, for whoever evicts it."""
