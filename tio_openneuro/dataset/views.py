@@ -172,24 +172,17 @@ def find_rows(index: Any, rows: Sequence[SubjectRow]) -> int | list[int]:  # noq
     if isinstance(index, slice):
         return list(range(len(rows))[index])
     plain = _plain(index)
-    if isinstance(plain, str):
-        found = _bearers(plain, rows)
-        return found[0] if len(found) == 1 else found
-    if not hasattr(plain, "__len__"):
-        return _position(plain, len(rows))
-    values = [_plain(value) for value in plain]
-    if not values or not all(isinstance(value, bool) for value in values):
-        several = (
-            _bearers(value, rows) if isinstance(value, str) else [_position(value, len(rows))]
-            for value in values
-        )
-        return [number for numbers in several for number in numbers]
-    if len(values) != len(rows):
-        raise IndexError(
-            f"Cannot apply a mask of {len(values)} values to {len(rows)} subjects: give one value "
-            f"for each."
-        )
-    return [number for number, kept in enumerate(values) if kept]
+    is_view = hasattr(plain, "__len__") and not isinstance(plain, str)
+    values = [_plain(value) for value in plain] if is_view else [plain]
+    if is_view and values and all(isinstance(value, bool) for value in values):
+        if len(values) != len(rows):
+            raise IndexError(
+                f"Cannot apply a mask of {len(values)} values to {len(rows)} subjects: give one "
+                f"value for each."
+            )
+        return [number for number, kept in enumerate(values) if kept]
+    found = [number for value in values for number in _find(value, rows)]
+    return found if is_view or len(found) > 1 else found[0]
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever somebody takes for an index
@@ -197,8 +190,20 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever somebody takes for an 
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _position(value: object, length: int) -> int:
-    """Return the number from zero that an integer names, from the end where it is negative."""
+def _find(value: Any, rows: Sequence[SubjectRow]) -> list[int]:  # noqa: ANN401 - as above
+    """Return the number of the row that an integer means, or of those that bear a name."""
+    count = len(rows)
+    if isinstance(value, str):
+        names = [_names_of(row) for row in rows]
+        same = value.replace("_", " ")
+        found = [n for n in range(count) if same in {each.replace("_", " ") for each in names[n]}]
+        if not found:
+            near = get_close_matches(value, sorted(set().union(*names))[:_MOST_COMPARED], cutoff=0)
+            raise KeyError(
+                f"Cannot take subject {value!r}: none of {count} subjects bears that name. Near: "
+                f"{', '.join(near) or 'none'}."
+            )
+        return found
     try:
         # What is no index is refused as a truth value is, which would be one.
         number = operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
@@ -207,27 +212,13 @@ def _position(value: object, length: int) -> int:
             f"Cannot take subject {value!r}: an index is an integer, a name, a slice, a list of "
             f"them or a boolean mask, not {type(value).__name__}."
         ) from error
-    if not -length <= number < length:
+    if not -count <= number < count:
         raise IndexError(
-            f"Cannot take subject {number} of {length}: indices go from {-length} to {length - 1}."
+            f"Cannot take subject {number} of {count}: indices go from {-count} to {count - 1}."
         )
-    return number % length
+    return [number % count]
 
 
-def _bearers(name: str, rows: Sequence[SubjectRow]) -> list[int]:
-    """Return the numbers of the rows that bear a name: the unit's, or subject and session."""
-    names = [_names_of(row) for row in rows]
-    wanted = name.replace("_", " ")
-    found = [n for n, own in enumerate(names) if wanted in {each.replace("_", " ") for each in own}]
-    if not found:
-        near = get_close_matches(name, sorted(set[str]().union(*names))[:_MOST_COMPARED], cutoff=0)
-        raise KeyError(
-            f"Cannot take subject {name!r}: none of {len(rows)} subjects bears that name. Near: "
-            f"{', '.join(near) or 'none'}."
-        )
-    return found
-
-
-def _names_of(row: SubjectRow) -> set[str]:
-    subject, session = row.subject["subject_id"], row.subject["session_id"]
-    return {row.content.name, f"{subject}", f"{subject} {session}".strip()}
+def _names_of(row: SubjectRow) -> set[Any]:
+    subject_id, session_id = row.subject["subject_id"], row.subject["session_id"]
+    return {row.content.name, subject_id, f"{subject_id} {session_id}".strip()}

@@ -8,13 +8,12 @@ until somebody has cleared it away. Never touches content: callers drop and fetc
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from tio_openneuro.content import ContentId
@@ -40,9 +39,6 @@ from tio_openneuro.ledger.schema import (
 from tio_openneuro.ledger.transaction import Transaction
 
 _OWNERS = "SELECT id, pid, created_s, budget_bytes FROM owner WHERE id <> ?"
-_BINDING = (
-    "SELECT budget_bytes, pid, created_s, id FROM owner ORDER BY budget_bytes, id <> ? LIMIT 1"
-)
 _NO_BUDGET_BYTES = 10**18
 """The smallest budget of a root holds; this one never is."""
 
@@ -250,14 +246,15 @@ class Ledger:
     def binding(self) -> tuple[int, str]:
         """Return the budget that binds; and who states it since when, unless this owner does."""
         self.reap()
-        budget_bytes, pid, since_s, owner_id = self._db.read(_BINDING, (self.owner_id,))[0]
-        if owner_id == self.owner_id:
-            return budget_bytes, ""
-        with contextlib.suppress(OSError):  # It has left just now.
-            since_s = self._lock_path(owner_id).stat().st_mtime
-        who = f"{pid} (this one)" if pid == os.getpid() else pid
+        owner = min(self.other_owners(), key=lambda owner: owner.budget_bytes, default=None)
+        if owner is None or owner.budget_bytes >= self.budget_bytes:
+            return self.budget_bytes, ""
+        since_s = owner.created_s
+        with suppress(OSError):  # It has left just now.
+            since_s = self._lock_path(owner.owner_id).stat().st_mtime
+        who = f"{owner.pid} (this one)" if owner.pid == os.getpid() else owner.pid
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since_s))
-        return budget_bytes, f", stated by process {who} since {since}"
+        return owner.budget_bytes, f", stated by process {who} since {since}"
 
     def remember_clone(self, path: str, remotes: Sequence[str]) -> None:
         """Keep which remotes a clone's content comes from, for whoever evicts it."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import operator
-from typing import SupportsIndex, cast
+from typing import Any
 
 import torch
 import torchio as tio
 from torch.utils.data.distributed import DistributedSampler
+from torchio.constants import NUM_SAMPLES
 
 from tio_openneuro.errors import DiskBudgetError, RamBudgetError, TioOpenNeuroError
 from tio_openneuro.queue.order import Planner
+from tio_openneuro.queue.source import name_subject
 from tio_openneuro.torchio_seams import find_other_generator, transform_of
 
 NEVER_SKIPPED = (RamBudgetError, DiskBudgetError, NotImplementedError, MemoryError)
@@ -29,34 +31,35 @@ def refuse_wrapped(dataset: object) -> None:
     """
     if not hasattr(dataset, "dry_iter"):
         raise TypeError(
-            f"Cannot make patches of {type(dataset).__name__}: a queue needs a tio.SubjectsDataset,"
-            f" whose subjects it asks for names and sizes before it loads them. Instead of Subset "
-            f"or random_split use dataset[indices] or dataset.split, instead of ConcatDataset "
-            f"tno.concat, instead of a list tio.SubjectsDataset(subjects)."
+            f"Cannot make patches of {type(dataset).__name__}: a queue needs a tio.SubjectsDataset."
+            f" Instead of Subset or random_split use dataset[indices] or dataset.split, instead of "
+            f"ConcatDataset tno.concat, instead of a list tio.SubjectsDataset(subjects)."
         )
 
 
-def count_patches(name: str, count: object) -> int:
-    """Return a subject's ``num_samples``: any integer from zero, which gives no patch of it.
+def count_patches(dataset: tio.SubjectsDataset, samples_per_volume: int) -> list[int]:
+    """Return each subject's ``num_samples``: any integer from zero, which gives none of it.
 
     Args:
-        name: The subject's, for the message.
-        count: What it says, or the queue's ``samples_per_volume``.
+        dataset: The subjects.
+        samples_per_volume: What holds for one that has none.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: One has something else.
     """
-    if not _is_integer(count, 0):
-        raise ValueError(
-            f"Cannot take {count!r} patches of {name}: its num_samples must be an integer of at "
-            f"least 0. Correct it in the subject, or delete it for samples_per_volume to hold."
-        )
-    return operator.index(cast("SupportsIndex", count))
+    counts = [getattr(each, NUM_SAMPLES, samples_per_volume) for each in dataset.dry_iter()]
+    for index, count in enumerate(counts):
+        if not _is_integer(count, 0):
+            raise ValueError(
+                f"Cannot take {count!r} patches of {name_subject(dataset, index)}: its num_samples "
+                f"must be an integer from 0. Correct it, or delete it to use samples_per_volume."
+            )
+    return [int(count) for count in counts]
 
 
-def _is_integer(value: object, least: int) -> bool:
+def _is_integer(value: Any, least: int) -> bool:  # noqa: ANN401 - whatever somebody gives
     try:
-        return not isinstance(value, bool) and operator.index(cast("SupportsIndex", value)) >= least
+        return not isinstance(value, bool) and operator.index(value) >= least
     except TypeError:
         return False
 
@@ -73,9 +76,7 @@ def refuse_below(least: int, **given: int | None) -> None:
     """
     for parameter, value in given.items():
         if value is not None and not _is_integer(value, least):
-            raise ValueError(
-                f"Cannot use {parameter}={value!r}: it must be an integer, and at least {least}."
-            )
+            raise ValueError(f"Cannot use {parameter}={value!r}: give an integer from {least}.")
 
 
 def refuse_others(allowed: tuple[str, str], **given: str) -> None:

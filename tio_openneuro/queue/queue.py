@@ -12,14 +12,13 @@ from typing import Any, Self
 
 import torchio as tio
 from torch.utils.data import get_worker_info
-from torchio.constants import NUM_SAMPLES
 
 from tio_openneuro.closing import Closing
 from tio_openneuro.queue import checks
 from tio_openneuro.queue.draw import Pass, PassStart, choose_window
 from tio_openneuro.queue.filler import Filler
 from tio_openneuro.queue.order import Planner
-from tio_openneuro.queue.source import SubjectSource, name_subject
+from tio_openneuro.queue.source import SubjectSource
 from tio_openneuro.queue.state import (
     LONGEST_SKIPPED,
     QueueState,
@@ -144,12 +143,7 @@ class BudgetedQueue(tio.Queue):
 
     def _build(self, start: PassStart) -> None:
         """Make what depends on the seed and the window, to go on from there."""
-        counts = [
-            checks.count_patches(
-                name_subject(subject, index), getattr(subject, NUM_SAMPLES, self.samples_per_volume)
-            )
-            for index, subject in enumerate(self.subjects_dataset.dry_iter())
-        ]
+        counts = checks.count_patches(self.subjects_dataset, self.samples_per_volume)
         self._planner = Planner(
             counts, self.subject_sampler, seed=self.seed, shuffled=self.shuffle_subjects
         )

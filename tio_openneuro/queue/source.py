@@ -179,7 +179,7 @@ class SubjectSource:
 
     def name(self, index: int) -> str:
         """Return what a subject is called, for messages."""
-        return name_subject(self._dataset.dry_iter()[index], index)
+        return name_subject(self._dataset, index)
 
     def images(self, index: int) -> int:
         """Return how many images a subject has, at least one, without loading it."""
@@ -360,8 +360,9 @@ class SubjectSource:
             self._growth = max(self._growth, size.total_voxels / before.total_voxels)
 
 
-def name_subject(subject: tio.Subject, index: int) -> str:
+def name_subject(dataset: tio.SubjectsDataset, index: int) -> str:
     """Return what a subject is called, for messages, by its index where it bears no name."""
+    subject = dataset.dry_iter()[index]
     for attribute in ("name", "subject_id"):
         value = subject.get(attribute)
         if isinstance(value, str) and value:
