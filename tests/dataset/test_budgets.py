@@ -32,15 +32,12 @@ def opened(disk_budget: int | str) -> tno.DataladSubjectsDataset:
     return tno.DataladSubjectsDataset("ds900001", IMAGES, disk_budget=disk_budget)
 
 
-@pytest.mark.parametrize("larger", ["1 GB", "auto"])
-def test_a_larger_budget_that_is_not_the_one_that_binds_warns(
-    openneuro: LoopbackOpenNeuro, larger: str
-) -> None:
+def test_a_larger_budget_that_is_not_the_one_that_binds_warns(openneuro: LoopbackOpenNeuro) -> None:
     """It names process and time, and what may hold the other; the binding one stands in repr."""
     with opened("30 kB") as old:
         assert repr(old).endswith("72.9 kB; disk budget 30.0 kB)")
         with pytest.warns(UserWarning, match=_HERE) as caught:
-            new = opened(larger)
+            new = opened("1 GB")
         assert "Out[" in str(caught[0].message)
         assert caught[0].filename == __file__
         with new:
@@ -65,6 +62,9 @@ def test_equal_and_smaller_budgets_do_not_warn(openneuro: LoopbackOpenNeuro, roo
                 assert repr(third).endswith("; disk budget 30.0 kB)")
                 assert re.search(_HERE, repr(first))
                 assert re.search(_HERE, repr(second))
+                # Who states none is content with any, and sees it.
+                with opened("auto") as fourth:
+                    assert re.search(_HERE, repr(fourth))
             assert repr(first).endswith("; disk budget 1.0 GB)")
 
 

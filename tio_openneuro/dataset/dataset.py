@@ -116,7 +116,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
                 ``"stack"`` (hits as channels): a pattern with several hits in a unit.
             on_incomplete: ``"raise"`` or ``"allow"``: units that differ in their images.
             disk_budget: Bytes, ``"10 GB"``, or ``"auto"``. The smallest one that is open under
-                the root holds for all, in every process: a larger one warns and names it.
+                the root holds for all, in every process; one stated larger warns and names it.
             preprocess: Deterministic transform, applied before ``transform``.
             transform: Random transform, applied each time.
             jobs: Fetches in flight.
@@ -173,7 +173,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             if self._engine is not None:
                 self._engine.require(max(self._contents(), key=lambda unit: unit.size_bytes))
                 budget_bytes, stated = self._engine.binding()
-                if stated:
+                if stated and disk_budget != "auto":
                     smaller = f"{format_size(budget_bytes)}{stated}"
                     warnings.warn(f"A smaller disk budget holds: {smaller}. {_WHY}", stacklevel=2)
         except BaseException:
