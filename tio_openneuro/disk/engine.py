@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -135,6 +135,17 @@ class Engine:
         """Budget that this engine stated; the smallest of all live ones holds."""
         return self._budget_bytes
 
+    def binding(self) -> tuple[int, str]:
+        """Return the smallest budget of all live ones, and who else states it, as words.
+
+        Opens nothing: where this process has not used the engine, it is the one that it states.
+        """
+        leases = self._leases
+        if leases is not None and leases.pid == os.getpid():
+            with suppress(LedgerError):
+                return leases.ledger.binding()
+        return self._budget_bytes, ""
+
     def require(self, unit: ContentUnit) -> None:
         """Refuse a budget that cannot hold a unit; content that was there before needs none.
 
@@ -146,9 +157,9 @@ class Engine:
         wants = leases.store.wants(files)
         known = leases.ledger.rows(files)
         ours = [want for want in wants if want.content in known or not want.located]
-        budget_bytes = min(self._budget_bytes, leases.ledger.holdings().budget_bytes)
+        budget_bytes, stated = leases.ledger.binding()
         if sum(want.size_bytes for want in ours) > budget_bytes:
-            raise too_large(unit.name, [want.size_bytes for want in ours], budget_bytes)
+            raise too_large(unit.name, [want.size_bytes for want in ours], budget_bytes, stated)
 
     def lease(
         self, unit: ContentUnit, *, timeout_s: float = 600.0

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import warnings
+from typing import Any
 
 import torch
 import torchio as tio
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torch.utils.data.distributed import DistributedSampler
+from torchio.constants import NUM_SAMPLES
 
 from tio_openneuro.errors import DiskBudgetError, RamBudgetError, TioOpenNeuroError
 from tio_openneuro.queue.draw import LARGEST_WINDOW
 from tio_openneuro.queue.order import Planner, Ranks, knows_ranks
-from tio_openneuro.queue.source import SubjectSource
+from tio_openneuro.queue.source import SubjectSource, name_subject
 from tio_openneuro.torchio_seams import find_other_generator, transform_of
 
 NEVER_SKIPPED = (RamBudgetError, DiskBudgetError, NotImplementedError, MemoryError)
@@ -76,8 +79,49 @@ def name_jump(number: int, expected: int, *, in_turns: bool) -> str:
     )
 
 
+def refuse_wrapped(dataset: object) -> None:
+    """Refuse what is no dataset of subjects, such as torch's wrappers of one.
+
+    Raises:
+        TypeError: It is; the message tells what to write instead.
+    """
+    if not hasattr(dataset, "dry_iter"):
+        raise TypeError(
+            f"Cannot make patches of {type(dataset).__name__}: a queue needs a tio.SubjectsDataset."
+            f" Instead of Subset or random_split use dataset[indices] or dataset.split, instead of "
+            f"ConcatDataset tno.concat, instead of a list tio.SubjectsDataset(subjects)."
+        )
+
+
+def count_patches(dataset: tio.SubjectsDataset, samples_per_volume: int) -> list[int]:
+    """Return each subject's ``num_samples``: any integer from zero, which gives none of it.
+
+    Args:
+        dataset: The subjects.
+        samples_per_volume: What holds for one that has none.
+
+    Raises:
+        ValueError: One has something else.
+    """
+    counts = [getattr(each, NUM_SAMPLES, samples_per_volume) for each in dataset.dry_iter()]
+    for index, count in enumerate(counts):
+        if not _is_integer(count, 0):
+            raise ValueError(
+                f"Cannot take {count!r} patches of {name_subject(dataset, index)}: its num_samples "
+                f"must be an integer from 0. Correct it, or delete it to use samples_per_volume."
+            )
+    return [int(count) for count in counts]
+
+
+def _is_integer(value: Any, least: int) -> bool:  # noqa: ANN401 - whatever somebody gives
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        return False
+
+
 def refuse_below(least: int, **given: int | None) -> None:
-    """Refuse a parameter that is too small.
+    """Refuse a parameter that is no integer, or too small.
 
     Args:
         least: The smallest value that is allowed.
@@ -87,8 +131,8 @@ def refuse_below(least: int, **given: int | None) -> None:
         ValueError: One is; the message names it.
     """
     for parameter, value in given.items():
-        if value is not None and value < least:
-            raise ValueError(f"Cannot use {parameter}={value}: it must be at least {least}.")
+        if value is not None and not _is_integer(value, least):
+            raise ValueError(f"Cannot use {parameter}={value!r}: give an integer from {least}.")
 
 
 def refuse_others(allowed: tuple[str, str], **given: str) -> None:

@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import torchio as tio
 from torch.utils.data import get_worker_info
-from torchio.constants import NUM_SAMPLES
 
 from tio_openneuro.closing import Closing
 from tio_openneuro.queue import checks
@@ -89,7 +88,8 @@ class BudgetedQueue(tio.Queue):
             subjects_dataset: The subjects; any ``tio.SubjectsDataset``.
             max_length: Patches from which the next one is drawn, the most that wait in
                 ``patches_list``; None chooses it from the RAM budget and the patch size.
-            samples_per_volume: Patches of each subject that has no ``num_samples``.
+            samples_per_volume: Patches of each subject that has no ``num_samples``, an integer
+                from zero.
             sampler: The patch sampler; by default ``tio.UniformSampler(96)``.
             subject_sampler: Gives the indices of the subjects of each epoch; it needs a length.
             num_workers: Threads that fill; with zero, the consumer's thread does.
@@ -114,9 +114,12 @@ class BudgetedQueue(tio.Queue):
                 the same ``seed``, so that the state of one resumes all of them exactly.
 
         Raises:
-            ValueError: A parameter is out of range, or two exclude each other.
+            ValueError: A parameter, or a subject's ``num_samples``, is out of range, or two
+                parameters exclude each other.
+            TypeError: The dataset is none of subjects, such as a ``Subset`` or a list.
             RamBudgetError: The budget cannot hold a subject whose size is known, or any.
         """
+        checks.refuse_wrapped(subjects_dataset)
         checks.refuse_below(1, max_length=max_length, samples_per_volume=samples_per_volume)
         checks.refuse_below(0, num_workers=num_workers)
         checks.refuse_others(("raise", "skip"), on_error=on_error)
@@ -156,8 +159,7 @@ class BudgetedQueue(tio.Queue):
         self._fill_ahead()
 
     def _make_planner(self, seed: int) -> Planner:
-        subjects = self.subjects_dataset.dry_iter()
-        counts = [int(getattr(each, NUM_SAMPLES, self.samples_per_volume)) for each in subjects]
+        counts = checks.count_patches(self.subjects_dataset, self.samples_per_volume)
         shuffled, ranks = self.shuffle_subjects, self._ranks
         return Planner(counts, self.subject_sampler, seed=seed, shuffled=shuffled, ranks=ranks)
 

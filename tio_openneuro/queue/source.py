@@ -184,13 +184,7 @@ class SubjectSource:
 
     def name(self, index: int) -> str:
         """Return what a subject is called, for messages."""
-        subject = self._dataset.dry_iter()[index]
-        for attribute in ("name", "subject_id"):
-            value = subject.get(attribute)
-            if isinstance(value, str) and value:
-                session = subject.get("session_id")
-                return f"{value} {session}" if isinstance(session, str) and session else value
-        return f"subject {index}"
+        return name_subject(self._dataset, index)
 
     def images(self, index: int) -> int:
         """Return how many images a subject has, at least one, without loading it."""
@@ -412,6 +406,17 @@ class SubjectSource:
         if size is not None:
             before = self._sizes.setdefault(index, size)
             self._growth = max(self._growth, size.total_voxels / before.total_voxels)
+
+
+def name_subject(dataset: tio.SubjectsDataset, index: int) -> str:
+    """Return what a subject is called, for messages, by its index where it bears no name."""
+    subject = dataset.dry_iter()[index]
+    for attribute in ("name", "subject_id"):
+        value = subject.get(attribute)
+        if isinstance(value, str) and value:
+            session = subject.get("session_id")
+            return f"{value} {session}" if isinstance(session, str) and session else value
+    return f"subject {index}"
 
 
 def forget_locals(error: BaseException) -> None:

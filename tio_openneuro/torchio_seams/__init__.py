@@ -8,6 +8,7 @@ from tio_openneuro.torchio_seams.box_crop import reads_boxes
 from tio_openneuro.torchio_seams.costs import measure_cost
 from tio_openneuro.torchio_seams.fingerprint import (
     UnpinnedError,
+    identify,
     identify_items,
     identify_parts,
     pin,
@@ -59,6 +60,7 @@ __all__ = [
     "find_other_generator",
     "get_subject",
     "has_map",
+    "identify",
     "identify_items",
     "identify_parts",
     "install_seed_guard",
