@@ -199,7 +199,7 @@ def make_datasets(
             "ds900001",
             IMAGES,
             root=folder / f"root-{os.getpid()}",
-            disk_budget="1 MB" if kind == "prepared" else "13 kB",
+            disk_budget="1 MB" if kind == "prepared" else "14 kB",
             jobs=2,
             preprocess=preprocess,
             transform=transform,

@@ -12,6 +12,8 @@ _UNITS = {
     **{f"{p}B": 1000**n for n, p in enumerate("KMGTP", start=1)},
     **{f"{p}IB": 1024**n for n, p in enumerate("KMGTP", start=1)},
 }
+# Not even the header of an image.
+_LEAST_BUDGET_BYTES = 1000
 _SIZE = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -45,6 +47,19 @@ def parse_size(size: int | str) -> int:
     if size_bytes <= 0:
         raise ValueError(f"Cannot use {size!r} as a size: it must be at least one byte.")
     return size_bytes
+
+
+def ask_unit(budget_bytes: int) -> str:
+    """Return a question to end a message with, where a budget is so small that its unit lacks.
+
+    Args:
+        budget_bytes: The budget, as it was understood.
+
+    Example:
+        >>> ask_unit(4), ask_unit(4000)
+        (' Was "4 GB" meant?', '')
+    """
+    return f' Was "{budget_bytes} GB" meant?' if budget_bytes < _LEAST_BUDGET_BYTES else ""
 
 
 def format_size(size_bytes: float) -> str:

@@ -11,9 +11,11 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.extend(str(room) for room in Path(__file__).parent.parent.iterdir() if room.is_dir())
 
 import budget
 import eviction
+import forks
 import growth
 import hops
 import http_fetching
@@ -48,6 +50,7 @@ BENCHMARKS = {
     "maps": maps,
     "hops": hops,
     "http_fetching": http_fetching,
+    "forks": forks,
 }
 
 

@@ -40,8 +40,9 @@ def make_dataset(count: int = SUBJECTS) -> tio.SubjectsDataset:
 
 def make_queue(dataset: tio.SubjectsDataset, **options: Any) -> tno.BudgetedQueue:
     """Return a queue of two patches of each subject."""
-    options = {"num_workers": 1, "ram_budget": "4 GB", "seed": 0, **options}
-    return tno.BudgetedQueue(dataset, 4, SAMPLES, tio.UniformSampler(4), **options)
+    options = {"max_length": 4, "num_workers": 1, "ram_budget": "4 GB", "seed": 0, **options}
+    options |= {"samples_per_volume": SAMPLES, "sampler": tio.UniformSampler(4)}
+    return tno.BudgetedQueue(dataset, **options)
 
 
 def follow(make: Callable[[], tno.BudgetedQueue]) -> Case:

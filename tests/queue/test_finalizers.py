@@ -22,7 +22,7 @@ FOLDS = 25
 DEADLINE_S = 120.0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def _subjects(_published: LoopbackOpenNeuro) -> None:
     files = {}
     for number in range(MOST):

@@ -110,6 +110,52 @@ def test_a_cell_that_is_run_twice_leaves_one_queue(openneuro):
     assert not kernel.process.is_running()
 
 
+_SHOWN = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    dataset = tno.DataladSubjectsDataset(
+        "ds900001", {"t1": tno.Scalar("sub-*/anat/*_T1w.nii.gz")}, disk_budget=BUDGET
+    )
+for subject in dataset:
+    pass
+del subject
+print(*(str(w.message) for w in caught if "budget" in str(w.message)))
+dataset
+"""
+_LEFT = """
+deadline_s = time.monotonic() + 60
+def left():
+    ours = [t.name for t in threading.enumerate() if t.name.startswith(("tio-", "coprocess"))]
+    return ours + psutil.Process().children(recursive=True)
+while left() and time.monotonic() < deadline_s:
+    time.sleep(0.01)
+print(left(), dataset)
+"""
+_CLOSED = """
+for shown in Out.values():
+    if shown is not dataset:
+        shown.close()
+print(dataset)
+"""
+
+
+def test_a_dataset_that_an_output_holds_keeps_its_budget_and_nothing_else(openneuro):
+    """A larger budget warns, naming the output; threads and children end; closed, it is gone."""
+    with Kernel() as kernel:
+        assert kernel.run(_MAKE) == ""
+        assert kernel.run("dataset.close()") == ""
+        assert kernel.run(_SHOWN.replace("BUDGET", "'30 kB'")) == ""
+        holds = f"30.0 kB, stated by process {kernel.process.pid} (this one) since"
+        warned = kernel.run(_SHOWN.replace("BUDGET", "'1 GB'"))
+        assert holds in warned
+        assert "Out[" in warned
+        left = kernel.run(_LEFT)
+        assert left.startswith("[] DataladSubjectsDataset")
+        assert f"disk budget {holds}" in left
+        assert kernel.run(_CLOSED).endswith("; disk budget 1.0 GB)")
+        assert kernel.run("print(len([subject for subject in dataset]))") == "6"
+
+
 _SCRIPT = """
 import os, sys, threading, time, torchio as tio
 import tio_openneuro as tno

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from tio_openneuro.queue.order import Planner
+from tio_openneuro.queue.order import Planner, Ranks
 
 
 class Drifting:
@@ -67,3 +67,20 @@ def test_a_distributed_samplers_epoch_is_set_and_an_own_generators_passes_are_co
     planner = Planner([1] * 9, own, seed=0, shuffled=False)
     for epoch in (2, 0, 1, 2):
         assert planner.plan(epoch).order == expected[epoch]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_sampler_that_knows_no_ranks_draws_for_itself_on_each(own):
+    """From the queue's seed or from a generator of the user's; not where ranks share nothing."""
+    orders = {}
+    for share in (False, True):
+        for rank in range(3):
+            generator = torch.Generator().manual_seed(4) if own else None
+            sampler = RandomSampler(range(50), generator=generator)
+            ranks = Ranks(rank, 3, share=share)
+            planner = Planner([1] * 50, sampler, seed=1, shuffled=False, ranks=ranks)
+            orders[share, rank] = tuple(planner.plan(epoch).order for epoch in range(2))
+            if generator is not None:
+                assert generator.initial_seed() == 4
+    assert len({orders[False, rank] for rank in range(3)}) == 1
+    assert len({orders[True, rank] for rank in range(3)}) == 3

@@ -805,7 +805,7 @@ class ObservingDataset(NoContent, tio.SubjectsDataset):
 def test_content_is_fetched_ahead_and_released_once_sampled(make_queue, on_release):
     """The dataset hears this epoch's order and the next one's, and of each subject's end."""
     dataset = ObservingDataset()
-    queue = make_queue(dataset, on_release=on_release, num_workers=1, seed=0)
+    queue = make_queue(dataset, on_release=on_release, num_workers=1)
     list(queue)
     first = dataset.prefetched[0]
     assert sorted(first[:4]) == sorted(first[4:]) == [0, 1, 2, 3]

@@ -14,6 +14,8 @@ import pytest
 import torchio as tio
 from conftest import heads
 from rank_dealing import EPOCHS, SAMPLES, SUBJECTS, make_dataset, make_queue
+from test_queue import BrokenDataset
+from torch.utils.data import DataLoader, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.loopback import LoopbackOpenNeuro
@@ -21,7 +23,6 @@ from tio_openneuro.loopback import LoopbackOpenNeuro
 ACCESSION = "ds900094"
 SHARE = -(-SUBJECTS // 2)
 ALL = {f"sub-{number}" for number in range(SUBJECTS)}
-RANKS = pytest.mark.xfail(strict=True, reason="issue 11, item 4: ranks")
 
 
 def names(queue: object) -> list[str]:
@@ -40,7 +41,6 @@ def assert_dealt(first: list[str], second: list[str], subjects: set[str] = ALL) 
     assert len(set(first) & set(second)) <= extra
 
 
-@RANKS
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1), (None, None)])
 def test_ranks_given_by_hand_share_the_subjects(seeds: tuple[int | None, int | None]) -> None:
     """Whatever the seeds: the deal depends on the epoch alone, and epochs differ."""
@@ -55,7 +55,6 @@ def test_ranks_given_by_hand_share_the_subjects(seeds: tuple[int | None, int | N
     assert len({frozenset(epoch) for epoch in epochs[0]}) > 1
 
 
-@RANKS
 def test_the_deal_is_the_same_whatever_came_before() -> None:
     """Epoch 2 has one deal, also where it is the first one that is read."""
     found = []
@@ -66,7 +65,6 @@ def test_the_deal_is_the_same_whatever_came_before() -> None:
     assert found[0] == found[1]
 
 
-@RANKS
 @pytest.mark.parametrize("ranks", [(2, 2), (-1, 2), (0, 0), "two", (0,)])
 def test_ranks_out_of_range_are_refused(ranks: object) -> None:
     """By the parameter's name."""
@@ -74,7 +72,6 @@ def test_ranks_out_of_range_are_refused(ranks: object) -> None:
         make_queue(make_dataset(), ranks=ranks).close()
 
 
-@RANKS
 def test_a_state_without_skips_is_valid_on_every_rank() -> None:
     """Lightning saves rank 0's alone: each rank goes on with its own share."""
     whole = []
@@ -91,13 +88,47 @@ def test_a_state_without_skips_is_valid_on_every_rank() -> None:
             assert [names(queue), names(queue)] == [whole[rank][0][3:], whole[rank][1]]
 
 
-@RANKS
 def test_ranks_beside_a_subject_sampler_are_refused() -> None:
     """One of the two deals the subjects out."""
     dataset = make_dataset()
     sampler = DistributedSampler(dataset, num_replicas=2, rank=0)
     with pytest.raises(ValueError, match=r"subject_sampler.*ranks|ranks.*subject_sampler"):
         make_queue(dataset, ranks=(0, 2), subject_sampler=sampler, shuffle_subjects=False).close()
+
+
+def test_in_order_the_subjects_are_dealt_in_turns() -> None:
+    """Without shuffling, each rank has every other one, and the first again to fill up."""
+    for rank in range(2):
+        options = {"shuffle_subjects": False, "shuffle_patches": False}
+        with make_queue(make_dataset(), ranks=(rank, 2), **options) as queue:
+            expected = [f"sub-{number % SUBJECTS}" for number in range(rank, 8, 2)]
+            assert names(queue) == [name for name in expected for _ in range(SAMPLES)]
+
+
+def test_ranks_with_unequal_numbers_of_patches_are_refused() -> None:
+    """They would wait for one another for ever; ranks that share nothing may have them."""
+    subjects = list(make_dataset().dry_iter())
+    subjects[1]["num_samples"] = 3
+    dataset = tio.SubjectsDataset(subjects)
+    with pytest.raises(ValueError, match="num_samples"):
+        make_queue(dataset, ranks=(0, 2)).close()
+    make_queue(dataset, ranks=None).close()
+    make_queue(dataset, ranks=(0, 1)).close()
+
+
+@pytest.mark.parametrize("broken", [[1], [0, 3, 4]])
+def test_a_skipped_share_is_taken_by_the_ranks_own_next_subjects(broken: list[int]) -> None:
+    """Also where the queue deals: as many patches, of the rank's own subjects."""
+    shares = []
+    for rank in range(2):
+        options = {"ranks": (rank, 2), "on_error": "skip", "max_length": 100}
+        with make_queue(BrokenDataset(broken), **options) as queue:
+            own = {f"sub-{index:02d}" for index in queue._planner.plan(0).order}
+            found = [patch["name"] for patch in queue]
+            assert len(found) == len(queue) == 3 * SAMPLES
+            assert set(found) == own - {f"sub-{index:02d}" for index in broken}
+            shares.append(own)
+    assert shares[0].isdisjoint(shares[1])
 
 
 # Loaders that lead astray, in one process
@@ -138,14 +169,57 @@ def shuffled(queue: object) -> None:
     list(tio.SubjectsLoader(queue, batch_size=2, shuffle=True))
 
 
+def one_by_one(queue: object) -> None:
+    """Have a trainer's sampler ask for single patches through a dataset of the user's."""
+    sampler = DistributedSampler(queue, num_replicas=2, rank=0, shuffle=False)
+    list(DataLoader(Subset(queue, range(len(queue))), collate_fn=list, sampler=sampler))
+
+
+def shuffled_by_a_list(queue: object) -> None:
+    """Give the loader batches of the user's own."""
+    list(DataLoader(queue, collate_fn=list, batch_sampler=[[0, 1], [4, 5]]))
+
+
+def parts(queue: object) -> None:
+    """Read a part of the queue."""
+    list(tio.SubjectsLoader(Subset(queue, range(4, 8)), batch_size=2))
+
+
+def two_loaders(queue: object) -> None:
+    """Read one queue by two loaders in turns."""
+    loaders = [tio.SubjectsLoader(queue, batch_size=size) for size in (2, 3)]
+    list(zip(*loaders, strict=False))
+
+
+def looked_at(queue: object) -> None:
+    """Look at a batch, as many do, before a trainer's sampler asks."""
+    next(iter(tio.SubjectsLoader(queue, batch_size=2)))
+    one_by_one(queue)
+
+
+def prepared(queue: object) -> None:
+    """Have Accelerate deal the batches out, on the first of two ranks."""
+    pytest.importorskip("accelerate")
+    from accelerate.data_loader import prepare_data_loader
+
+    loader = DataLoader(queue, collate_fn=list, batch_size=2)
+    list(prepare_data_loader(loader, num_processes=2, process_index=0, put_on_device=False))
+
+
 @pytest.mark.parametrize(
     ("lead", "words", "wrong"),
     [
-        pytest.param(zipped, "two iterators", "shuffle=", marks=RANKS),
-        pytest.param(interleaved, "two iterators", "shuffle=", marks=RANKS),
-        pytest.param(skipping, "load_state_dict", "shuffle=", marks=RANKS),
-        pytest.param(distributed, "use_distributed_sampler=False", "shuffle=", marks=RANKS),
+        (zipped, "two iterators", "shuffle="),
+        (interleaved, "two iterators", "shuffle="),
+        (skipping, "load_state_dict", "shuffle="),
+        (distributed, "use_distributed_sampler=False", "shuffle="),
         (shuffled, "shuffle=False", "use_distributed_sampler"),
+        (one_by_one, "use_distributed_sampler=False", "shuffle="),
+        (looked_at, "use_distributed_sampler=False", "two iterators"),
+        (shuffled_by_a_list, "asks by list", "shuffle="),
+        (parts, "dataset[indices]", "shuffle="),
+        (two_loaders, "two iterators", "shuffle="),
+        (prepared, "prepare()", "use_distributed_sampler"),
     ],
 )
 def test_indices_that_jump_name_what_made_them(lead, words: str, wrong: str) -> None:
@@ -184,7 +258,6 @@ def _subjects(_published: LoopbackOpenNeuro) -> None:
     _published.publish(ACCESSION, heads(SUBJECTS))
 
 
-@RANKS
 @pytest.mark.usefixtures("_subjects", "openneuro")
 def test_two_real_ranks_share_the_subjects_or_are_told_why_not(tmp_path: Path) -> None:
     """With and without sampler, seeds, roots; sharded already; made too early; led astray."""
@@ -196,8 +269,8 @@ def test_two_real_ranks_share_the_subjects_or_are_told_why_not(tmp_path: Path) -
         *astray & by_case.keys()
     }
     assert all("init_process_group" in text for text in errors["made before"])
-    assert all("use_distributed_sampler" in text for text in errors["a trainer's sampler"][1:])
-    assert all("prepare" in text for text in errors.get("accelerate", [])[1:])
+    assert all("use_distributed_sampler" in text for text in errors["a trainer's sampler"])
+    assert all("prepare" in text for text in errors.get("accelerate", []))
 
     openneuro_ids = {f"sub-{number:02}" for number in range(1, SUBJECTS + 1)}
     for name in ("one seed", "seed of each rank", "no seed", "in order", "told", "one root"):
@@ -227,7 +300,6 @@ def test_two_real_ranks_share_the_subjects_or_are_told_why_not(tmp_path: Path) -
     assert all(sum(pair) in {0, 2} for pair in warned.values())
 
 
-@RANKS
 def test_lightning_on_two_ranks(tmp_path: Path) -> None:
     """Without Lightning's sampler the ranks share the subjects; with it they are told."""
     pytest.importorskip("lightning")

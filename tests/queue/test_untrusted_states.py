@@ -15,8 +15,6 @@ from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.errors import RamBudgetError
 
-STATES = pytest.mark.xfail(strict=True, reason="issue 11, item 3: states are untrusted input")
-
 
 def pack(values: list[int]) -> str:
     """Return an order as a state holds it."""
@@ -37,6 +35,19 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "no replacements": ({"replacements": [[0]]}, "replacements"),
     "many replaced": ({"replacements": [[0, 1, 10**12]]}, "replacements"),
     "skipped": ({"skipped": ["sub-1"]}, "skipped"),
+    "skipped outside": ({"skipped": [["sub-9", "gone", 9, 0]]}, "skipped"),
+    "long text": ({"skipped": [["sub-1", "x" * 10**5, 1, 0]]}, "skipped"),
+    "many skipped": ({"skipped": [["sub-1", "gone", 1, 0]] * 501}, "skipped"),
+    "index ahead": ({"next_index": 4}, "next_index"),
+    "truth": ({"step": True, "next_index": 0}, "step"),
+    "endless epoch": ({"epoch": 10**12}, "epoch"),
+    "endless seed": ({"seed": 10**100}, "seed"),
+    "unheld replacements": ({"replacements": [[0, 1, 2]]}, "replacements"),
+    "late replacements": ({"holes": [0], "replacements": [[4, 1, 2]]}, "replacements"),
+    "no ranks": ({"ranks": None}, "ranks"),
+    "another rank": ({"ranks": [1, 2]}, "rank 1 of 2"),
+    "holes of nothing": ({"step": 0, "next_index": 0, "order": None, "holes": [0]}, "holes"),
+    "no order": ({"order": None}, "order"),
     "parts": ({"parts": None}, "parts"),
     "window": ({"window": -1}, "window"),
     "no base64": ({"order": "§§"}, "order"),
@@ -66,18 +77,44 @@ def state() -> dict[str, object]:
         return queue.state_dict()
 
 
-@STATES
 @pytest.mark.parametrize("case", WRONG)
 def test_a_state_with_values_out_of_range_is_refused_by_their_name(case: str) -> None:
     """And the queue goes on as if nothing had been loaded."""
     changes, name = WRONG[case]
     with make() as queue:
+        queue[0]
+        before = queue.state_dict()
         with pytest.raises(ValueError, match=name):
             queue.load_state_dict(copy.deepcopy(state()) | changes)
+        assert queue.state_dict() == before
+        assert [queue[index] for index in range(1, len(queue))]
         assert len(list(queue)) == len(queue)
 
 
-@STATES
+def test_an_order_for_a_sampler_that_draws_again_is_refused() -> None:
+    """Only what cannot be drawn again is kept; nothing else takes the place of the sampler."""
+    with make_queue(make_dataset()) as queue:
+        saved = queue.state_dict() | {"order": pack([0] * 7)}
+        with pytest.raises(ValueError, match="order"):
+            queue.load_state_dict(saved)
+
+
+def test_a_state_of_an_epoch_that_others_shared_is_refused_within_it() -> None:
+    """Between epochs the number of ranks may change; within one each has another share."""
+    with make_queue(make_dataset(), ranks=(0, 2)) as queue:
+        queue[0]
+        within = queue.state_dict()
+        for index in range(1, len(queue)):
+            queue[index]
+        at_end = queue.state_dict()
+    for ranks in ((0, 3), None):
+        with make_queue(make_dataset(), ranks=ranks) as queue:
+            with pytest.raises(ValueError, match="rank 0 of 2"):
+                queue.load_state_dict(within)
+            queue.load_state_dict(at_end)
+            assert queue.statistics().epoch == 1
+
+
 @pytest.mark.parametrize("whole", [None, [], {}, "state", {"version": 1}])
 def test_what_is_no_state_is_refused(whole: object) -> None:
     """By the word, or by what it lacks."""
@@ -85,7 +122,6 @@ def test_what_is_no_state_is_refused(whole: object) -> None:
         queue.load_state_dict(whole)
 
 
-@STATES
 def test_a_window_that_the_ram_budget_cannot_hold_is_refused() -> None:
     """It says so, in bytes, before anything is made."""
     with make_queue(make_dataset()) as queue:
@@ -99,7 +135,6 @@ def test_a_window_that_the_ram_budget_cannot_hold_is_refused() -> None:
         queue.load_state_dict(saved)
 
 
-@STATES
 def test_a_state_with_skips_is_valid_on_its_rank_alone() -> None:
     """It names its rank and world size; one without is valid on every rank."""
 

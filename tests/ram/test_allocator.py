@@ -92,3 +92,75 @@ def test_freed_memory_is_used_again_where_the_budget_has_room_for_its_pieces():
         assert freed.bound(900, 50, known=True) == 900
     finally:
         bound_free_memory()
+
+
+_TWO_QUEUES = """
+import ctypes, sys
+import torch, torchio as tio
+import tio_openneuro as tno
+
+class Mallinfo2(ctypes.Structure):
+    _fields_ = [("numbers", ctypes.c_size_t * 10)]
+
+def mapped_bytes():
+    read = ctypes.CDLL(None).mallinfo2
+    read.restype = Mallinfo2
+    return read().numbers[4]
+
+def tell(total):
+    # Never touched, and more than what is free anywhere: one large piece, and many small ones.
+    told = []
+    for size in (total, 2**22):
+        before = mapped_bytes()
+        pieces = [torch.empty(size, dtype=torch.uint8) for _ in range(total // size)]
+        told.append(mapped_bytes() - before > total // 4)
+        del pieces
+    return tuple(told)
+
+def make_queue(budget):
+    side = 160
+    images = [tio.ScalarImage(tensor=torch.zeros(1, side, side, side)) for _ in range(2)]
+    dataset = tio.SubjectsDataset([tio.Subject(t1=image) for image in images])
+    return tno.BudgetedQueue(dataset, 2, 1, tio.UniformSampler(8), num_workers=1, ram_budget=budget)
+
+queues = [make_queue(budget) for budget in sys.argv[1:]]
+for queue in queues:
+    list(queue)
+print(tell(2**30))
+queues[0].close()
+print(tell(3 * 2**30))
+queues[1].close()
+print(tell(9 * 2**30))
+"""
+_REUSED, _GIVEN_BACK, _BOUND = "(False, False)", "(True, True)", "(True, False)"
+
+
+@pytest.mark.parametrize(
+    ("budgets", "expected"),
+    [
+        (["3 GB", "3 GB"], [_REUSED, _REUSED, _BOUND]),
+        (["140 MB", "140 MB"], [_GIVEN_BACK, _GIVEN_BACK, _BOUND]),
+        (["3 GB", "140 MB"], [_GIVEN_BACK, _GIVEN_BACK, _BOUND]),
+        (["140 MB", "3 GB"], [_GIVEN_BACK, _REUSED, _BOUND]),
+    ],
+)
+def test_what_a_queue_relies_on_holds_until_it_is_closed(budgets, expected):
+    """Closing another queue changes nothing for it; the last one leaves nothing that it set."""
+    command = [sys.executable, "-c", _TWO_QUEUES, *budgets]
+    run = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    assert run.stdout.splitlines() == expected
+
+
+def test_memory_is_given_back_at_once_while_one_of_several_needs_that():
+    """Whichever decides last; and who is gone without an end needs nothing any more."""
+    roomy, tight = FreedMemory(1000, 1, 0), FreedMemory(100, 1, 0)
+    roomy.bound(100, 0, known=True)
+    assert FreedMemory._needs() == [1000]
+    tight.bound(100, 0, known=True)
+    roomy.begin()
+    assert FreedMemory._needs() == [0, 1000]
+    tight.end()
+    assert FreedMemory._needs() == [1000]
+    del roomy
+    assert FreedMemory._needs() == []
+    bound_free_memory()

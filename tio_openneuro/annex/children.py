@@ -1,6 +1,7 @@
 """What one process has for one clone: its downloads over HTTP, and its git-annex children.
 
-Owns their life: made when asked for, used again, ended with everything that they started.
+Owns their life: made when asked for, used again, ended with everything that they started once
+nobody has asked for a while.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _DROP_TIMEOUT_S = 60.0
+_IDLE_S = 2.0
 
 
 class AnnexChildren:
@@ -64,6 +67,7 @@ class AnnexChildren:
         self._public = PublicUrls(clone, logs)
         self._downloads: Downloads | None = None
         self._failed = False
+        self._watched = False
         self.closing = threading.Event()
 
     def get(self, request: TransferRequest) -> TransferError | None:
@@ -109,6 +113,7 @@ class AnnexChildren:
             transfer = Transfer(self._clone, request.remote, request.keep_fds)
             with self._lock:
                 self._transfers.add(transfer)
+            self._watch()
         answered = False
         try:
             failed = transfer.get(request)
@@ -130,6 +135,7 @@ class AnnexChildren:
             dropper = self._dropper
             if dropper is None or not dropper.alive:
                 dropper = self._dropper = self._start_dropper()
+                self._watch()
             if self.closing.is_set():
                 # Whoever closed may not have seen it, if it was started meanwhile.
                 dropper.kill()
@@ -166,6 +172,33 @@ class AnnexChildren:
             transfer.kill()
             with self._lock:
                 self._transfers.discard(transfer)
+
+    def _watch(self) -> None:
+        """Begin to look for children that are not used any more, unless a thread does."""
+        with self._lock:
+            watched, self._watched = self._watched, True
+        if not watched:
+            name = "tio-openneuro-children"
+            threading.Thread(target=self._end_unused, name=name, daemon=True).start()
+
+    def _end_unused(self) -> None:
+        """End children that are not used any more, until none is left."""
+        while self._watched and not self.closing.wait(_IDLE_S / 2):
+            since_s = time.monotonic() - _IDLE_S
+            with self._drop_lock:
+                if self._dropper is not None and self._dropper.used_s < since_s:
+                    self._dropper.kill()
+                    self._dropper = None
+            with self._lock:
+                # Each was put behind those that were used before it.
+                lists = self._idle.values()
+                unused = [
+                    idle.pop(0) for idle in lists for _ in idle[:] if idle[0].used_s < since_s
+                ]
+            for transfer in unused:
+                self._end(transfer)
+            with self._lock:
+                self._watched = bool(self._transfers or self._dropper)
 
     def _start_dropper(self) -> Coprocess:
         trusted = [f"remote.{name}.annex-trustlevel=trusted" for name in self._remotes]

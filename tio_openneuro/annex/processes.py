@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -194,6 +195,9 @@ class Coprocess:
 
     One thread at a time writes and reads. The pipes are unbuffered and read by daemon threads,
     so that a process forked meanwhile inherits no held lock; it must :meth:`abandon` the copy.
+
+    Attributes:
+        used_s: When it was last waited for, in ``time.monotonic()``'s seconds.
     """
 
     def __init__(
@@ -217,6 +221,7 @@ class Coprocess:
         """
         self._program = arguments[0]
         self._process = _start(arguments, cwd=cwd, environment=environment, keep_fds=keep_fds)
+        self.used_s = time.monotonic()
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._stderr: deque[bytes] = deque(maxlen=_STDERR_LINES)
         self._ended = False
@@ -266,6 +271,7 @@ class Coprocess:
         Raises:
             TimeoutError: No line came in that time; the child still runs.
         """
+        self.used_s = time.monotonic()
         if self._ended:
             return None
         try:

@@ -13,7 +13,7 @@ import torch
 import torchio as tio
 
 from tio_openneuro.errors import RamBudgetError
-from tio_openneuro.sizes import format_size
+from tio_openneuro.sizes import ask_unit, format_size
 
 if TYPE_CHECKING:
     from tio_openneuro.dataset.dataset import DataladSubjectsDataset
@@ -60,7 +60,7 @@ def _lists(
                     f"Cannot hold {name} in RAM: its images take {format_size(size_bytes)}, and "
                     f"half of the RAM budget is {format_size(most_bytes)}, since two lists are "
                     f"held at a time. Raise ram_budget to at least {2 * size_bytes} bytes, or "
-                    f"crop or resample in preprocess.",
+                    f"crop or resample in preprocess.{ask_unit(2 * most_bytes)}",
                     unit=str(name),
                 )
             if count is None and held_bytes + size_bytes > most_bytes:

@@ -14,7 +14,7 @@ from tio_openneuro.dataset.dataset import DataladSubjectsDataset
 from tio_openneuro.dataset.rows import SubjectRow
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.torchio_seams import FetchedImage, transform_of
+from tio_openneuro.torchio_seams import FetchedImage, identify, transform_of
 
 
 def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset:
@@ -22,11 +22,11 @@ def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset
 
     The first one's engine serves all, so its budget is the one that holds. A column that only
     some of the datasets have is filled with ``nan`` or ``""`` in the others, for batches to
-    collate. The datasets given stay usable.
+    collate. The datasets given stay usable; a table or sidecar is read from the one that has it.
 
     Args:
-        datasets: One or more, of one root, with the same image names and kinds, ``preprocess``
-            and ``transform``.
+        datasets: One or more, of one root, with the same image names and kinds, and equal
+            ``preprocess`` and ``transform``: of the same class and parameters.
 
     Raises:
         SelectionError: They differ in what a batch, or the budget, needs to be common.
@@ -47,6 +47,8 @@ def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset
     result.skipped = [skip for dataset in datasets for skip in dataset.skipped]
     result.dataset_id = "+".join(dict.fromkeys(dataset.dataset_id for dataset in datasets))
     result.version = "+".join(dict.fromkeys(dataset.version for dataset in datasets))
+    if len({(dataset._folder, dataset.version) for dataset in datasets}) > 1:  # noqa: SLF001
+        result._folder = None  # noqa: SLF001
     return result
 
 
@@ -67,10 +69,11 @@ def _check_alike(first: DataladSubjectsDataset, other: DataladSubjectsDataset) -
             f"Cannot concatenate {names}: their roots are {first._root} and {other._root}, and "  # noqa: SLF001
             f"one budget covers one root. Open both with the same root."
         )
-    if first.preprocess is not other.preprocess or transform_of(first) is not transform_of(other):
+    made = [identify([one.preprocess, transform_of(one)]) for one in (first, other)]
+    if made[0] != made[1]:
         raise SelectionError(
-            f"Cannot concatenate {names}: they have different preprocess or transform objects. "
-            f"Give both the same ones, or set the transform on the result."
+            f"Cannot concatenate {names}: they have different preprocess or transform, in class "
+            f"or parameters. Give both equal ones, or set the transform on the result."
         )
 
 

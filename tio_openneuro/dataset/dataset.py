@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast, overload
+from typing import Any, Self, SupportsIndex, cast, overload
 
 import platformdirs
 import torch
@@ -23,11 +24,21 @@ import torchio as tio
 from tio_openneuro.content import AnnexKey, ContentUnit
 from tio_openneuro.dataset.batches import batches
 from tio_openneuro.dataset.rows import SubjectRow, build_rows
-from tio_openneuro.dataset.views import SplitViews, Transform, to_index, to_indices
+from tio_openneuro.dataset.views import SplitViews, Transform, find_rows
 from tio_openneuro.disk import DiskStatistics, Engine
+from tio_openneuro.errors import SelectionError
 from tio_openneuro.prepared import Preparation
 from tio_openneuro.ram import available_bytes, read_budget
-from tio_openneuro.select import Label, OnIncomplete, OnMissing, OnMultiple, Scalar, Unit, select
+from tio_openneuro.select import (
+    Label,
+    OnIncomplete,
+    OnMissing,
+    OnMultiple,
+    Scalar,
+    Unit,
+    check_images,
+    select,
+)
 from tio_openneuro.sizes import format_size
 from tio_openneuro.sources import open_catalog, read_file, showing
 from tio_openneuro.torchio_seams import (
@@ -39,12 +50,22 @@ from tio_openneuro.torchio_seams import (
 )
 from tio_openneuro.volumes import SubjectSize, VolumeFile, announce_files
 
+_WHY = (
+    "Of all datasets that are open under one root the smallest budget does. In a notebook it may "
+    "be that of an older dataset, which a variable, a subject or an output keeps (Out[3].close() "
+    "closes one that was shown), or which this cell replaces now."
+)
+
 
 class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
     """Yield subjects whose images are fetched on demand, within a disk budget.
 
     Nothing is fetched by the constructor, ``len``, ``repr`` or ``dry_iter``. If the process is
     killed, what was fetched stays counted in the root's ledger and is used by the next one.
+
+    ``subject.t1.path`` has the file's own name under the dataset's folder, and nothing needs to
+    lie there: a clone has no files, and content comes and goes. ``subject.t1.data`` fetches what
+    is absent; for a program that wants a file, ``subject.t1.save(...)``.
 
     Example:
         >>> import tio_openneuro as tno
@@ -94,7 +115,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             on_multiple: ``"raise"``, ``"first"``, ``"all"`` (one unit for each combination) or
                 ``"stack"`` (hits as channels): a pattern with several hits in a unit.
             on_incomplete: ``"raise"`` or ``"allow"``: units that differ in their images.
-            disk_budget: Bytes, ``"10 GB"``, or ``"auto"``.
+            disk_budget: Bytes, ``"10 GB"``, or ``"auto"``. The smallest one that is open under
+                the root holds for all, in every process; one stated larger warns and names it.
             preprocess: Deterministic transform, applied before ``transform``.
             transform: Random transform, applied each time.
             jobs: Fetches in flight.
@@ -106,10 +128,12 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         Raises:
             NotAnAnnexError: The source is neither an annex dataset nor a BIDS folder.
             RemoteUnavailableError: The source cannot be reached.
-            SelectionError: The patterns select nothing, or what cannot be batched.
+            SelectionError: ``images`` is no mapping of names to patterns, or selects nothing, or
+                what cannot be batched.
             DiskBudgetError: The disk budget cannot hold the largest unit.
             SelectionError: ``preprocess`` is random.
         """
+        check_images(images)
         if preprocess is not None:
             refuse_random(preprocess)
         self._root = Path(root or _default_root()).expanduser().absolute()
@@ -135,7 +159,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         )
         self.dataset_id = catalog.dataset_id
         self.version = catalog.commit
-        self._folder = catalog.folder
+        # None where there are several, each with files of its own.
+        self._folder: Path | None = catalog.folder
         self.preprocess = preprocess
         try:
             self._rows, self.skipped = build_rows(
@@ -147,43 +172,56 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             )
             if self._engine is not None:
                 self._engine.require(max(self._contents(), key=lambda unit: unit.size_bytes))
+                budget_bytes, stated = self._engine.binding()
+                if stated and disk_budget != "auto":
+                    smaller = f"{format_size(budget_bytes)}{stated}"
+                    warnings.warn(f"A smaller disk budget holds: {smaller}. {_WHY}", stacklevel=2)
         except BaseException:
             self.close()
             raise
 
     def __repr__(self) -> str:
-        """Show what is selected, without touching content."""
+        """Show what is selected, and the disk budget that binds, without touching content."""
+        budget = ""
+        if self._engine is not None:
+            budget_bytes, stated = self._engine.binding()
+            budget = f"; disk budget {format_size(budget_bytes)}{stated}"
         names = ", ".join(self._rows[0].subject.get_images_names()) if self._rows else ""
         return (
             f"{type(self).__name__}({self.dataset_id!r} at {self.version[:8] or 'no commit'}: "
-            f"{len(self)} subjects; images: {names}; {format_size(self.nbytes)})"
+            f"{len(self)} subjects; images: {names}; {format_size(self.nbytes)}{budget})"
         )
 
     # -- subjects ----------------------------------------------------------------------------
 
     @overload
-    def __getitem__(self, index: int) -> tio.Subject: ...
+    def __getitem__(self, index: SupportsIndex) -> tio.Subject: ...
 
     @overload
-    def __getitem__(self, index: slice | Sequence[int] | Sequence[bool]) -> Self: ...
+    def __getitem__(self, index: str) -> tio.Subject | Self: ...
+
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | list[str]) -> Self: ...
 
     def __getitem__(self, index: Any) -> Any:  # type: ignore[override,unused-ignore]
         """Fetch, load, preprocess and transform one subject; or return a view of several.
 
         Args:
-            index: A number; or a slice, a list of numbers or a boolean mask, for a view that
-                shares this dataset's engine and budget.
+            index: An integer of any kind, or a name (``"sub-01"``, ``"sub-01 ses-2"``); or, for a
+                view that shares this dataset's engine and budget, a slice, a boolean mask, a name
+                that several bear, or a list, array or tensor of integers or names.
 
         Raises:
             IndexError: There is no such subject.
+            KeyError: None bears that name; the message tells the nearest ones.
+            ValueError: It is no index, such as 1.0 or True.
             DiskBudgetError: The disk budget cannot hold the unit.
             FetchError: The remote does not give its files.
         """
-        if isinstance(index, slice):
-            return self._view(range(len(self))[index])
-        if hasattr(index, "__len__"):
-            return self._view(to_indices(index, len(self)))
-        row = self._rows[to_index(index)]
+        found = find_rows(index, self._rows)
+        if isinstance(found, list):
+            return self._view(found)
+        row = self._rows[found]
         subject = None
         if self._preparation is not None:
             subject = self._preparation.load(row.subject, row.content)
@@ -213,7 +251,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         if preparation is None or transform_of(self) is not None:
             yield None
             return
-        row = self._rows[to_index(index)]
+        row = self._rows[index]
         with preparation.opened(row.subject, row.content) as subject:
             yield subject
 
@@ -304,8 +342,15 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             path: Posix, from the dataset's root.
 
         Raises:
-            SelectionError: There is no such file at this version, or it is annexed.
+            SelectionError: There is no such file at this version, or it is annexed; or this is a
+                :func:`concat` of several datasets.
         """
+        if self._folder is None:
+            raise SelectionError(
+                f"Cannot read {path!r} of {self.dataset_id}: these are several datasets, and each "
+                f"has files of its own. Call read() of the one that you mean, as it was given to "
+                f"tno.concat."
+            )
         return read_file(self._folder, self.version, path)
 
     # -- content -----------------------------------------------------------------------------
@@ -313,10 +358,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
     @property
     def nbytes(self) -> int:
         """Bytes of content selected, each annex key counted once."""
-        files = [file for row in self._rows for file in row.files]
-        annexed = {file.key: file.size_bytes or 0 for file in files if file.key is not None}
-        plain = {file.path: file.size_bytes or 0 for file in files if file.key is None}
-        return sum(annexed.values()) + sum(plain.values())
+        files = [pair for row in self._rows for pair in zip(row.files, row.paths, strict=True)]
+        return sum({file.key or path: file.size_bytes or 0 for file, path in files}.values())
 
     def fetch(self) -> int:
         """Fetch what of this view the budget holds; return the bytes that came."""

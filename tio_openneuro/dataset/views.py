@@ -1,13 +1,15 @@
-"""What a dataset offers for training and validation: parts, folds, balancing weights.
+"""What a dataset offers for training and validation: views, parts, folds, balancing weights.
 
 Owns no state; the arithmetic is in :mod:`~tio_openneuro.dataset.splits`.
 """
 
 from __future__ import annotations
 
+import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Self
 
 import torchio as tio
@@ -17,6 +19,8 @@ from tio_openneuro.dataset.splits import SplitUnit, k_fold, read_split, save_spl
 from tio_openneuro.errors import SelectionError, SplitError
 
 Transform = Callable[[tio.Subject], tio.Subject]
+
+_MOST_COMPARED = 2000
 
 
 class SplitViews:
@@ -152,34 +156,69 @@ class SplitViews:
         return None if column is None else self._column(column)
 
 
-def to_index(index: Any) -> int:  # noqa: ANN401 - as in TorchIO, whatever becomes an int
-    """Return the number that an index names.
+def find_rows(index: Any, rows: Sequence[SubjectRow]) -> int | list[int]:  # noqa: ANN401 - any
+    """Return the number of the row that an index means, or the numbers of the rows of a view.
+
+    Args:
+        index: An integer of any kind, a name, a slice, a mask, or a list, array or tensor of
+            integers and names.
+        rows: The rows to choose from.
 
     Raises:
-        ValueError: It is nothing that becomes an int.
+        IndexError: It is out of range, or a mask of another length.
+        KeyError: No row bears the name.
+        ValueError: It is nothing of that.
     """
-    try:
-        return int(index)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"Cannot take subject {index!r}: an index is an int, a slice, a list of ints or a "
-            f"boolean mask, not {type(index).__name__}."
-        ) from error
-
-
-def to_indices(index: Any, length: int) -> list[int]:  # noqa: ANN401 - list, array or tensor
-    """Return the indices that a list, an array, a tensor or a boolean mask selects.
-
-    Raises:
-        IndexError: One is out of range, or a mask has another length.
-        ValueError: Something in it is no number.
-    """
-    values = index.tolist() if hasattr(index, "tolist") else list(index)
-    if values and all(isinstance(value, bool) for value in values):
-        if len(values) != length:
+    if isinstance(index, slice):
+        return list(range(len(rows))[index])
+    plain = _plain(index)
+    is_view = hasattr(plain, "__len__") and not isinstance(plain, str)
+    values = [_plain(value) for value in plain] if is_view else [plain]
+    if is_view and values and all(isinstance(value, bool) for value in values):
+        if len(values) != len(rows):
             raise IndexError(
-                f"Cannot apply a mask of {len(values)} values to {length} subjects: give one "
+                f"Cannot apply a mask of {len(values)} values to {len(rows)} subjects: give one "
                 f"value for each."
             )
         return [number for number, kept in enumerate(values) if kept]
-    return [range(length)[to_index(value)] for value in values]
+    found = [number for value in values for number in _find(value, rows)]
+    return found if is_view or len(found) > 1 else found[0]
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - whatever somebody takes for an index
+    """Return an array or tensor, also one without dimension, as Python's own lists and numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _find(value: Any, rows: Sequence[SubjectRow]) -> list[int]:  # noqa: ANN401 - as above
+    """Return the number of the row that an integer means, or of those that bear a name."""
+    count = len(rows)
+    if isinstance(value, str):
+        names = [_names_of(row) for row in rows]
+        same = value.replace("_", " ")
+        found = [n for n in range(count) if same in {each.replace("_", " ") for each in names[n]}]
+        if not found:
+            near = get_close_matches(value, sorted(set().union(*names))[:_MOST_COMPARED], cutoff=0)
+            raise KeyError(
+                f"Cannot take subject {value!r}: none of {count} subjects bears that name. Near: "
+                f"{', '.join(near) or 'none'}."
+            )
+        return found
+    try:
+        # What is no index is refused as a truth value is, which would be one.
+        number = operator.index(None if isinstance(value, bool) else value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(
+            f"Cannot take subject {value!r}: an index is an integer, a name, a slice, a list of "
+            f"them or a boolean mask, not {type(value).__name__}."
+        ) from error
+    if not -count <= number < count:
+        raise IndexError(
+            f"Cannot take subject {number} of {count}: indices go from {-count} to {count - 1}."
+        )
+    return [number % count]
+
+
+def _names_of(row: SubjectRow) -> set[Any]:
+    subject_id, session_id = row.subject["subject_id"], row.subject["session_id"]
+    return {row.content.name, subject_id, f"{subject_id} {session_id}".strip()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -25,10 +25,10 @@ from tio_openneuro.disk.look_ahead import is_prepared
 from tio_openneuro.disk.prepared_volumes import FOLDER, PreparedRepo
 from tio_openneuro.disk.statistics import DiskStatistics, RootStatus
 from tio_openneuro.disk.store import OpenRepo
-from tio_openneuro.errors import LedgerError
+from tio_openneuro.errors import DiskBudgetError, LedgerError
 from tio_openneuro.forks import at_fork
 from tio_openneuro.ledger import FLOOR_BYTES, too_large
-from tio_openneuro.sizes import parse_size
+from tio_openneuro.sizes import ask_unit, parse_size
 
 __all__ = ["DiskStatistics", "Engine", "open_annex"]
 
@@ -79,6 +79,10 @@ class Engine:
             raise ValueError(message)
         auto = disk_budget == "auto"
         budget_bytes = None if auto else parse_size(disk_budget)
+        if budget_bytes is not None and (question := ask_unit(budget_bytes)):
+            # Before all that the root holds is evicted for it.
+            message = f"Cannot keep to disk_budget={disk_budget!r}: no image is so small.{question}"
+            raise DiskBudgetError(message)
         floor_bytes = FLOOR_BYTES if auto else 0
         self._settings = Settings(Path(root).absolute(), budget_bytes, floor_bytes, jobs, open_repo)
         self._begin()
@@ -131,6 +135,17 @@ class Engine:
         """Budget that this engine stated; the smallest of all live ones holds."""
         return self._budget_bytes
 
+    def binding(self) -> tuple[int, str]:
+        """Return the smallest budget of all live ones, and who else states it, as words.
+
+        Opens nothing: where this process has not used the engine, it is the one that it states.
+        """
+        leases = self._leases
+        if leases is not None and leases.pid == os.getpid():
+            with suppress(LedgerError):
+                return leases.ledger.binding()
+        return self._budget_bytes, ""
+
     def require(self, unit: ContentUnit) -> None:
         """Refuse a budget that cannot hold a unit; content that was there before needs none.
 
@@ -142,9 +157,9 @@ class Engine:
         wants = leases.store.wants(files)
         known = leases.ledger.rows(files)
         ours = [want for want in wants if want.content in known or not want.located]
-        budget_bytes = min(self._budget_bytes, leases.ledger.holdings().budget_bytes)
+        budget_bytes, stated = leases.ledger.binding()
         if sum(want.size_bytes for want in ours) > budget_bytes:
-            raise too_large(unit.name, [want.size_bytes for want in ours], budget_bytes)
+            raise too_large(unit.name, [want.size_bytes for want in ours], budget_bytes, stated)
 
     def lease(
         self, unit: ContentUnit, *, timeout_s: float = 600.0

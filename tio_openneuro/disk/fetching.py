@@ -1,21 +1,23 @@
 """Fetches under way: one per key in a process, on a bounded number of daemon threads.
 
 Owns the threads and the queue of fetches. What is leased goes before what is fetched ahead. The
-threads hold nothing of the user's but the units that they fetch; they end with :meth:`close`.
+threads hold nothing of the user's but the units that they fetch. They end when they find nothing
+to do for a while, since a notebook's output may hold a dataset that nobody uses, and with
+:meth:`close`.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 from tio_openneuro.content import ContentId
 from tio_openneuro.disk.store import Fetch, Store
 from tio_openneuro.ledger import Changes
 
-_IDLE_S = 60.0
+IDLE_S = 2.0
 _MOST_GIVEN_UP = 10_000
 
 
@@ -39,9 +41,9 @@ class Fetches:
         self._known: dict[ContentId, Fetch] = {}
         self._leased: deque[Fetch] = deque()
         self._ahead: deque[Fetch] = deque()
-        self._begun: set[Callable[[], None]] = set()
         self._threads: list[threading.Thread] = []
-        self._running = 0
+        self._running: Counter[Callable[[], None]] = Counter()
+        self._starts = 0
         self._at_end: Callable[[], None] | None = None
 
     def add(self, fetch: Fetch) -> None:
@@ -87,18 +89,18 @@ class Fetches:
                     fetch.cancel.set()
 
     def start(self, work: Callable[[], None], threads: int = 1) -> None:
-        """Start threads for a work that runs until :attr:`closing` is true, if none does it yet."""
+        """Start the threads that lack for a work, which returns when it has nothing to do."""
         with self._mutex:
-            if self.closing or work in self._begun:
+            if self.closing:
                 return
-            self._begun.add(work)
+            self._starts += 1
             name = work.__name__.replace("_", "-")
-            for _ in range(threads):
+            for _ in range(threads - self._running[work]):
                 thread = threading.Thread(
                     target=self._work, args=(work,), name=f"tio-openneuro{name}", daemon=True
                 )
-                self._threads.append(thread)
-                self._running += 1
+                self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+                self._running[work] += 1
                 thread.start()
 
     def _take(self) -> Fetch | None:
@@ -111,14 +113,20 @@ class Fetches:
             return fetch
 
     def _work(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        finally:
-            with self._mutex:
-                self._running -= 1
-                last = self._at_end if self._running == 0 else None
-            if last is not None:
-                last()
+        ended = False
+        while not ended:
+            ended, starts = True, self._starts
+            try:
+                work()
+                ended = self.closing
+            finally:
+                with self._mutex:
+                    # Whoever started it meanwhile found us here, and relies on us.
+                    ended = ended or starts == self._starts
+                    self._running[work] -= ended
+                    last = self._at_end if ended and not self._running.total() else None
+                if last is not None:
+                    last()
 
     def _fetch(self) -> None:
         """Carry out what is queued."""
@@ -127,10 +135,10 @@ class Fetches:
             if self.closing:
                 return
             fetch = self._take()
-            if fetch is None:
-                self._changes.wait_here(seen, _IDLE_S)
-            else:
+            if fetch is not None:
                 self._carry_out(fetch)
+            elif not self._changes.wait_here(seen, IDLE_S):
+                return
 
     def given_up(self) -> list[ContentId]:
         """Return what was cancelled since the last call."""
@@ -196,7 +204,7 @@ class Fetches:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline_s - time.monotonic()))
         with self._mutex:
-            ended = self._running == 0
+            ended = not self._running.total()
             if not ended:
                 self._at_end = at_end
         if ended:

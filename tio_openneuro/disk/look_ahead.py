@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tio_openneuro.content import ContentFile, ContentId, ContentUnit
-from tio_openneuro.disk.fetching import Fetches
+from tio_openneuro.disk.fetching import IDLE_S, Fetches
 from tio_openneuro.disk.store import Fetch, Store
 from tio_openneuro.errors import TioOpenNeuroError
 from tio_openneuro.ledger import Answer, Changes, Ledger, Transaction, Want, growing_pause_s
 
 _LOGGER = logging.getLogger(__name__)
 _VERIFY_S = 1.0
-_IDLE_S = 60.0
+_RETRY_S = 60.0
 _POLL_S = 0.05
 _CANCEL_POLL_S = 0.1
 _EXPECTED = 1 << 40
@@ -273,9 +273,10 @@ class LookAhead:
                 if self._fetches.closing:
                     return
                 _LOGGER.exception("Fetching ahead stops: the ledger could not be used.")
-                pause_s = _IDLE_S
-            if pause_s > 0:
-                self._changes.wait_here(seen, pause_s)
+                pause_s = _RETRY_S
+            changed = pause_s <= 0 or self._changes.wait_here(seen, pause_s)
+            if pause_s == IDLE_S and not changed:
+                return
 
     def _look_ahead(self) -> float:
         """Begin the next fetch if there is room for it.
@@ -291,7 +292,7 @@ class LookAhead:
             ahead_bytes = sum(each.fetched_bytes for each in self._fetched)
         if entry is None:
             self._verify()
-            return _POLL_S if held else _VERIFY_S if waiting else _IDLE_S
+            return _POLL_S if held else _VERIFY_S if waiting else IDLE_S
         now = self._changes.moment()
         if now == self._blocked:
             self._verify()

@@ -242,6 +242,8 @@ def _begin(db: sqlite3.Connection) -> None:
     """
     deadline_s = time.monotonic() + _LOCKED_TIMEOUT_S
     pause = threading.Event()
+    # Not the generator of the module, which is the user's.
+    chance = random.SystemRandom()
     pause_s = _FIRST_PAUSE_S
     db.execute("PRAGMA busy_timeout = 0")
     try:
@@ -251,7 +253,7 @@ def _begin(db: sqlite3.Connection) -> None:
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline_s:
                     raise
-                pause.wait(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
+                pause.wait(pause_s * chance.uniform(0.5, 1.5))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             else:
                 return

@@ -9,9 +9,11 @@ until somebody has cleared it away. Never touches content: callers drop and fetc
 from __future__ import annotations
 
 import json
+import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from tio_openneuro.content import ContentId
@@ -240,6 +242,19 @@ class Ledger:
                 tuple(row[0] for row in db.execute(LEASE_PIDS)),
                 tuple(row[0] for row in db.execute(FETCH_PIDS)),
             )
+
+    def binding(self) -> tuple[int, str]:
+        """Return the budget that binds; and who states it since when, unless this owner does."""
+        self.reap()
+        owner = min(self.other_owners(), key=lambda owner: owner.budget_bytes, default=None)
+        if owner is None or owner.budget_bytes >= self.budget_bytes:
+            return self.budget_bytes, ""
+        since_s = owner.created_s
+        with suppress(OSError):  # It has left just now.
+            since_s = self._lock_path(owner.owner_id).stat().st_mtime
+        who = f"{owner.pid} (this one)" if owner.pid == os.getpid() else owner.pid
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since_s))
+        return owner.budget_bytes, f", stated by process {who} since {since}"
 
     def remember_clone(self, path: str, remotes: Sequence[str]) -> None:
         """Keep which remotes a clone's content comes from, for whoever evicts it."""

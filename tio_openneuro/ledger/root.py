@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from tio_openneuro.errors import DiskBudgetError, LedgerError
-from tio_openneuro.sizes import format_size
+from tio_openneuro.sizes import ask_unit, format_size
 
 FLOOR_BYTES = 5_000_000_000
 """Free space that an automatic budget never uses."""
@@ -105,7 +105,7 @@ def too_large(
         f"Cannot hold {unit}: its {len(sizes_bytes)} files need {size_bytes} bytes "
         f"({format_size(size_bytes)}) at once, and the disk budget is {budget_bytes} bytes "
         f"({format_size(budget_bytes)}{stated}). Raise disk_budget to at least {size_bytes}, or "
-        f"select fewer images per unit."
+        f"select fewer images per unit.{ask_unit(budget_bytes)}"
     )
     return DiskBudgetError(message, unit=unit)
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import operator
+import sys
+import warnings
+from typing import Any
+
 import torch
 import torchio as tio
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torch.utils.data.distributed import DistributedSampler
+from torchio.constants import NUM_SAMPLES
 
 from tio_openneuro.errors import DiskBudgetError, RamBudgetError, TioOpenNeuroError
-from tio_openneuro.queue.order import Planner
+from tio_openneuro.queue.draw import LARGEST_WINDOW
+from tio_openneuro.queue.order import Planner, Ranks, knows_ranks
+from tio_openneuro.queue.source import SubjectSource, name_subject
 from tio_openneuro.torchio_seams import find_other_generator, transform_of
 
 NEVER_SKIPPED = (RamBudgetError, DiskBudgetError, NotImplementedError, MemoryError)
@@ -17,9 +26,102 @@ OTHER_PROCESS = (
     "as you like; they load, transform and sample in the background."
 )
 
+# What leads a loader astray, by what the class of a sampler in it is called.
+_ASTRAY = {
+    "RandomSampler": "Its loader shuffles: give that shuffle=False and no sampler.",
+    "DistributedSampler": "Its loader has a DistributedSampler, as trainers put there: take it out "
+    "(Lightning: use_distributed_sampler=False). The queue deals subjects out to ranks by itself.",
+    "BatchSamplerShard": "Accelerate deals its loader's batches out: keep that out of prepare(). "
+    "The queue deals subjects out to ranks by itself.",
+    "SkipBatchSampler": "skip_first_batches() was called on its loader: leave that out; "
+    "load_state_dict() alone goes on where a queue was.",
+}
+_IN_TURNS = (
+    "It is read by two iterators in turns, as zip(loader, loader) does, or a second iter() while "
+    "the first is in use: end one before the next begins, or make a queue for each."
+)
+_OTHERWISE = (
+    "To go on within an epoch use load_state_dict(); for some of the subjects make a queue over "
+    "dataset[indices]; for an order of theirs give subject_sampler."
+)
+_IN_ORDER = {"BatchSampler", "SequentialSampler"}
+_DEEPEST = 9
+
+
+def name_jump(number: int, expected: int, *, in_turns: bool) -> str:
+    """Return a message that names what asked for another patch than the next one.
+
+    The samplers of the loader that asks are the evidence, where there is one: it stands in this
+    thread's stack. Numbers alone would not tell a shuffled loader from one that begins elsewhere.
+
+    Args:
+        number: What was asked for.
+        expected: What comes next.
+        in_turns: Whether the numbers are those of two iterators.
+    """
+    frame = sys._getframe()  # noqa: SLF001 - the only way to the samplers in use
+    while frame.f_back and not isinstance(frame.f_locals.get("self"), _BaseDataLoaderIter):
+        frame = frame.f_back
+    link = getattr(frame.f_locals.get("self"), "_index_sampler", None)
+    links: list[str] = []
+    while link is not None and len(links) < _DEEPEST:
+        links.append(" ".join(kind.__name__ for kind in type(link).__mro__))
+        link = getattr(link, "batch_sampler", getattr(link, "sampler", None))
+    causes = [text for name, text in _ASTRAY.items() if name in " ".join(links)]
+    if not causes:
+        names = [link.split()[0] for link in links]
+        own = [f"Its loader asks by {name}." for name in names if name not in _IN_ORDER]
+        other = [] if links else ["A loader not of torch's needs shuffle=False and num_workers=0."]
+        causes = [_IN_TURNS] if in_turns else [*own, *other, _OTHERWISE]
+    return (
+        f"Cannot give patch {number}: patch {expected} comes next. A queue is read in order, 0, 1, "
+        f"2, ..., and shuffles by itself. {' '.join(causes)}"
+    )
+
+
+def refuse_wrapped(dataset: object) -> None:
+    """Refuse what is no dataset of subjects, such as torch's wrappers of one.
+
+    Raises:
+        TypeError: It is; the message tells what to write instead.
+    """
+    if not hasattr(dataset, "dry_iter"):
+        raise TypeError(
+            f"Cannot make patches of {type(dataset).__name__}: a queue needs a tio.SubjectsDataset."
+            f" Instead of Subset or random_split use dataset[indices] or dataset.split, instead of "
+            f"ConcatDataset tno.concat, instead of a list tio.SubjectsDataset(subjects)."
+        )
+
+
+def count_patches(dataset: tio.SubjectsDataset, samples_per_volume: int) -> list[int]:
+    """Return each subject's ``num_samples``: any integer from zero, which gives none of it.
+
+    Args:
+        dataset: The subjects.
+        samples_per_volume: What holds for one that has none.
+
+    Raises:
+        ValueError: One has something else.
+    """
+    counts = [getattr(each, NUM_SAMPLES, samples_per_volume) for each in dataset.dry_iter()]
+    for index, count in enumerate(counts):
+        if not _is_integer(count, 0):
+            raise ValueError(
+                f"Cannot take {count!r} patches of {name_subject(dataset, index)}: its num_samples "
+                f"must be an integer from 0. Correct it, or delete it to use samples_per_volume."
+            )
+    return [int(count) for count in counts]
+
+
+def _is_integer(value: Any, least: int) -> bool:  # noqa: ANN401 - whatever somebody gives
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        return False
+
 
 def refuse_below(least: int, **given: int | None) -> None:
-    """Refuse a parameter that is too small.
+    """Refuse a parameter that is no integer, or too small.
 
     Args:
         least: The smallest value that is allowed.
@@ -29,8 +131,8 @@ def refuse_below(least: int, **given: int | None) -> None:
         ValueError: One is; the message names it.
     """
     for parameter, value in given.items():
-        if value is not None and value < least:
-            raise ValueError(f"Cannot use {parameter}={value}: it must be at least {least}.")
+        if value is not None and not _is_integer(value, least):
+            raise ValueError(f"Cannot use {parameter}={value!r}: give an integer from {least}.")
 
 
 def refuse_others(allowed: tuple[str, str], **given: str) -> None:
@@ -47,6 +149,19 @@ def refuse_others(allowed: tuple[str, str], **given: str) -> None:
         if value not in allowed:
             first, second = allowed
             raise ValueError(f"Cannot use {parameter}={value!r}: choose {first!r} or {second!r}.")
+
+
+def refuse_two_orders(subject_sampler: object, *, shuffled: bool) -> None:
+    """Refuse to shuffle what a subject sampler orders, as TorchIO's queue does.
+
+    Raises:
+        ValueError: Both were given.
+    """
+    if shuffled and subject_sampler is not None:
+        raise ValueError(
+            "The flag shuffle_subjects cannot be set when a subject sampler is passed: give "
+            "shuffle_subjects=False, or leave subject_sampler out."
+        )
 
 
 def refuse_other_generators(dataset: tio.SubjectsDataset, *targets: object) -> None:
@@ -69,23 +184,92 @@ def refuse_other_generators(dataset: tio.SubjectsDataset, *targets: object) -> N
             )
 
 
-def has_ranks(subject_sampler: object, planner: Planner) -> bool:
-    """Return whether the training runs in several processes, which need equal numbers of patches.
+def read_ranks(asked: object, subject_sampler: object, before: Ranks | None = None) -> Ranks:
+    """Return which rank this is: as asked, else as the sampler or torch.distributed says now.
+
+    Args:
+        asked: ``"auto"``, None (the ranks do not share the subjects) or rank and world size.
+        subject_sampler: The user's, or None.
+        before: What this returned when the queue was made.
 
     Raises:
-        ValueError: It does, and subjects differ in their numbers of patches.
+        ValueError: No rank was asked for, or one beside a subject sampler.
+        RuntimeError: The ranks share the subjects, and are others than before.
     """
-    ranks = 1
+    rank, world = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if isinstance(subject_sampler, DistributedSampler):
-        ranks = max(ranks, subject_sampler.num_replicas)
-    if ranks > 1 and not planner.uniform:
+        dealt = subject_sampler.num_replicas, subject_sampler.rank
+        world, rank = max(dealt, (world, rank))
+    match asked:
+        case None | "auto":
+            now = Ranks(rank, world, share=asked is not None or knows_ranks(subject_sampler))
+        case (int(rank), int(world)) if 0 <= rank < world and subject_sampler is None:
+            now = Ranks(rank, world, share=True)
+        case _:
+            raise ValueError(
+                f"Cannot use ranks={asked!r}: give 'auto', None, or (rank, world_size) with a rank "
+                f"from zero, and no subject_sampler beside it."
+            )
+    if before is not None and before != now and now.share:
+        raise RuntimeError(
+            f"Cannot begin a pass: this is rank {rank} of {world}, and was {before.rank} of "
+            f"{before.world}. Make the queue after init_process_group."
+        )
+    return now
+
+
+def check_ranks(asked: object, ranks: Ranks, subject_sampler: object, planner: Planner) -> None:
+    """Refuse ranks whose epochs would differ in length, and tell how the subjects are shared.
+
+    Args:
+        asked: As in :func:`read_ranks`.
+        ranks: What that returned.
+        subject_sampler: The user's, or None.
+        planner: Knows the numbers of patches.
+
+    Raises:
+        ValueError: Subjects differ in their numbers of patches.
+    """
+    if ranks.world == 1 or not ranks.share:
+        return
+    if not planner.uniform:
         raise ValueError(
             "Cannot give ranks equal numbers of patches: subjects differ in num_samples. Give "
             "every subject the same."
         )
-    return ranks > 1
+    if asked == "auto" and not knows_ranks(subject_sampler):
+        name = f"{type(subject_sampler).__name__} knows no ranks, each draws for itself"
+        how = "the queue deals the subjects out" if subject_sampler is None else name
+        warnings.warn(
+            f"There are {ranks.world} ranks: {how}. Say ranks=None where each has subjects of its "
+            f"own already, or all want the same.",
+            stacklevel=3,
+        )
+
+
+def refuse_window(window: int, source: SubjectSource, planner: Planner) -> None:
+    """Refuse a window that another queue chose where this one's RAM budget cannot hold it.
+
+    Args:
+        window: In patches. Those that an epoch does not have take nothing, unless there are more
+            than any queue chooses.
+        source: Knows the bytes of a patch, and the RAM budget.
+        planner: Knows how many patches an epoch has.
+
+    Raises:
+        RamBudgetError: It cannot hold the window, or a subject beside it.
+    """
+    most = planner.largest_total
+    held = min(window, most) if window <= LARGEST_WINDOW else window
+    need_bytes = held * source.patch_bytes(source.channels(0)) + source.base_bytes
+    if need_bytes > source.ram_budget_bytes:
+        raise RamBudgetError(
+            f"Cannot resume from this state: its window of {window} patches needs {need_bytes} "
+            f"bytes, and the RAM budget is {source.ram_budget_bytes} bytes: raise ram_budget."
+        )
+    source.require_room(min(window, most))
 
 
 def name_error(name: str, error: BaseException) -> BaseException:

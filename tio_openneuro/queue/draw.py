@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import accumulate
 
 _BUDGET_SHARE = 4
-_LARGEST_WINDOW = 1024
+LARGEST_WINDOW = 1024
 _FIRST_SUBJECTS = 2
 
 
@@ -67,7 +67,7 @@ def choose_window(ram_budget_bytes: int, patch_bytes: int) -> int:
         patch_bytes: Bytes of one patch, all images together.
     """
     affordable = ram_budget_bytes // _BUDGET_SHARE // max(patch_bytes, 1)
-    return int(min(_LARGEST_WINDOW, 1 << max(affordable.bit_length() - 1, 0)))
+    return int(min(LARGEST_WINDOW, 1 << max(affordable.bit_length() - 1, 0)))
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -4,6 +4,10 @@ Owns the threads, the buffer and the RAM charges, and knows nothing of the queue
 so that the queue can be collected while threads run. Subjects are claimed in the order of
 production; whoever claims one has its RAM first, and then asks the dataset for it. A thread that
 waits holds nothing of the dataset.
+
+What goes wrong with one subject is kept in the place of its patches. Whatever else stops a thread
+is raised by the next :meth:`Filler.take`, as it is; meanwhile no thread begins anything, and after
+that all is made anew from where the consumer stands.
 """
 
 from __future__ import annotations
@@ -18,9 +22,9 @@ import torchio as tio
 
 from tio_openneuro.queue.draw import EpochPlan, Pass, Turn
 from tio_openneuro.queue.schedule import Buffer, Schedule
-from tio_openneuro.queue.source import Production, RamBounds, SubjectSource
+from tio_openneuro.queue.source import Production, RamBounds, SubjectSource, forget_locals
 from tio_openneuro.queue.threads import INTRA_OP_THREADS, Workers
-from tio_openneuro.ram import Admission, FreedMemory, bound_free_memory, give_back, make_room
+from tio_openneuro.ram import Admission, FreedMemory, give_back, make_room
 
 _LOGGER = logging.getLogger(__name__)
 _DIAGNOSIS_S = 60.0
@@ -55,8 +59,9 @@ class Filler:
         self._room = threading.Condition(self._lock)
         self._ready = threading.Condition(self._lock)
         self._claiming = threading.Lock()
-        self._workers = Workers(num_workers, self._work)
+        self._workers = Workers(num_workers, self._work, self._stop)
         self._closed = False
+        self._failure: BaseException | None = None
         self._generation = 0
         self.admission = Admission(source.ram_budget_bytes, base_bytes=source.base_bytes)
         self._made = Buffer(self.admission)
@@ -102,7 +107,8 @@ class Filler:
             current: The pass that was begun last, not finished. It goes on by the patch.
 
         Raises:
-            RuntimeError: The filler is closed, or no thread is left to make it.
+            RuntimeError: The filler is closed.
+            BaseException: What stopped a thread, as it was raised, though the patch be made.
         """
         turn, number = current.next()
         begun = time.monotonic()
@@ -135,30 +141,36 @@ class Filler:
             self._made.discard(lambda _turn: True)
             self._room.notify_all()
             self._ready.notify_all()
-        self._source.prefetch(())
-        if not threading.main_thread().is_alive():
-            # The interpreter ends: nobody else waits for what the threads are loading.
-            self._source.content.close()
-        self._workers.join()
-        bound_free_memory()
+        try:
+            self._source.prefetch(())
+            if not threading.main_thread().is_alive():
+                # The interpreter ends: nobody else waits for what the threads are loading.
+                self._source.content.close()
+        finally:
+            self._workers.join()
+            self._freed.end()
 
     def _look_ahead(self) -> None:
         with self._lock:
-            ahead = self._schedule.ahead()
+            ahead = self._schedule.ahead(self._source.is_made_twice)
         self._source.prefetch(ahead)
         self._wake()
 
     def _wait_for(self, turn: Turn) -> None:
         begun = time.monotonic()
+        if not self._closed:
+            self._workers.start()
         with self._lock:
             self._awaited = turn
             self._room.notify_all()
             try:
-                while turn not in self._made:
+                while turn not in self._made or self._failure is not None:
                     if self._closed:
                         raise RuntimeError(_CLOSED)
-                    if not self._workers.alive:
-                        raise RuntimeError(_NO_THREAD)
+                    if self._failure is not None:
+                        error, self._failure = self._failure, None
+                        self._begin_anew()
+                        raise error
                     if not self._ready.wait(_DIAGNOSIS_S):
                         self._log_wait(turn, time.monotonic() - begun)
             finally:
@@ -176,21 +188,42 @@ class Filler:
         torch.set_num_threads(INTRA_OP_THREADS)
         self._awaited = turn
         try:
-            while turn not in self._made:
-                if self._closed:
-                    raise RuntimeError(_CLOSED)
+            while turn not in self._made and not self._closed:
                 self._make_next()
+        except BaseException:
+            self._running.clear()
+            self._begin_anew()
+            raise
         finally:
             self._awaited = None
             torch.set_num_threads(before)
-            for job in list(self._running):
-                self._deposit(job, None)
+        if self._closed:
+            raise RuntimeError(_CLOSED)
+
+    def _begin_anew(self) -> None:
+        """Have nothing made and all to be made: what stopped a thread may have come between notes.
+
+        Jobs that still run stay charged until they end.
+        """
+        self._generation += 1
+        noted_bytes = self.admission.charged_bytes - self._source.base_bytes
+        self.admission.settle(noted_bytes, sum(job.charge_bytes for job in self._running))
+        self._made = Buffer(self.admission)
+        if not self._closed:
+            self._schedule.begin_anew()
 
     # --- the threads' side ---
 
     def _work(self) -> None:
         while not self._closed:
             self._make_next()
+
+    def _stop(self, error: BaseException) -> None:
+        """Have the consumer raise what stopped this thread, and the others rest until it did."""
+        with self._lock:
+            forget_locals(error)
+            self._failure = self._failure or error
+            self._ready.notify_all()
 
     def _make_next(self) -> None:
         """Make the next subject; or return after a rest, where there is none or no room for it."""
@@ -203,10 +236,6 @@ class Filler:
             production = self._source.produce(
                 job.turn, job.work_bytes, lambda: not self._current(job), self._wake
             )
-        except BaseException as error:
-            if self._num_workers == 0:
-                raise
-            production = Production(error=error)
         finally:
             # Also where an interrupt ends it: the charge must not outlive the work.
             self._deposit(job, production)
@@ -241,7 +270,7 @@ class Filler:
     def _claim(self) -> _Job | None:
         """Charge and claim the next subject; None where it must be looked for again."""
         with self._lock:
-            turn = None if self._closed else self._schedule.next()
+            turn = None if self._halted else self._schedule.next()
             if turn is None:
                 self._rest()
                 return None
@@ -260,10 +289,15 @@ class Filler:
                     self._refuse(job)
         return None
 
+    @property
+    def _halted(self) -> bool:
+        """Whether nothing more is begun: for good, or until the consumer raised an error."""
+        return self._closed or self._failure is not None
+
     def _is_next(self, turn: Turn, bounds: RamBounds) -> bool:
         """Tell whether a turn is still the next one, and its bounds the best that can be told."""
         outdated = bounds.guessed and self._source.knows_sizes
-        return not self._closed and not outdated and self._schedule.next() == turn
+        return not self._halted and not outdated and self._schedule.next() == turn
 
     def _job(self, turn: Turn, bounds: RamBounds) -> _Job:
         patches_bytes = bounds.patch_bytes * self._source.counts[turn.index]
@@ -286,7 +320,7 @@ class Filler:
         """Wait for room, unless closed, and return memory where that takes long."""
         if not self._num_workers:
             # Nobody would wake the consumer's own thread.
-            raise RuntimeError(_NO_THREAD)
+            raise RuntimeError(_NOTHING_LEFT)
         holds = self.admission.retained_bytes > 0
         if not self._closed and not self._room.wait(_IDLE_S if holds else None):
             give_back(self.admission)
@@ -328,4 +362,4 @@ class Filler:
 
 
 _CLOSED = "Cannot take a patch: the queue is closed. Make a new one."
-_NO_THREAD = "Cannot take a patch: no thread of the queue is alive. Begin the iteration again."
+_NOTHING_LEFT = "Cannot take a patch: nothing is left to be made. Begin the iteration again."

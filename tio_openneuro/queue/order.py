@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence, Sized
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch.utils import data
@@ -30,6 +31,29 @@ _FORESEEABLE = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Which of how many processes of one training this is.
+
+    Attributes:
+        rank: Its number, from zero.
+        world: How many there are.
+        share: Whether they are to share the subjects.
+    """
+
+    rank: int = 0
+    world: int = 1
+    share: bool = False
+
+
+ALONE = Ranks()
+
+
+def knows_ranks(subject_sampler: object) -> bool:
+    """Tell whether a subject sampler deals the subjects out, as DistributedSampler does."""
+    return hasattr(subject_sampler, "num_replicas") or hasattr(subject_sampler, "rank")
+
+
 class Planner:
     """The subjects of each epoch in their order, and their numbers of patches."""
 
@@ -40,6 +64,7 @@ class Planner:
         *,
         seed: int,
         shuffled: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Keep a copy of the subject sampler as it is now.
 
@@ -48,14 +73,28 @@ class Planner:
             subject_sampler: The user's, or None: every subject once.
             seed: The queue's seed; it decides where the sampler has no generator of its own.
             shuffled: Whether subjects are permuted where there is no subject sampler.
+            ranks: Where they share, this rank has its part: of every subject once, or by draws of
+                its own from a subject sampler that knows no ranks.
         """
+        shares = ranks.share and ranks.world > 1
+        own = shares and subject_sampler is not None and not knows_ranks(subject_sampler)
+        if shares and subject_sampler is None:
+            # Its seed stays 0: that of the queue may differ between ranks.
+            every = cast("Any", range(len(counts)))
+            subject_sampler = DistributedSampler(
+                every, ranks.world, ranks.rank, shuffle=shuffled, seed=0
+            )
         self.foreseeable = subject_sampler is None or type(subject_sampler) in _FORESEEABLE
         self.uniform = len(set(counts)) == 1
         self.counts = counts
         self._seed = seed
+        self._drawn_for = ("subject sampler", ranks.rank) if own else ("subject sampler",)
         self._shuffled = shuffled
         self._live = subject_sampler
         self._first = copy.deepcopy(subject_sampler) if self.foreseeable else None
+        generator = getattr(self._first, "generator", None)
+        if own and ranks.rank > 0 and generator is not None:
+            generator.manual_seed(derive_seed(generator.initial_seed(), *self._drawn_for))
         self._copy: Iterable[int] | None = None
         self._copied_epoch = 0
         self._plans: dict[int, EpochPlan] = {}
@@ -143,7 +182,7 @@ class Planner:
                 permute(count, self._seed, "subjects", epoch) if self._shuffled else range(count)
             )
             return tuple(order)
-        with drawing_from(derive_seed(self._seed, "subject sampler", epoch)):
+        with drawing_from(derive_seed(self._seed, *self._drawn_for, epoch)):
             if self.foreseeable:
                 return tuple(map(int, self._copy_at(epoch)))
             set_epoch = getattr(self._live, "set_epoch", None)
@@ -161,7 +200,7 @@ class Planner:
             sampler.set_epoch(epoch)
             return sampler
         if getattr(self._first, "generator", self) is None:
-            seed = derive_seed(self._seed, "subject sampler", epoch)
+            seed = derive_seed(self._seed, *self._drawn_for, epoch)
             sampler.generator = torch.Generator().manual_seed(seed)  # type: ignore[attr-defined]
             return sampler
         # A generator of the user's own is stateful: epoch n is its n-th pass, counted from the

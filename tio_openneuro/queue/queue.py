@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import count
 from typing import Any, Self
 
 import torchio as tio
 from torch.utils.data import get_worker_info
-from torchio.constants import NUM_SAMPLES
 
 from tio_openneuro.closing import Closing
 from tio_openneuro.queue import checks
@@ -26,6 +27,7 @@ from tio_openneuro.queue.state import (
     QueueStatistics,
     SkippedSubject,
     compare_parts,
+    pack_order,
 )
 from tio_openneuro.queue.threads import INTRA_OP_THREADS
 from tio_openneuro.ram import available_bytes, read_budget
@@ -37,8 +39,14 @@ class BudgetedQueue(tio.Queue):
     """Fill a buffer of patches in the background, within a RAM budget.
 
     A drop-in for :class:`torchio.Queue`. With ``seed``, the sequence of patches is the same for
-    any number of workers, timing or restarts. Use it as the dataset of a loader that has
-    ``num_workers=0``, or iterate over it: one epoch each time.
+    any number of workers, timing or restarts, for code that draws from torch. Code that is seen to
+    draw from NumPy or ``random`` is refused then; what nobody sees beforehand is found out while
+    it runs: one subject of each epoch is made a second time, and a difference raises
+    NotImplementedError. Without ``seed`` any code goes, and no subject is made twice.
+
+    What stops a filling thread is raised by the next patch that is asked for, as it was raised; the
+    one after that goes on. Use it as the dataset of a loader that has ``num_workers=0``, or iterate
+    over it: one epoch each time.
 
     Index 0 begins a pass over one epoch; ``len`` is that of the epoch that index 0 would begin,
     :attr:`left` what remains of the present one. After a state was loaded the first index may be 0
@@ -72,6 +80,7 @@ class BudgetedQueue(tio.Queue):
         on_error: str = "raise",
         patch_transform: Callable[[tio.Subject], tio.Subject] | None = None,
         on_release: str = "keep",
+        ranks: str | tuple[int, int] | None = "auto",
     ) -> None:
         """Begin to fill, unless told to wait.
 
@@ -79,7 +88,8 @@ class BudgetedQueue(tio.Queue):
             subjects_dataset: The subjects; any ``tio.SubjectsDataset``.
             max_length: Patches from which the next one is drawn, the most that wait in
                 ``patches_list``; None chooses it from the RAM budget and the patch size.
-            samples_per_volume: Patches of each subject that has no ``num_samples``.
+            samples_per_volume: Patches of each subject that has no ``num_samples``, an integer
+                from zero.
             sampler: The patch sampler; by default ``tio.UniformSampler(96)``.
             subject_sampler: Gives the indices of the subjects of each epoch; it needs a length.
             num_workers: Threads that fill; with zero, the consumer's thread does.
@@ -88,26 +98,33 @@ class BudgetedQueue(tio.Queue):
             start_background: Whether filling begins now, or with the first patch.
             verbose: As in TorchIO.
             ram_budget: Bytes, text like ``"4 GB"``, or ``"auto"``: half of what is available.
-            seed: Decides every draw; None takes one from the system.
+            seed: Decides every draw, and has one subject of each epoch made twice to find whether
+                it does; None takes one from the system.
             on_error: ``"raise"`` or ``"skip"`` a subject that cannot be made into patches. With
                 ranks, its share is taken by the rank's next subjects.
             patch_transform: Applied to each patch, ``(C, I, J, K)`` an image, after sampling:
                 in the background, under its subject's seed, and charged to the RAM budget.
             on_release: ``"keep"`` or ``"drop"`` a subject's content once its patches are made.
+            ranks: ``"auto"`` deals the subjects out where ``torch.distributed`` has several ranks
+                and there is no ``subject_sampler``: by a permutation of the epoch alone, equally,
+                some subjects twice where they do not divide. The length is the share's. A sampler
+                that knows no ranks draws from a generator of its own on each. Make the queue
+                after ``init_process_group``. None says that the dataset is sharded already, or
+                that all want the same; ``(rank, world_size)`` says which share. Give every rank
+                the same ``seed``, so that the state of one resumes all of them exactly.
 
         Raises:
-            ValueError: A parameter is out of range, or two exclude each other.
-            RamBudgetError: The budget cannot hold a subject whose size is known.
+            ValueError: A parameter, or a subject's ``num_samples``, is out of range, or two
+                parameters exclude each other.
+            TypeError: The dataset is none of subjects, such as a ``Subset`` or a list.
+            RamBudgetError: The budget cannot hold a subject whose size is known, or any.
         """
+        checks.refuse_wrapped(subjects_dataset)
         checks.refuse_below(1, max_length=max_length, samples_per_volume=samples_per_volume)
         checks.refuse_below(0, num_workers=num_workers)
         checks.refuse_others(("raise", "skip"), on_error=on_error)
         checks.refuse_others(("keep", "drop"), on_release=on_release)
-        if shuffle_subjects and subject_sampler is not None:
-            raise ValueError(
-                "The flag shuffle_subjects cannot be set when a subject sampler is passed: give "
-                "shuffle_subjects=False, or leave subject_sampler out."
-            )
+        checks.refuse_two_orders(subject_sampler, shuffled=shuffle_subjects)
         self.subjects_dataset = subjects_dataset
         self.samples_per_volume = samples_per_volume
         self.sampler = tio.UniformSampler(96) if sampler is None else sampler
@@ -119,8 +136,11 @@ class BudgetedQueue(tio.Queue):
         self.on_error = on_error
         self.patch_transform = patch_transform
         self.on_release = on_release
+        self.ranks = ranks
+        self._ranks = checks.read_ranks(ranks, subject_sampler)
         if seed is not None:
             checks.refuse_other_generators(subjects_dataset, self.sampler, patch_transform)
+        self._repeats = seed is not None
         self.seed = int.from_bytes(os.urandom(4), "little") if seed is None else int(seed)
         self.ram_budget_bytes = read_budget(ram_budget, available_bytes())
         self.max_length = max_length or 0  # until the size of a patch is known
@@ -133,24 +153,26 @@ class BudgetedQueue(tio.Queue):
         self._delivered = 0
         install_seed_guard()
         install_reading_gate()
-        self._build(PassStart())
-        self._has_ranks = checks.has_ranks(subject_sampler, self._planner)
+        self._build(PassStart(), self._make_planner(self.seed))
+        checks.check_ranks(ranks, self._ranks, subject_sampler, self._planner)
         self._source.require_room(min(self.max_length, self._planner.largest_total))
         self._fill_ahead()
 
-    def _build(self, start: PassStart) -> None:
+    def _make_planner(self, seed: int) -> Planner:
+        counts = checks.count_patches(self.subjects_dataset, self.samples_per_volume)
+        shuffled, ranks = self.shuffle_subjects, self._ranks
+        return Planner(counts, self.subject_sampler, seed=seed, shuffled=shuffled, ranks=ranks)
+
+    def _build(self, start: PassStart, planner: Planner) -> None:
         """Make what depends on the seed and the window, to go on from there."""
-        subjects = self.subjects_dataset.dry_iter()
-        counts = [int(getattr(each, NUM_SAMPLES, self.samples_per_volume)) for each in subjects]
-        self._planner = Planner(
-            counts, self.subject_sampler, seed=self.seed, shuffled=self.shuffle_subjects
-        )
+        self._planner = planner
         self._source = SubjectSource(
             self.subjects_dataset,
             self.sampler,
-            planner=self._planner,
+            planner=planner,
             patch_transform=self.patch_transform,
             seed=self.seed,
+            checked=self._repeats,
             drop=self.on_release == "drop",
             ram_budget_bytes=self.ram_budget_bytes,
         )
@@ -159,6 +181,7 @@ class BudgetedQueue(tio.Queue):
             self.max_length = choose_window(self.ram_budget_bytes, patch_bytes)
         self._filler = Filler(self._source, num_workers=self.num_workers, window=self.max_length)
         self._pass: Pass | None = None
+        self._left_at: int | None = None
         self._ahead: Pass | None = None
         self._before: PassStart | None = None
         self._rewound: PassStart | None = None
@@ -170,14 +193,9 @@ class BudgetedQueue(tio.Queue):
 
     def __iter__(self) -> Iterator[tio.Subject]:
         """Give the patches of one epoch."""
-        index = 0
-        while True:
-            try:
-                patch = self[index]
-            except StopIteration:
-                return
-            yield patch
-            index += 1
+        with suppress(StopIteration):
+            for index in count():
+                yield self[index]
 
     def __getitem__(self, index: int) -> tio.Subject:
         """Return the next patch of the pass; index 0 begins a pass.
@@ -201,11 +219,8 @@ class BudgetedQueue(tio.Queue):
         if current is not None and current.finished and index >= expected:
             raise StopIteration
         if current is None or index != expected:
-            raise RuntimeError(
-                f"Cannot give patch {index}: patch {expected} comes next. A queue is read in "
-                f"order, 0, 1, 2, ..., and shuffles by itself. Give its loader shuffle=False and "
-                f"num_workers=0."
-            )
+            in_turns = self._left_at is not None and (index < expected or index == self._left_at)
+            raise RuntimeError(checks.name_jump(index, expected, in_turns=in_turns))
         self._rewound = None
         self._before = current.here()
         patch = self._next_patch(current)
@@ -250,7 +265,12 @@ class BudgetedQueue(tio.Queue):
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the queue is: everything that a new one needs to go on from here."""
+        """Return where the queue is: everything that a new one needs to go on from here.
+
+        It counts patches handed out, not trained on: those that a loader had fetched ahead when
+        it was taken are not given again. So take it where the loader holds none; torch's own with
+        ``num_workers=0`` never does, Accelerate's prepared one is a batch ahead.
+        """
         start = self._next
         if self._rewound is not None:
             start = self._rewound
@@ -261,36 +281,41 @@ class BudgetedQueue(tio.Queue):
             seed=self.seed,
             window=self.max_length,
             start=start,
-            order=self._planner.plan(start.epoch).order if keeps_order else None,
+            order=pack_order(self._planner.plan(start.epoch).order) if keeps_order else None,
             skipped=tuple(self.skipped[-LONGEST_SKIPPED:]),
             parts=self._identify(),
+            ranks=(self._ranks.rank, self._ranks.world),
         ).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from where a queue was: the next pass gives what was left of its epoch.
 
-        Its first index may be 0 or the one that came next then, as the loader counts.
+        Its first index may be 0 or the one that came next then, as the loader counts. The state
+        may come from anybody; a queue that refuses one is as it was.
 
         Args:
-            state_dict: What :meth:`state_dict` returned, in this process or another.
+            state_dict: What :meth:`state_dict` returned, in this process or another. One with
+                skips or an order that cannot be drawn again is its rank's alone.
 
         Raises:
-            ValueError: It was taken from another dataset, selection, transform, sampler or
-                TorchIO version, which the message names.
+            ValueError: It was taken from another dataset, selection, transform, sampler, rank or
+                TorchIO version, or has a value out of range; the message names which.
+            RamBudgetError: The budget cannot hold its window.
         """
         state = QueueState.from_dict(state_dict)
         parts = self._identify()
         if self._chooses_length:
             parts["max_length"] = str(state.window)
         compare_parts(state.parts, parts)
+        planner = self._make_planner(state.seed)
+        state.check(planner, self._ranks)
+        if self._chooses_length:
+            checks.refuse_window(state.window, self._source, planner)
         self._closing()
-        self.seed = state.seed
-        self.max_length = state.window
+        self.seed, self.max_length = state.seed, state.window
         self.skipped = list(state.skipped)
         self._parts = {}
-        self._build(state.start)
-        if state.order is not None:
-            self._planner.recall(state.start.epoch, state.order)
+        self._build(state.start, planner)
         self._fill_ahead()
 
     # --- end ---
@@ -411,6 +436,9 @@ class BudgetedQueue(tio.Queue):
         return index == 0 and self._pass.begun
 
     def _begin_pass(self, index: int) -> None:
+        self._ranks = checks.read_ranks(self.ranks, self.subject_sampler, self._ranks)
+        before = self._pass
+        self._left_at = None if before is None or before.finished else before.expected
         current = self._pass_at(self._next)
         current.expected = index
         self._filler.begin(current, self._planner.following(current.plan.epoch))
@@ -427,7 +455,7 @@ class BudgetedQueue(tio.Queue):
             skips = self.on_error == "skip" and not isinstance(made, checks.NEVER_SKIPPED)
             if skips:
                 self.skipped.append(SkippedSubject.because(made, name, turn))
-            if skips and not self._has_ranks:
+            if skips and self._ranks.world == 1:
                 current.skip(turn.position)
             elif skips and current.replace(turn.position):
                 self._filler.extend(current.plan)

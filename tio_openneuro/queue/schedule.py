@@ -62,6 +62,13 @@ class Schedule:
         self._head = max(self._head, (plan.epoch, 0))
         return continues
 
+    def begin_anew(self) -> None:
+        """Make what is left of the current epoch, and the next one, as if nothing were made yet."""
+        current, plans = self._current, self._plans
+        if current is not None:
+            self._current, self._plans = None, {}
+            self.begin(current, plans.get(current.plan.epoch + 1))
+
     def extend(self, plan: EpochPlan) -> None:
         """Go on with a plan of the current epoch that has more subjects at its end.
 
@@ -106,9 +113,13 @@ class Schedule:
         """Return the production index of a patch, by its number among its subject's."""
         return self._plans[turn.epoch].start(turn.position) + number
 
-    def ahead(self) -> list[int]:
-        """Return the dataset's indices of the subjects to be made, in order."""
-        return [turn.index for turn in self._unclaimed()]
+    def ahead(self, made_twice: Callable[[Turn], bool] = lambda _: False) -> list[int]:
+        """Return the dataset's indices of the subjects to be made, in order.
+
+        Args:
+            made_twice: Tells of which turns the subject is used twice, which counts as two uses.
+        """
+        return [turn.index for turn in self._unclaimed() for _ in range(1 + made_twice(turn))]
 
     def _unclaimed(self) -> Iterator[Turn]:
         epoch, position = self._head

@@ -20,7 +20,7 @@ import torchio as tio
 from tio_openneuro.dataset import subject_bytes
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.prepared import DamagedVolumeError
-from tio_openneuro.queue.draw import Turn, derive_seed
+from tio_openneuro.queue.draw import Turn, derive_seed, draw_below
 from tio_openneuro.queue.order import Planner
 from tio_openneuro.ram import BASE_BYTES, FLOAT_BYTES, THREAD_BYTES, bound_subject, refuse_subject
 from tio_openneuro.torchio_seams import (
@@ -31,6 +31,7 @@ from tio_openneuro.torchio_seams import (
     drawing_from,
     get_subject,
     has_map,
+    identify_items,
     is_loaded,
     map_bytes,
     measure_cost,
@@ -133,6 +134,7 @@ class SubjectSource:
         planner: Planner,
         patch_transform: Callable[[tio.Subject], tio.Subject] | None,
         seed: int,
+        checked: bool,
         drop: bool,
         ram_budget_bytes: int,
     ) -> None:
@@ -144,16 +146,19 @@ class SubjectSource:
             planner: Knows how many patches each subject gives, and which may come later.
             patch_transform: Applied to each patch, under the subject's generator.
             seed: The queue's seed.
+            checked: Whether a subject of each epoch is made twice, and must be the same.
             drop: Whether a subject's content is dropped once its patches are made.
             ram_budget_bytes: The queue's, of which a part is set aside for sampler maps.
         """
         self.counts = planner.counts
+        self._planner = planner
         self.ram_budget_bytes = ram_budget_bytes
         self._dataset = dataset
         self.content = dataset if isinstance(dataset, ContentDataset) else NoContent()
         self._sampler = sampler
         self._patch_transform = patch_transform
         self._seed = seed
+        self._checked = checked
         self._drop = drop
         self._likely_later = planner.likeliest()
         preprocess = getattr(dataset, "preprocess", None)
@@ -179,13 +184,7 @@ class SubjectSource:
 
     def name(self, index: int) -> str:
         """Return what a subject is called, for messages."""
-        subject = self._dataset.dry_iter()[index]
-        for attribute in ("name", "subject_id"):
-            value = subject.get(attribute)
-            if isinstance(value, str) and value:
-                session = subject.get("session_id")
-                return f"{value} {session}" if isinstance(session, str) and session else value
-        return f"subject {index}"
+        return name_subject(self._dataset, index)
 
     def images(self, index: int) -> int:
         """Return how many images a subject has, at least one, without loading it."""
@@ -222,6 +221,7 @@ class SubjectSource:
         """Refuse a budget that cannot hold the largest subject whose size is known now.
 
         Known are those in RAM, and those in local files, of which a few hundred headers are read.
+        Where none is, what any subject needs must fit.
 
         Args:
             waiting_patches: Patches that wait for delivery beside it.
@@ -229,6 +229,8 @@ class SubjectSource:
         Raises:
             RamBudgetError: It cannot; the message names the subject and the bytes.
         """
+        if self.base_bytes + THREAD_BYTES > self.ram_budget_bytes:
+            raise self.too_large(0, THREAD_BYTES, self.base_bytes)
         sized = [
             (self.bounds(index), index)
             for index, subject in enumerate(self._dataset.dry_iter())
@@ -290,6 +292,15 @@ class SubjectSource:
 
     # --- patches ---
 
+    def is_made_twice(self, turn: Turn) -> bool:
+        """Tell whether a subject is made a second time, to find whether its patches repeat.
+
+        It is one of each epoch, which depends on the seed and the epoch alone.
+        """
+        if not self._checked:
+            return False
+        return turn.position == draw_below(len(self._planner), self._seed, "twice", turn.epoch)
+
     def produce(
         self,
         turn: Turn,
@@ -298,6 +309,9 @@ class SubjectSource:
         announced: Callable[[], None] = lambda: None,
     ) -> Production | None:
         """Load a subject and make its patches; what goes wrong is part of the result.
+
+        Where it is made twice, the first patches are gone before the second ones are made: the
+        same charge holds both.
 
         Args:
             turn: The subject's, on which its draws depend.
@@ -317,34 +331,62 @@ class SubjectSource:
                 raise _UnderchargedError(f"{self.name(turn.index)} was charged too little.")
 
         try:
-            parts = turn.index, turn.epoch, turn.occurrence
-            seed = derive_seed(self._seed, "subject", *parts)
-            with drawing_from(seed, cancelled), listening(admit):
-                patches = self._make_patches(turn.index)
+            with listening(admit):
+                told: list[dict[str, str]] = []
+                if self.is_made_twice(turn):
+                    told = list(map(identify_items, self._make(turn, cancelled, drop=False)))
+                patches = self._make(turn, cancelled, drop=self._drop)
+                self._require_same(turn, told, patches)
+            patch_bytes = max(map(subject_bytes, patches), default=0)
         except CancelledWorkError:
             return None
         except Exception as error:  # noqa: BLE001 - raised in the training loop, whole
             forget_locals(error)
             anew = isinstance(error, _UnderchargedError | DamagedVolumeError)
             return None if anew else Production(error=error)
-        patch_bytes = max(map(subject_bytes, patches), default=0)
         self._largest_patch_bytes = max(self._largest_patch_bytes, patch_bytes)
         return Production(patches, patch_bytes)
 
-    def _make_patches(self, index: int) -> list[tio.Subject]:
-        count = self.counts[index]
-        try:
-            with self._opened(index) as (subject, kept):
-                patches = list(islice(draw_patches(self._sampler, subject, kept), count))
-                del subject
-        finally:
-            self.content.release_index(index, drop=self._drop)
-        if len(patches) < count:
-            raise RuntimeError(f"The patch sampler gave {len(patches)} of {count} patches.")
-        if self._patch_transform is not None:
-            for number, patch in enumerate(patches):
-                patches[number] = self._patch_transform(patch)
+    def _make(self, turn: Turn, cancelled: Callable[[], bool], *, drop: bool) -> list[tio.Subject]:
+        index, count = turn.index, self.counts[turn.index]
+        seed = derive_seed(self._seed, "subject", index, turn.epoch, turn.occurrence)
+        with drawing_from(seed, cancelled):
+            try:
+                with self._opened(index) as (subject, kept):
+                    patches = list(islice(draw_patches(self._sampler, subject, kept), count))
+                    del subject
+            finally:
+                self.content.release_index(index, drop=drop)
+            if len(patches) < count:
+                raise RuntimeError(f"The patch sampler gave {len(patches)} of {count} patches.")
+            if self._patch_transform is not None:
+                for number, patch in enumerate(patches):
+                    patches[number] = self._patch_transform(patch)
         return patches
+
+    def _require_same(
+        self, turn: Turn, told: Sequence[dict[str, str]], patches: Sequence[tio.Subject]
+    ) -> None:
+        """Refuse what a seed does not decide.
+
+        Args:
+            turn: The subject's.
+            told: What each patch was when it was made before; empty where it was not.
+            patches: The same again.
+
+        Raises:
+            NotImplementedError: They differ in what the message names, images first.
+        """
+        both = [(first, identify_items(patch)) for first, patch in zip(told, patches, strict=False)]
+        names = dict.fromkeys(name for pair in both for digests in pair for name in digests)
+        differing = [name for name in names if any(a.get(name) != b.get(name) for a, b in both)]
+        if differing:
+            raise NotImplementedError(
+                f"Cannot repeat the patches of {self.name(turn.index)}: made twice from one seed "
+                f"in epoch {turn.epoch}, they differ in {', '.join(differing)}. A transform, the "
+                f"sampler or the dataset draws from NumPy, random, C++ or the clock, or keeps "
+                f"something from one call to the next. Draw from torch instead, or give seed=None."
+            )
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[tuple[tio.Subject, SamplerMap | None]]:
@@ -364,6 +406,17 @@ class SubjectSource:
         if size is not None:
             before = self._sizes.setdefault(index, size)
             self._growth = max(self._growth, size.total_voxels / before.total_voxels)
+
+
+def name_subject(dataset: tio.SubjectsDataset, index: int) -> str:
+    """Return what a subject is called, for messages, by its index where it bears no name."""
+    subject = dataset.dry_iter()[index]
+    for attribute in ("name", "subject_id"):
+        value = subject.get(attribute)
+        if isinstance(value, str) and value:
+            session = subject.get("session_id")
+            return f"{value} {session}" if isinstance(session, str) and session else value
+    return f"subject {index}"
 
 
 def forget_locals(error: BaseException) -> None:

@@ -6,17 +6,37 @@ A state is a dict of JSON's types, so that any checkpoint format keeps it.
 from __future__ import annotations
 
 import base64
+import reprlib
 import zlib
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tio_openneuro.queue.draw import PassStart, Replacement, Turn
+from tio_openneuro.queue.draw import EpochPlan, PassStart, Replacement, Turn
+from tio_openneuro.queue.order import Planner, Ranks
 
 STATE_VERSION = 2
 LONGEST_SKIPPED = 500
-_LONGEST_REASON = 300
+_LONGEST_NAME = 300
+_LONGEST_TEXT = 5000
+# For each subject of an epoch; its replay takes the square of that in time.
+_MOST_REPLACED = 8
+_COUNT = range(1 << 40)
+# What each value of a state is: whole numbers in a range, text, lists of one kind, rows of many.
+_KINDS: dict[str, Any] = {
+    "seed": range(-(1 << 256), 1 << 256),
+    "window": range(1, 1 << 40),
+    # A subject sampler with a generator of its own is drawn from once for each epoch before.
+    "epoch": range(1_000_000),
+    "step": _COUNT,
+    "next_index": _COUNT,
+    "holes": [_COUNT],
+    "replacements": [(_COUNT, _COUNT, _COUNT)],
+    "skipped": [(str, str, _COUNT, _COUNT)],
+    "parts": {str: str},
+    "ranks": (_COUNT, _COUNT),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +58,8 @@ class SkippedSubject:
     @classmethod
     def because(cls, error: BaseException, unit: str, turn: Turn) -> SkippedSubject:
         """Return an entry whose reason is an error's class and message, cut where it is long."""
-        reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
-        return cls(unit, reason, turn.index, turn.epoch)
+        reason = f"{type(error).__name__}: {error}"[:_LONGEST_NAME]
+        return cls(unit[:_LONGEST_NAME], reason, turn.index, turn.epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +109,19 @@ class QueueState:
         seed: The queue's seed.
         window: Patches from which the next one is drawn.
         start: Where the next pass begins.
-        order: Subjects of the interrupted epoch, where they cannot be drawn again.
+        order: Subjects of the interrupted epoch, packed, where they cannot be drawn again.
         skipped: The last subjects that were skipped.
         parts: Digest or value of each thing that must be the same, by its name.
+        ranks: Number of the rank that it is of, and how many there were.
     """
 
     seed: int
     window: int
     start: PassStart
-    order: tuple[int, ...] | None
+    order: str | None
     skipped: tuple[SkippedSubject, ...]
     parts: Mapping[str, str]
+    ranks: tuple[int, int]
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON's types."""
@@ -112,9 +134,10 @@ class QueueState:
             "next_index": self.start.next_index,
             "holes": sorted(self.start.holes),
             "replacements": [[r.step, r.index, r.count] for r in self.start.replacements],
-            "order": None if self.order is None else _pack(self.order),
+            "order": self.order,
             "skipped": [[s.unit, s.reason, s.index, s.epoch] for s in self.skipped],
             "parts": dict(self.parts),
+            "ranks": list(self.ranks),
         }
 
     @classmethod
@@ -125,15 +148,19 @@ class QueueState:
             state: What :meth:`to_dict` returned.
 
         Raises:
-            ValueError: Another version of this library wrote it.
+            ValueError: Another version of this library wrote it, or a value that the message
+                names is of another type or out of range.
         """
-        if state.get("version") != STATE_VERSION:
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if version != STATE_VERSION:
             raise ValueError(
-                f"Cannot resume from this state: its version is {state.get('version')!r}, this "
+                f"Cannot resume from this state: its version is {version!r}, this "
                 f"library reads {STATE_VERSION}. Use the library version that wrote it, or begin "
                 f"anew without load_state_dict()."
             )
-        return cls(
+        for name, kind in _KINDS.items():
+            _require(name, state.get(name), sound=_fits(state.get(name), kind))
+        found = cls(
             seed=state["seed"],
             window=state["window"],
             start=PassStart(
@@ -143,19 +170,94 @@ class QueueState:
                 frozenset(state["holes"]),
                 tuple(Replacement(*entry) for entry in state["replacements"]),
             ),
-            order=None if state["order"] is None else _unpack(state["order"]),
+            order=state.get("order"),
             skipped=tuple(SkippedSubject(*entry) for entry in state["skipped"]),
             parts=state["parts"],
+            ranks=tuple(state["ranks"]),
+        )
+        start = found.start
+        _require("next_index", start.next_index, sound=start.next_index <= start.step)
+        _require("skipped", len(found.skipped), sound=len(found.skipped) <= LONGEST_SKIPPED)
+        _require("window", found.window, sound=found.parts.get("max_length") == str(found.window))
+        return found
+
+    def check(self, planner: Planner, ranks: Ranks) -> None:
+        """Refuse what does not fit the subjects or this rank; tell the planner a kept order.
+
+        Args:
+            planner: Of the state's seed, which gave no epoch yet.
+            ranks: This process's.
+
+        Raises:
+            ValueError: It does not; the message names the value.
+        """
+        start, subjects = self.start, len(planner.counts)
+        own = bool(self.skipped or start.holes or self.order is not None)
+        same = self.ranks == (ranks.rank, ranks.world)
+        if not same if own else start.step and self.ranks[1] != ranks.world:
+            raise ValueError(
+                f"Cannot resume from this state: it tells of skips, a kept order or part of an "
+                f"epoch of rank {self.ranks[0]} of {self.ranks[1]}, and this is rank {ranks.rank} "
+                f"of {ranks.world}. Save and load one on each rank, or begin anew without it."
+            )
+        kept = start.step > 0 and not planner.foreseeable
+        _require("order", self.order, sound=kept is (self.order is not None))
+        if self.order is not None:
+            order = _unpack(self.order, max(subjects, len(planner)))
+            _require("order", order, sound=all(0 <= index < subjects for index in order))
+            planner.recall(start.epoch, order)
+        drawn = kept or planner.foreseeable
+        plan = planner.plan(start.epoch) if drawn else EpochPlan(start.epoch, (), ())
+        step, total, shares = 0, plan.total, start.replacements
+        sound = len(shares) <= min(len(start.holes), _MOST_REPLACED * len(plan.order))
+        for each in shares:
+            sound &= step <= each.step <= min(start.step, total - 1)
+            sound &= each.index < subjects and 1 <= each.count <= max(planner.counts)
+            step, total = each.step, total + each.count
+        positions = len(plan.order) + len(shares)
+        _require("replacements", shares, sound=sound)
+        _require("holes", start.holes, sound=all(hole < positions for hole in start.holes))
+        _require("step", start.step, sound=start.step <= total)
+        _require("skipped", self.skipped, sound=all(s.index < subjects for s in self.skipped))
+
+
+def _fits(value: object, kind: Any) -> bool:  # noqa: ANN401 - a kind is a type, or one's shape
+    """Tell whether a value is of a kind; see ``_KINDS``."""
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
+    if isinstance(kind, dict):
+        return isinstance(value, Mapping) and _fits(list(value.items()), list(kind.items()))
+    if isinstance(kind, type):
+        return isinstance(value, str) and len(value) <= _LONGEST_TEXT
+    if not isinstance(value, list | tuple):
+        return False
+    kinds = kind if isinstance(kind, tuple) else kind * len(value)
+    return len(value) == len(kinds) and all(map(_fits, value, kinds))
+
+
+def _require(name: str, value: object, *, sound: bool) -> None:
+    if not sound:
+        raise ValueError(
+            f"Cannot resume from this state: its {name} cannot be {reprlib.repr(value)}. It is "
+            f"damaged, or not of this queue: begin anew without load_state_dict()."
         )
 
 
-def _pack(order: Iterable[int]) -> str:
+def pack_order(order: Iterable[int]) -> str:
+    """Return the indices of an epoch's subjects as text."""
     return base64.b64encode(zlib.compress(array("q", order).tobytes(), 9)).decode()
 
 
-def _unpack(text: str) -> tuple[int, ...]:
-    order = array("q")
-    order.frombytes(zlib.decompress(base64.b64decode(text)))
+def _unpack(text: str, most: int) -> tuple[int, ...]:
+    """Return what :func:`pack_order` packed, of which no more is unpacked than may be there."""
+    order, unpacking = array("q"), zlib.decompressobj()
+    try:
+        packed = base64.b64decode(text, validate=True)
+        order.frombytes(unpacking.decompress(packed, most * order.itemsize + 1))
+        sound = unpacking.eof
+    except (TypeError, ValueError, zlib.error):
+        sound = False
+    _require("order", text, sound=sound)
     return tuple(order)
 
 
@@ -172,7 +274,7 @@ def compare_parts(saved: Mapping[str, str], current: Mapping[str, str]) -> None:
     different = [name for name in current if saved.get(name) != current[name]]
     if different:
         details = "; ".join(
-            f"{name}: {saved.get(name, 'absent')!s} then, {current[name]!s} now"
+            f"{name}: {saved.get(name, 'absent'):.80} then, {current[name]:.80} now"
             for name in different
         )
         raise ValueError(

@@ -23,19 +23,30 @@ _TEAM = 2
 _PARALLEL_ELEMENTS = 1 << 16
 
 
+def _raise(error: BaseException) -> None:
+    raise error
+
+
 class Workers:
     """Daemon threads that all run one function, with fixed intra-op threads."""
 
-    def __init__(self, count: int, target: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        count: int,
+        target: Callable[[], None],
+        failed: Callable[[BaseException], None] = _raise,
+    ) -> None:
         """Start nothing yet.
 
         Args:
             count: Number of threads; may be zero.
             target: What each runs, until it returns.
+            failed: Told what stopped a thread, in that thread, whatever it was.
         """
         self._count = count
         self._target = target
-        self._threads: list[threading.Thread] = []
+        self._failed = failed
+        self._threads: list[_Candidate] = []
 
     @property
     def alive(self) -> bool:
@@ -43,8 +54,8 @@ class Workers:
         return any(thread.is_alive() for thread in self._threads)
 
     def start(self) -> None:
-        """Start the threads that are missing: all at first, later those that died."""
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        """Start the threads that are missing: all at first, later those that were stopped."""
+        self._threads = [each for each in self._threads if each.is_alive() and not each.stopped]
         missing = self._count - len(self._threads)
         if missing == 0:
             return
@@ -78,7 +89,7 @@ class Workers:
         chosen = threading.Event()
         candidates: list[_Candidate] = []
         while sum(c.fits for c in candidates) < count and len(candidates) < count + _CANDIDATES:
-            candidates.append(_Candidate(self._target, chosen))
+            candidates.append(_Candidate(self._target, self._failed, chosen))
         hired = sorted(candidates, key=lambda candidate: not candidate.fits)[:count]
         for candidate in hired:
             candidate.hired = True
@@ -94,18 +105,26 @@ class Workers:
 class _Candidate(threading.Thread):
     """A thread that is ready to work, and ends if it is not hired."""
 
-    def __init__(self, target: Callable[[], None], chosen: threading.Event) -> None:
+    def __init__(
+        self,
+        target: Callable[[], None],
+        failed: Callable[[BaseException], None],
+        chosen: threading.Event,
+    ) -> None:
         """Start it, and wait until it knows whether it fits.
 
         Args:
             target: What it runs if it is hired.
+            failed: Told what stopped it.
             chosen: Set once it is decided who is.
         """
         super().__init__(name="tio-openneuro-queue", daemon=True)
         self.fits = False
         self.hired = False
+        self.stopped = False
         self.begun = threading.Event()
         self._work = target
+        self._failed = failed
         self._chosen = chosen
         self._asked = threading.Event()
         self.start()
@@ -113,14 +132,22 @@ class _Candidate(threading.Thread):
 
     def run(self) -> None:
         """Wait for the decision, and work if hired."""
-        self.fits = in_main_arena()
-        self._asked.set()
-        self._chosen.wait(_START_S)
-        if self.hired:
-            _count_as_busy()
-            torch.set_num_threads(INTRA_OP_THREADS)
+        try:
+            self.fits = in_main_arena()
+            self._asked.set()
+            self._chosen.wait(_START_S)
+            if self.hired:
+                _count_as_busy()
+                torch.set_num_threads(INTRA_OP_THREADS)
+                self.begun.set()
+                self._work()
+        except BaseException as error:  # noqa: BLE001 - raised by whoever waits for the work
+            # Before anybody hears of it, who may look at once for threads to replace.
+            self.stopped = True
+            self._failed(error)
+        finally:
+            self._asked.set()
             self.begun.set()
-            self._work()
 
 
 def _count_as_busy() -> None:

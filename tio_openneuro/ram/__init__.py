@@ -16,7 +16,6 @@ from tio_openneuro.ram.admission import (
 )
 from tio_openneuro.ram.allocator import (
     FreedMemory,
-    bound_free_memory,
     give_back,
     in_main_arena,
     make_room,
@@ -31,7 +30,6 @@ __all__ = [
     "FreedMemory",
     "TransformCost",
     "available_bytes",
-    "bound_free_memory",
     "bound_subject",
     "give_back",
     "in_main_arena",

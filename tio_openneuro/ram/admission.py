@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tio_openneuro.errors import RamBudgetError
-from tio_openneuro.sizes import format_size, parse_size
+from tio_openneuro.sizes import ask_unit, format_size, parse_size
 from tio_openneuro.volumes import SubjectSize
 
 FLOAT_BYTES = 4
@@ -88,7 +88,7 @@ def refuse_subject(name: str, need_bytes: int, budget_bytes: int, advice: str) -
     return RamBudgetError(
         f"Cannot load {name} within the RAM budget: up to {format_size(need_bytes)} "
         f"({need_bytes} bytes) must be held at once, the budget is {format_size(budget_bytes)} "
-        f"({budget_bytes} bytes). {advice}",
+        f"({budget_bytes} bytes). {advice}{ask_unit(budget_bytes)}",
         unit=name,
     )
 

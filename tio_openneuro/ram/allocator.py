@@ -1,13 +1,17 @@
 """What the C library keeps of memory that was freed; nothing where it is not glibc.
 
 Owns the bargain between speed and what other programs see: freed volumes are used again while a
-queue fills, and given back where its budget has no room, once it idles, and at its end.
+queue fills, and given back where its budget has no room, once it idles, and at its end. The C
+library has one set of options for the whole process, and its queues share them: what any of them
+relies on holds until that one ends.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+import weakref
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -41,8 +45,12 @@ class _Mallinfo2(ctypes.Structure):
 class FreedMemory:
     """What becomes of the memory that a queue's subjects free: used again, where there is room.
 
-    Not safe to share by threads: its owner locks.
+    Not safe to share by threads: its owner locks. Several may be at work in one process: memory is
+    given back at once if one of them needs that, since the others only lose time by it.
     """
+
+    # Of the process, as the options are.
+    _deciding: ClassVar[set[weakref.ref[FreedMemory]]] = set()
 
     def __init__(self, capacity_bytes: int, threads: int, window: int) -> None:
         """Decide nothing yet.
@@ -59,6 +67,7 @@ class FreedMemory:
         self._reused: bool | None = None
         # Whether it was ever: pieces that were free then are filled before new ones are mapped.
         self._fragmented = False
+        self.pid = os.getpid()
 
     def bound(self, work_bytes: int, patch_bytes: int, *, known: bool) -> int:
         """Return the bound of a subject's work, after deciding what becomes of what it frees.
@@ -83,12 +92,39 @@ class FreedMemory:
             return work_bytes
         return max(work_bytes, min(int(work_bytes * _FRAGMENTED), left_bytes))
 
+    @property
+    def kept_bytes(self) -> int:
+        """Free bytes that may stay; none where each piece is to be given back at once."""
+        return max(self._capacity_bytes, 1) if self._reused else 0
+
     def begin(self) -> None:
         """Set what was decided, in this process."""
-        if self._reused:
-            reuse_free_memory(self._capacity_bytes)
-        elif self._reused is not None:
-            give_back_at_once()
+        if self._reused is not None:
+            self._deciding.add(weakref.ref(self, self._deciding.discard))
+            self._set_options()
+
+    def end(self) -> None:
+        """Need nothing more; the last one leaves the process as other programs like it."""
+        self._deciding.discard(weakref.ref(self))
+        self._set_options()
+
+    @classmethod
+    def _set_options(cls) -> None:
+        """Set what all need. Who set what is outdated by now sees that, and sets it again."""
+        needs: list[int] | None = None
+        while needs != (needs := cls._needs()):
+            if not needs:
+                bound_free_memory()
+            elif 0 in needs:
+                give_back_at_once()
+            else:
+                reuse_free_memory(min(needs))
+
+    @classmethod
+    def _needs(cls) -> list[int]:
+        """Return the free bytes that may stay for each that decided in this process."""
+        found = (reference() for reference in cls._deciding.copy())
+        return sorted(each.kept_bytes for each in found if each and each.pid == os.getpid())
 
 
 def reuse_free_memory(most_bytes: int) -> None:

@@ -13,6 +13,7 @@ from tio_openneuro.select.selection import (
     OnMultiple,
     SelectedUnit,
     Selection,
+    check_images,
     select,
 )
 from tio_openneuro.select.units import Skipped, Unit
@@ -30,6 +31,7 @@ __all__ = [
     "Sidecars",
     "Skipped",
     "Unit",
+    "check_images",
     "parse_path",
     "select",
 ]

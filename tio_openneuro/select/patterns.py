@@ -46,8 +46,10 @@ class ImagePattern:
     def _set(self, glob: str | None, entities: Mapping[str, object], **options: object) -> None:
         """Set all fields, the options by their names."""
         name = type(self).__name__
-        if glob is not None and not glob.strip():
-            raise SelectionError(f"{name} cannot select by an empty pattern.")
+        if glob is not None and not (isinstance(glob, str) and glob.strip()):
+            raise SelectionError(
+                f"{name} cannot select by an empty pattern, nor by what is no text: {glob!r}."
+            )
         if glob is None and not entities:
             raise SelectionError(
                 f"{name}() says nothing about the file. Give a glob from the dataset's root,"

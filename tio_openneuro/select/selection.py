@@ -32,6 +32,8 @@ OnMissing = Literal["skip", "raise"]
 OnMultiple = Literal["raise", "first", "all", "stack"]
 OnIncomplete = Literal["raise", "allow"]
 
+_TAKEN = frozenset({"subject_id", "session_id", "dataset_id"})
+
 
 @dataclass(frozen=True, slots=True)
 class SelectedUnit:
@@ -98,10 +100,10 @@ def select(
     check_option("on_missing", on_missing, ("skip", "raise"))
     check_option("on_multiple", on_multiple, ("raise", "first", "all", "stack"))
     check_option("on_incomplete", on_incomplete, ("raise", "allow"))
+    check_images(images)
     if images is None:
         images, hits = every_nifti(files, unit)
     else:
-        _check_images(images)
         hits = {name: find_hits(name, pattern, files) for name, pattern in images.items()}
     apart = never_together(hits)
     units, skipped = find_units(hits, files, unit)
@@ -141,14 +143,28 @@ def select(
     return Selection(tuple(rows), tuple(skipped), dict(images))
 
 
-def _check_images(images: Mapping[str, Scalar | Label]) -> None:
-    """Refuse an empty mapping, and what is neither Scalar nor Label."""
-    if not images:
-        message = "No image is asked for. Name at least one, or pass None for every NIfTI."
-        raise SelectionError(message)
+def check_images(images: object) -> None:
+    """Refuse what does not say by name which images a unit has.
+
+    Args:
+        images: As a user gave it; None asks for every NIfTI.
+
+    Raises:
+        SelectionError: It is no mapping, an empty one, or one of names that are taken or to what
+            is neither Scalar nor Label.
+    """
+    example = "images={'t1': tno.Scalar('sub-*/anat/*_T1w.nii.gz')}"
+    advice = f"Name each image and say which file it is, {example}, or pass None for every NIfTI."
+    if images is None:
+        return
+    if not isinstance(images, Mapping) or not images:
+        raise SelectionError(f"Cannot select images by {images!r}. {advice}")
     for name, pattern in images.items():
+        if not isinstance(name, str) or not name or name in _TAKEN:
+            raise SelectionError(f"Cannot call an image {name!r}: take another word. {advice}")
         if not isinstance(pattern, Scalar | Label):
-            raise SelectionError(f"Image {name!r} must be a Scalar or a Label, not {pattern!r}.")
+            message = f"Image {name!r} must be a Scalar or a Label, not {pattern!r}. {advice}"
+            raise SelectionError(message)
 
 
 def _selected(name: str, unit: Candidate, combination: Combination) -> SelectedUnit:

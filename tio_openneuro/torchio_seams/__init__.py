@@ -6,7 +6,13 @@ and the identity of a transform. Promises TorchIO's own bits. Never schedules.
 
 from tio_openneuro.torchio_seams.box_crop import reads_boxes
 from tio_openneuro.torchio_seams.costs import measure_cost
-from tio_openneuro.torchio_seams.fingerprint import UnpinnedError, identify_parts, pin
+from tio_openneuro.torchio_seams.fingerprint import (
+    UnpinnedError,
+    identify,
+    identify_items,
+    identify_parts,
+    pin,
+)
 from tio_openneuro.torchio_seams.images import (
     FetchedImage,
     FetchedLabelMap,
@@ -54,6 +60,8 @@ __all__ = [
     "find_other_generator",
     "get_subject",
     "has_map",
+    "identify",
+    "identify_items",
     "identify_parts",
     "install_seed_guard",
     "is_loaded",

@@ -72,6 +72,15 @@ def pin(transform: object, preprocess_id: str | None = None) -> str:
     return fingerprint.of(["preprocess", preprocess_id, transform]).hex()
 
 
+def identify_items(subject: tio.Subject) -> dict[str, str]:
+    """Return a digest of each image of a loaded subject, and of each other value, by its name.
+
+    Images come first. Voxels and affines count bit for bit; NaN is what it is, too.
+    """
+    items = sorted(subject.items(), key=lambda item: not isinstance(item[1], tio.Image))
+    return {name: identify(value) for name, value in items}
+
+
 def identify_parts(
     dataset: tio.SubjectsDataset, sampler: object, patch_transform: object
 ) -> dict[str, str]:
