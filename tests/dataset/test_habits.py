@@ -102,7 +102,6 @@ def test_permutations_and_samplers_index_it(dataset: tno.DataladSubjectsDataset)
         *(np.float64(1), np.bool_(True), torch.tensor(1.0), torch.tensor(True), np.array(1.5)),
         *([0, 1.5], [True, 1], torch.tensor([0.0, 1.0]), np.array([0.5]), [[0, 1]], {"a": 1}),
     ],
-    ids=repr,
 )
 def test_what_is_no_index_is_refused_in_words(
     dataset: tno.DataladSubjectsDataset, index: object
@@ -206,7 +205,7 @@ def test_a_number_of_patches_that_is_none_is_refused_by_the_subjects_name(
         )
 
 
-@pytest.mark.parametrize("count", [0, 2, np.int64(2), torch.tensor(2), Integer()], ids=repr)
+@pytest.mark.parametrize("count", [0, 2, np.int64(2), torch.tensor(2), Integer()])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_any_integer_is_a_number_of_patches(count: object, num_workers: int) -> None:
     """Zero gives no patch of the subject; a dataset of such subjects has epochs of none."""

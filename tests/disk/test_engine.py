@@ -419,6 +419,32 @@ def test_a_lease_that_fails_ends_what_it_still_fetches(opening: Opening, root: P
     assert engine.statistics().used_bytes == 0
 
 
+class LateRepo(FakeRepo):
+    """A clone whose fetch is over just when it is cancelled, and which says that it was."""
+
+    def get(self, key: AnnexKey, **how: Any) -> Path:
+        """Fetch whole what is not to come any more."""
+        how["cancelled"] = None
+        super().get(key, **how)
+        raise FetchError(key.name)
+
+
+def test_what_came_whole_although_it_was_cancelled_is_present(opening: Opening, root: Path) -> None:
+    """As when an engine closes in that instant: another process finds nothing to mend."""
+    repo = LateRepo(root / "clones" / "late")
+    unit = make_unit(repo, "sub-1", 1000)
+    engine, other = opening(2000), opening(2000)
+    with pytest.raises(FetchError), engine.lease(unit, timeout_s=20):
+        pass
+    engine.close()
+    assert other.check() == []
+    assert (other.statistics().used_bytes, repo.locate(unit.files[0].key) is not None) == (
+        1000,
+        True,
+    )
+    read(other, unit)
+
+
 class ShortRepo(FakeRepo):
     """A clone that takes half of the content for the whole."""
 

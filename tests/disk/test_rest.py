@@ -93,8 +93,10 @@ def test_a_fetch_that_comes_just_when_threads_end_is_carried_out(
     monkeypatch.setattr(fetching, "IDLE_S", idle_s)
     monkeypatch.setattr(look_ahead, "IDLE_S", idle_s)
     repo = FakeRepo(tmp_path / "clone")
-    units = [make_unit(repo, f"sub-{n}", 10) for n in range(12)]
-    with Engine(tmp_path / "root", disk_budget=40, jobs=jobs, open_repo=FakeRepo.reopen) as engine:
+    units = [make_unit(repo, f"sub-{n}", 1000) for n in range(12)]
+    with Engine(
+        tmp_path / "root", disk_budget=4000, jobs=jobs, open_repo=FakeRepo.reopen
+    ) as engine:
         for number in range(100):
             unit, following = units[number % 12], units[(number + 5) % 12]
             if number % 2:

@@ -213,6 +213,10 @@ class Store:
             if not fetch.cancel.is_set():
                 self._counters.add(failures=1)
             self._ledger.failed(fetch.content, empty=self._discard(repo, key))
+            path = repo.locate(key)
+            if path is not None and path.stat().st_size == key.size_bytes:
+                # It arrived in the instant in which it was cancelled.
+                self._ledger.arrived(fetch.content)
             raise
         except BaseException:
             self._counters.add(failures=1)
