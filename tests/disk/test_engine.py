@@ -424,7 +424,18 @@ class LateRepo(FakeRepo):
 
     def get(self, key: AnnexKey, **how: Any) -> Path:
         """Fetch whole what is not to come any more."""
-        how["cancelled"] = None
+        self.halfway.set()
+        while not how["cancelled"]():
+            threading.Event().wait(0.01)
+        super().get(key, owner_fd=how["owner_fd"])
+        raise FetchError(key.name)
+
+
+class BesideRepo(FakeRepo):
+    """A clone into which the user brings the same content while our own fetch fails."""
+
+    def get(self, key: AnnexKey, **how: Any) -> Path:
+        """Fail beside the user's file."""
         super().get(key, **how)
         raise FetchError(key.name)
 
@@ -434,15 +445,26 @@ def test_what_came_whole_although_it_was_cancelled_is_present(opening: Opening, 
     repo = LateRepo(root / "clones" / "late")
     unit = make_unit(repo, "sub-1", 1000)
     engine, other = opening(2000), opening(2000)
+    engine.prefetch([unit])
+    assert repo.halfway.wait(20)
+    engine.close()
+    assert repo.locate(unit.files[0].key) is not None
+    assert other.check() == []
+    assert other.statistics().used_bytes == 1000
+    read(other, unit)
+
+
+def test_what_appears_while_a_fetch_fails_is_not_taken_for_its_own(
+    opening: Opening, root: Path
+) -> None:
+    """It stays charged, to be looked at, and is not recorded as present by us."""
+    repo = BesideRepo(root / "clones" / "beside")
+    unit = make_unit(repo, "sub-1", 1000)
+    engine = opening(2000)
     with pytest.raises(FetchError), engine.lease(unit, timeout_s=20):
         pass
-    engine.close()
-    assert other.check() == []
-    assert (other.statistics().used_bytes, repo.locate(unit.files[0].key) is not None) == (
-        1000,
-        True,
-    )
-    read(other, unit)
+    assert ["recorded as reserved" in line for line in engine.check()] == [True]
+    assert engine.check(repair=True) == []
 
 
 class ShortRepo(FakeRepo):

@@ -213,9 +213,9 @@ class Store:
             if not fetch.cancel.is_set():
                 self._counters.add(failures=1)
             self._ledger.failed(fetch.content, empty=self._discard(repo, key))
-            path = repo.locate(key)
+            path = repo.locate(key) if fetch.cancel.is_set() else None
             if path is not None and path.stat().st_size == key.size_bytes:
-                # It arrived in the instant in which it was cancelled.
+                # It arrived in that instant. After another failure it may be the user's own.
                 self._ledger.arrived(fetch.content)
             raise
         except BaseException:
