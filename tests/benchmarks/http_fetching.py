@@ -36,7 +36,7 @@ from tio_openneuro.sources.install import install
 
 RUNS = 5
 SIZES = {"0.3 MB": 300_000, "7 MB": 7_000_000, "70 MB": 70_000_000}
-FILES = {"0.3 MB": 33, "7 MB": 17, "70 MB": 9}
+FILES = {"0.3 MB": 33, "7 MB": 17, "70 MB": 17}
 IN_FLIGHT = (1, 4, 8)
 CONNECTION_BYTES_PER_S = 20e6
 LATENCY_S = 0.1
