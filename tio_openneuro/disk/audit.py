@@ -35,6 +35,7 @@ def audit(ledger: Ledger, store: Store, folders: tuple[Path, ...], *, repair: bo
     found = [
         f"process {owner.pid} ended and left its reservations and leases" for owner in ledger.dead()
     ]
+    found += ledger.miscounted(repair=repair)
     found += [_describe(row, store) for row in _suspects(ledger, store)]
     found += [
         f"{content.clone}: {size_bytes} bytes of {content.key}, unfinished or prepared, "

@@ -249,7 +249,7 @@ class Engine:
         leases.look_ahead.release(unit, contents)
         if drop:
             alone = leases.store.all_of(unit)
-            alone = [c for c in alone if not leases.ledger.needed_by_others(c, unit.name)]
+            alone = [c for c in alone if not leases.look_ahead.needed_by_others(c, unit.name)]
             leases.drop(alone, f"since {unit.name} is done")
         leases.changes.notify()
 
@@ -302,9 +302,6 @@ class Engine:
         ledger = self._here().ledger
         now, gone = ledger.holdings(), {owner.owner_id for owner in ledger.dead()}
         others = [owner for owner in ledger.other_owners() if owner.owner_id not in gone]
-        clones = dict.fromkeys(ledger.clones(), 0)
-        for row in ledger.rows().values():
-            clones[row.content.clone] += row.size_bytes
         return RootStatus(
             min((owner.budget_bytes for owner in others), default=None),
             now.used_bytes,
@@ -312,7 +309,8 @@ class Engine:
             now.leased_bytes,
             tuple(sorted({owner.pid for owner in others})),
             now.lease_pids,
-            clones,
+            ledger.held_by_clone(),
+            ledger.size_bytes(),
         )
 
     def check(self, *, repair: bool = False) -> list[str]:

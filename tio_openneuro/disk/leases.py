@@ -221,7 +221,7 @@ class Leases:
         timeout_s: float,
     ) -> Answer:
         """Reserve and lease all or none, evicting what is used last."""
-        position = self.look_ahead.take(unit, files)
+        position, following = self.look_ahead.take(unit, files)
         kept: set[ContentId] = set()
         ticket = 0
         wants: list[Want] = []
@@ -237,6 +237,7 @@ class Leases:
                 avoid=avoid,
                 spare_bytes=self.store.spare_bytes(files.values()) if self._has_floor else None,
                 position=position,
+                following=following,
             )
             ticket = answer.ticket
             if not answer.victims:

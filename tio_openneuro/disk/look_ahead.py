@@ -6,25 +6,39 @@ free or held by what is used later still, gives way to every lease, and is cance
 
 from __future__ import annotations
 
+import heapq
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from tio_openneuro.content import ContentFile, ContentId, ContentUnit
 from tio_openneuro.disk.fetching import IDLE_S, Fetches
 from tio_openneuro.disk.store import Fetch, Store
 from tio_openneuro.errors import TioOpenNeuroError
-from tio_openneuro.ledger import Answer, Changes, Ledger, Transaction, Want, growing_pause_s
+from tio_openneuro.ledger import (
+    Answer,
+    Changes,
+    ContentState,
+    Ledger,
+    Transaction,
+    Use,
+    Want,
+    growing_pause_s,
+)
 
 _LOGGER = logging.getLogger(__name__)
 _VERIFY_S = 1.0
 _RETRY_S = 60.0
 _POLL_S = 0.05
 _CANCEL_POLL_S = 0.1
+_WINDOW_UNITS = 64
+"""Uses that are looked at again, now and then, whether they are there still."""
+_ROWS_AT_ONCE = 500
 _EXPECTED = 1 << 40
 """Position, beyond any known one, of the first use that is expected at a time not known yet."""
 
@@ -41,6 +55,7 @@ class _Entry:
         files: Its files by content.
         ready: Whether all of it was there or on its way when last looked at.
         fetched_bytes: Bytes of it that were absent and are fetched ahead.
+        taken: Whether it was begun.
         dropped: Whether another order took the place of the one that it belongs to.
     """
 
@@ -49,7 +64,11 @@ class _Entry:
     files: dict[ContentId, ContentFile]
     ready: bool = False
     fetched_bytes: int = 0
+    taken: bool = False
     dropped: bool = False
+
+    def __lt__(self, other: _Entry) -> bool:
+        return self.position < other.position
 
     def is_use_of(self, name: str, contents: Iterable[ContentId]) -> bool:
         """Return whether it is a use of that unit."""
@@ -68,12 +87,13 @@ class LookAhead:
         self._mutex = threading.Lock()
         # Held while a fetch may be about to begin: who takes it knows that none is.
         self._planning = threading.Lock()
-        self._entries: list[_Entry] = []
-        self._fetched: set[_Entry] = set()
+        self._forget()
         self._expected: list[ContentUnit] = []
+        self._likely: dict[ContentId, list[_Entry]] = {}
         self._largest_bytes = 0
         self._reached = 0
         self._last = 0
+        self._published = 0
         self._taken: Counter[str] = Counter()
         self._spared: set[str] = set()
         self._holders = 0
@@ -81,6 +101,14 @@ class LookAhead:
         self._blocked: tuple[int, int] | None = None
         self._blocked_s = 0.0
         self._verified: tuple[int, float] = (-1, 0.0)
+
+    def _forget(self) -> None:
+        """Know no uses: none in order, of no unit, of no content, none to be fetched."""
+        self._entries: deque[_Entry] = deque()
+        self._of_unit: defaultdict[str, deque[_Entry]] = defaultdict(deque)
+        self._of_content: defaultdict[ContentId, deque[_Entry]] = defaultdict(deque)
+        self._unready: list[_Entry] = []
+        self._ahead_bytes = 0
 
     # The order
 
@@ -93,7 +121,7 @@ class LookAhead:
         """
         files = [self._store.files_of(unit) for unit in units]
         with self._mutex:
-            rest = self._entries
+            rest = [entry for entry in self._entries if not entry.taken]
             follows = len(rest) <= len(units) and all(
                 entry.is_use_of(unit.name, contents)
                 for entry, unit, contents in zip(rest, units, files, strict=False)
@@ -101,39 +129,76 @@ class LookAhead:
             if not follows:
                 for entry in rest:
                     entry.dropped = True
-                self._entries = []
-                self._fetched.clear()
+                rest = []
+                self._forget()
                 self._reached = self._last
-            added = [
-                _Entry(self._last + step, unit, contents)
-                for step, (unit, contents) in enumerate(
-                    zip(units[len(self._entries) :], files[len(self._entries) :], strict=True), 1
-                )
-            ]
-            self._entries = self._entries + added
-            self._last += len(added)
+            for unit, contents in zip(units[len(rest) :], files[len(rest) :], strict=True):
+                self._last += 1
+                self._append(_Entry(self._last, unit, contents))
             self._blocked = None
             self._largest_bytes = max((unit.size_bytes for unit in units), default=0)
-            uses = [(e.position, e.unit.name, c) for e in added for c in self._used(e.unit)]
-            if not follows or list(expected) != self._expected:
-                follows, self._expected = False, list(expected)
-                uses = [
-                    (e.position, e.unit.name, c) for e in self._entries for c in self._used(e.unit)
-                ]
-                uses += [
-                    (_EXPECTED + rank, unit.name, content)
-                    for rank, unit in enumerate(expected)
-                    for content in self._used(unit)
-                ]
-            if uses or not follows:
+            anew = list(expected) != self._expected
+            if anew:
+                self._expected, self._likely = list(expected), {}
+                for rank, unit in enumerate(expected):
+                    entry = _Entry(_EXPECTED + rank, unit, {})
+                    for content in self._store.all_of(unit):
+                        self._likely.setdefault(content, []).append(entry)
+            if anew or not follows or len(rest) < len(units):
+                ordered = bool(units or expected)
                 with self._ledger.transaction() as decide:
-                    decide.set_order(uses, replace=not follows, reached=self._reached)
+                    decide.set_order(
+                        (), replace=not ordered, reached=self._reached, ordered=ordered
+                    )
+                self._published = 0
+        self._publish()
         self._fetches.cancel_ahead(frozenset(c for contents in files for c in contents))
         if units:
             self._fetches.start(self._plan)
         self._changes.notify()
 
-    def _used(self, unit: ContentUnit) -> Iterable[ContentId]:
+    def _append(self, entry: _Entry) -> None:
+        self._entries.append(entry)
+        self._of_unit[entry.unit.name].append(entry)
+        for content in self._store.all_of(entry.unit):
+            self._of_content[content].append(entry)
+        heapq.heappush(self._unready, entry)
+
+    def _publish(self) -> None:
+        """Tell all processes when this one uses what is held, as far as they do not know it.
+
+        What came since the last call is looked at, whoever fetched it; all of it in a new order.
+        """
+        more = bool(self._entries or self._likely)
+        while more:
+            with self._mutex:
+                held = self._ledger.held_after(self._published, _ROWS_AT_ONCE)
+                uses = [(self._next_use(content), known) for _, content, known in held]
+                self._tell([use for use, known in uses if use[0] != known])
+                self._published = held[-1][0] if held else self._published
+            more = len(held) == _ROWS_AT_ONCE
+
+    def _tell(self, uses: Sequence[Use]) -> None:
+        if uses:
+            with self._ledger.transaction() as decide:
+                decide.set_order(uses, replace=False, reached=self._reached)
+
+    def _uses(self, content: ContentId) -> Iterator[Use]:
+        """Yield the known uses of content, the next one first. Held: the lock."""
+        for entry in chain(self._of_content.get(content, ()), self._likely.get(content, ())):
+            if not entry.taken and content in self._used(entry.unit):
+                yield entry.position, entry.unit.name, content
+
+    def _next_use(self, content: ContentId) -> Use:
+        return next(self._uses(content), (None, "", content))
+
+    def needed_by_others(self, content: ContentId, name: str) -> bool:
+        """Return whether a unit of another name is known to use it."""
+        with self._mutex:
+            ours = any(unit != name for _, unit, _ in self._uses(content))
+        return ours or self._ledger.needed_by_others(content, name)
+
+    def _used(self, unit: ContentUnit) -> Collection[ContentId]:
         """Return the content that a use of the unit is a use of; the rest is the first to go."""
         if unit.prepared is not None and is_prepared(unit) and unit.name not in self._spared:
             return [self._store.content_of(unit.prepared)]
@@ -142,8 +207,8 @@ class LookAhead:
     def steps_to(self, name: str) -> int | None:
         """Return how many steps ahead a unit is used next, where that is known."""
         with self._mutex:
-            steps = (e.position - self._reached for e in self._entries if e.unit.name == name)
-            return next(steps, None)
+            uses = (entry for entry in self._of_unit.get(name, ()) if not entry.taken)
+            return next((entry.position - self._reached for entry in uses), None)
 
     def prepared(self, unit: ContentUnit, *, worth: bool) -> None:
         """Note that a unit's prepared volume was kept, or is gone.
@@ -154,7 +219,7 @@ class LookAhead:
         """
         with self._mutex:
             (self._spared.discard if worth else self._spared.add)(unit.name)
-            self._publish_anew([e for e in self._entries if e.unit.name == unit.name])
+            self._tell([self._next_use(content) for content in self._store.all_of(unit)])
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -167,24 +232,30 @@ class LookAhead:
             with self._mutex:
                 self._holders -= 1
 
-    def _publish_anew(self, entries: Sequence[_Entry]) -> None:
-        uses = [(e.position, e.unit.name, c) for e in entries for c in self._used(e.unit)]
-        gone = [entry.position for entry in entries]
-        with self._ledger.transaction() as decide:
-            decide.set_order(uses, replace=False, reached=self._reached, gone=gone)
+    def take(
+        self, unit: ContentUnit, contents: Iterable[ContentId]
+    ) -> tuple[int | None, Sequence[Use]]:
+        """Strike out the next use of a unit, now begun.
 
-    def take(self, unit: ContentUnit, contents: Iterable[ContentId]) -> int | None:
-        """Strike out the next use of a unit, now begun; return its position, if it has one."""
+        Returns:
+            Its position, None where it was not known, and the next uses of its content after it.
+        """
         wanted = set(contents)
         with self._mutex:
-            for index, entry in enumerate(self._entries):
-                if entry.is_use_of(unit.name, wanted):
-                    del self._entries[index]
-                    self._fetched.discard(entry)
-                    self._reached = max(self._reached, entry.position)
-                    self._taken[unit.name] += 1
-                    return entry.position
-        return None
+            uses = (e for e in self._of_unit.get(unit.name, ()) if not e.taken)
+            entry = next((e for e in uses if e.is_use_of(unit.name, wanted)), None)
+            if entry is None:
+                return None, ()
+            entry.taken = entry.ready = True
+            self._set_fetched(entry, 0)
+            self._reached = max(self._reached, entry.position)
+            self._taken[unit.name] += 1
+            contents = self._store.all_of(unit)
+            lists = [self._entries, self._of_unit[unit.name]]
+            for entries in [*lists, *(self._of_content[content] for content in contents)]:
+                while entries and entries[0].taken:
+                    entries.popleft()
+            return entry.position, [self._next_use(content) for content in contents]
 
     def release(self, unit: ContentUnit, contents: Iterable[ContentId]) -> None:
         """Strike out a use that another process took, a worker that loads for this one."""
@@ -192,35 +263,35 @@ class LookAhead:
             if self._taken[unit.name] > 0:
                 self._taken[unit.name] -= 1
                 return
-        position = self.take(unit, contents)
-        if position is not None:
+        if self.begin_use(unit, contents):
             self._taken[unit.name] -= 1
-            self.reach(position)
 
-    def reach(self, position: int) -> None:
-        """Tell all processes how far this one has come."""
-        with self._ledger.transaction() as decide:
-            decide.reach(position)
+    def begin_use(self, unit: ContentUnit, contents: Iterable[ContentId]) -> bool:
+        """Strike out the next use of a unit, and tell all processes; return whether it has one."""
+        position, following = self.take(unit, contents)
+        if position is not None:
+            with self._ledger.transaction() as decide:
+                decide.reach(position, following)
+        return position is not None
+
+    def _set_fetched(self, entry: _Entry, size_bytes: int) -> None:
+        """Note how much of a use is fetched ahead. Held: the lock."""
+        self._ahead_bytes += size_bytes - entry.fetched_bytes
+        entry.fetched_bytes = size_bytes
 
     def lost(self, contents: Iterable[ContentId]) -> None:
         """Note that content is gone, so that it is prefetched again when there is room."""
-        gone = set(contents)
-        if not gone:
-            return
         with self._mutex:
-            for entry in self._entries:
-                if entry.ready and not gone.isdisjoint(self._store.all_of(entry.unit)):
+            for content in contents:
+                for entry in self._of_content.get(content, ()):
                     self._look_anew(entry)
 
     def _look_anew(self, entry: _Entry) -> None:
-        """Let an entry be prefetched once more; its files are needed where nothing else is there.
-
-        Held: the lock.
-        """
-        entry.ready = False
-        self._fetched.discard(entry)
-        if entry.unit.prepared is not None:
-            self._publish_anew([entry])
+        """Let an entry be prefetched once more. Held: the lock."""
+        if entry.ready and not entry.taken and not entry.dropped:
+            entry.ready = False
+            self._set_fetched(entry, 0)
+            heapq.heappush(self._unready, entry)
 
     # Room
 
@@ -284,12 +355,9 @@ class LookAhead:
         Returns:
             Seconds after which another look is worth its while; zero if one was begun.
         """
-        with self._mutex:
-            waiting = bool(self._entries)
-            held = self._holders > 0
-            entry = next((entry for entry in self._entries if not entry.ready and not held), None)
-            steps = entry.position - self._reached if entry else 0
-            ahead_bytes = sum(each.fetched_bytes for each in self._fetched)
+        self._publish()
+        held, waiting = self._holders > 0, bool(self._entries)
+        entry = None if held else self._first()
         if entry is None:
             self._verify()
             return _POLL_S if held else _VERIFY_S if waiting else IDLE_S
@@ -301,6 +369,9 @@ class LookAhead:
         if wants is None:
             entry.ready = True
             return 0
+        with self._mutex:
+            steps, ahead_bytes = entry.position - self._reached, self._ahead_bytes
+            uses = [self._next_use(want.content) for want in wants]
 
         def ask(decide: Transaction, kept: frozenset[ContentId]) -> Answer:
             if self._holders:
@@ -312,16 +383,18 @@ class LookAhead:
                 largest_bytes=self._largest_bytes,
                 keep=kept,
                 spare_bytes=self._store.spare_bytes(entry.files.values()),
+                uses=uses,
             )
 
         answer = self.make_way(ask, f"for {entry.unit.name}, used sooner", self._avoid)
         if not answer.granted:
             self._blocked, self._blocked_s = now, time.monotonic()
             return growing_pause_s(0)
-        entry.ready = True
-        entry.fetched_bytes = sum(w.size_bytes for w in wants if w.content in answer.fetch)
         with self._mutex:
-            self._fetched.add(entry)
+            entry.ready = True
+            if not entry.taken and not entry.dropped:
+                fetched = (want.size_bytes for want in wants if want.content in answer.fetch)
+                self._set_fetched(entry, sum(fetched))
         self._avoid.clear()
         for fetch in self.begin(entry.unit, entry.files, answer):
             if entry.dropped:
@@ -329,10 +402,32 @@ class LookAhead:
                 fetch.cancel.set()
         return 0
 
+    def _first(self) -> _Entry | None:
+        """Return the first use of which something may have to be fetched."""
+        while not self._fetches.closing:
+            with self._mutex:
+                while self._unready and (self._unready[0].ready or self._unready[0].dropped):
+                    heapq.heappop(self._unready)
+                entry = self._unready[0] if self._unready else None
+            if entry is None or not self._is_there(entry):
+                return entry
+            entry.ready = True
+        return None
+
+    def _is_there(self, entry: _Entry) -> bool:
+        """Return whether a use needs nothing, without writing to the ledger."""
+        if is_prepared(entry.unit):
+            return True
+        rows = self._ledger.rows(entry.files)
+        return all(
+            rows[content].state is ContentState.PRESENT
+            if content in rows
+            else file.repo.locate(file.key) is not None
+            for content, file in entry.files.items()
+        )
+
     def _wants(self, entry: _Entry) -> list[Want] | None:
         """Return what an entry needs, or None where nothing is to be fetched for it."""
-        if is_prepared(entry.unit):
-            return None
         try:
             return self._store.wants(entry.files)
         except TioOpenNeuroError as error:
@@ -347,14 +442,15 @@ class LookAhead:
             return
         self._verified = (changes, now_s)
         with self._mutex:
-            ready = [entry for entry in self._entries if entry.ready]
-        there = self._ledger.rows(content for entry in ready for content in entry.files)
+            ready = [entry for entry in islice(self._entries, _WINDOW_UNITS) if entry.ready]
         for entry in ready:
-            if is_prepared(entry.unit):
-                continue
-            for content, file in entry.files.items():
-                if content not in there and file.repo.locate(file.key) is None:
-                    entry.ready = False
+            there = self._ledger.rows(entry.files).keys()
+            if not is_prepared(entry.unit) and any(
+                content not in there and file.repo.locate(file.key) is None
+                for content, file in entry.files.items()
+            ):
+                with self._mutex:
+                    self._look_anew(entry)
 
 
 def is_prepared(unit: ContentUnit) -> bool:

@@ -18,6 +18,7 @@ from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
 _LATEST = 1 << 60
+_AT_ONCE = 500
 _QUEUE_TIMEOUT_S = 600.0
 _WAIT_S = 60.0
 
@@ -30,12 +31,12 @@ def fetch(
 ) -> int:
     """Fetch units in order, as far as there is room: see :meth:`Engine.fetch`."""
     all_files = [leases.store.files_of(unit) for unit in units]
-    kept = {content for files in all_files for content in files}
+    since = _keep(leases, [content for files in all_files for content in files])
     total_bytes = sum(unit.size_bytes for unit in units)
     done_bytes = 0
     under_way = _UnderWay(leases)
     for unit, files in zip(units, all_files, strict=True):
-        started = _begin(leases, unit, files, kept)
+        started = _begin(leases, unit, files, since)
         if started is None:
             _LOGGER.info("Stopped fetching at %s: the disk budget is full.", unit.name)
             break
@@ -78,13 +79,15 @@ def _begin(
     leases: Leases,
     unit: ContentUnit,
     files: dict[ContentId, ContentFile],
-    kept: set[ContentId],
+    since: int,
 ) -> list[Fetch] | None:
     """Begin to fetch a unit; return its fetches, or None where there is no room for it."""
 
     def ask(decide: Transaction, avoid: frozenset[ContentId]) -> Answer:
         wants, spare_bytes = leases.store.wants(files), leases.store.spare_bytes(files.values())
-        return decide.request_ahead(wants, _LATEST, keep=avoid, spare_bytes=spare_bytes)
+        return decide.request_ahead(
+            wants, _LATEST, keep=avoid, spare_bytes=spare_bytes, since=since
+        )
 
     def stalled(_: Answer) -> str:
         return (
@@ -92,8 +95,19 @@ def _begin(
             f"{_QUEUE_TIMEOUT_S:.0f} s; {leases.who_leases()}. Raise disk_budget."
         )
 
-    answer = leases.make_room(ask, f"for {unit.name}", kept, _QUEUE_TIMEOUT_S, stalled, unit.name)
+    answer = leases.make_room(ask, f"for {unit.name}", set(), _QUEUE_TIMEOUT_S, stalled, unit.name)
     return leases.look_ahead.begin(unit, files, answer) if answer.granted else None
+
+
+def _keep(leases: Leases, contents: Sequence[ContentId]) -> int:
+    """Count content as used just now; return the turn before that, since when all stays."""
+    since = 0
+    for start in range(0, max(len(contents), 1), _AT_ONCE):
+        with leases.ledger.transaction() as decide:
+            lease_id = decide.lease("kept", contents[start : start + _AT_ONCE])
+        leases.ledger.end_lease(lease_id)
+        since = since or lease_id - 1
+    return since
 
 
 def adopt(leases: Leases, units: Iterable[ContentUnit]) -> int:
@@ -103,11 +117,12 @@ def adopt(leases: Leases, units: Iterable[ContentUnit]) -> int:
     wants = [w for w in leases.store.wants(files) if w.located and w.content not in known]
     lost = _unavailable([files[want.content] for want in wants])
     adopted_bytes = 0
-    kept = {want.content for want in wants}
+    since = _keep(leases, ())
+    kept: set[ContentId] = set()
     for want in wants:
         if want.content.key in lost:
             continue
-        ask = functools.partial(Transaction.request_adoption, want=want)
+        ask = functools.partial(Transaction.request_adoption, want=want, since=since)
         answer = leases.look_ahead.make_way(ask, "for adopted content", kept)
         if not answer.granted:
             _LOGGER.warning(

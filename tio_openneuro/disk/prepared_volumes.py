@@ -127,9 +127,7 @@ def lease(leases: Leases, unit: ContentUnit, file: ContentFile) -> Iterator[Path
         return
     try:
         # Only now: a use that is not begun stays in the order, for the lease of the files.
-        position = leases.look_ahead.take(unit, leases.store.files_of(unit))
-        if position is not None:
-            leases.look_ahead.reach(position)
+        leases.look_ahead.begin_use(unit, leases.store.files_of(unit))
         leases.counters.add(hit_files=1)
         yield file.repo.locate(file.key)
     finally:

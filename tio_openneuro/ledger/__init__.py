@@ -14,7 +14,7 @@ from tio_openneuro.ledger.root import (
     too_large,
 )
 from tio_openneuro.ledger.schema import Answer, ContentRow, ContentState, Want
-from tio_openneuro.ledger.transaction import Transaction
+from tio_openneuro.ledger.transaction import Transaction, Use
 
 __all__ = [
     "FLOOR_BYTES",
@@ -24,6 +24,7 @@ __all__ = [
     "ContentState",
     "Ledger",
     "Transaction",
+    "Use",
     "Want",
     "free_bytes",
     "growing_pause_s",

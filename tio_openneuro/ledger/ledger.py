@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,22 +24,27 @@ from tio_openneuro.ledger.owners import OwnerLock, OwnerRecord, runs, take_if_de
 from tio_openneuro.ledger.root import automatic_budget, free_bytes, prepare_ledger_folder
 from tio_openneuro.ledger.schema import (
     BUDGET,
+    CONVERSION,
+    COUNTED,
     FETCH_PIDS,
     FORGET_EMPTY,
+    HELD,
+    HELD_AFTER,
     HERE,
+    ID,
     LEASE_PIDS,
-    LEASED_BYTES,
-    PEAK,
+    RECOUNT,
     ROWS,
     SCHEMA_VERSION,
+    SUMS,
     TABLES,
-    USED,
     ContentRow,
     Holdings,
 )
-from tio_openneuro.ledger.transaction import Transaction
+from tio_openneuro.ledger.transaction import Transaction, number_of
 
-_OWNERS = "SELECT id, pid, created_s, budget_bytes FROM owner WHERE id <> ?"
+_OWNERS = "SELECT name, pid, created_s, budget_bytes FROM owner WHERE name <> ?"
+_FEW_OWNERS = 8
 _NO_BUDGET_BYTES = 10**18
 """The smallest budget of a root holds; this one never is."""
 
@@ -68,19 +74,45 @@ class Ledger:
             LedgerError: The database cannot be opened, or is of another version.
         """
         self.folder = folder
-        self._db = LedgerDatabase(folder / "ledger.sqlite", TABLES, SCHEMA_VERSION)
+        path = folder / "ledger.sqlite"
+        self._db = LedgerDatabase(path, TABLES, SCHEMA_VERSION, self._convert)
         self.changes = self._db.changes
         self.owner_id = uuid.uuid4().hex
-        pid, created_s = this_process()
         self.reap()
-        # Inside the transaction, so that nobody who reaps sees the file before it is locked.
         with self._db.writing() as db:
             self.budget_bytes = self.shared_budget(free) if budget_bytes is None else budget_bytes
-            self.lock = OwnerLock.create(self._lock_path(self.owner_id))
-            row = (self.owner_id, pid, created_s, self.budget_bytes, budget_bytes is None)
-            db.execute(
-                "INSERT INTO owner (id, pid, created_s, budget_bytes, auto) VALUES (?,?,?,?,?)", row
-            )
+            self._enter(db, auto=budget_bytes is None)
+
+    def _enter(self, db: sqlite3.Connection, *, auto: bool) -> None:
+        """Enter the owner, in a transaction: nobody who reaps sees the file before it is locked."""
+        self.lock = OwnerLock.create(self._lock_path(self.owner_id))
+        row = (self.owner_id, *this_process(), self.budget_bytes, auto)
+        cursor = db.execute(
+            "INSERT INTO owner (name, pid, created_s, budget_bytes, auto) VALUES (?,?,?,?,?)", row
+        )
+        self._number = cursor.lastrowid or 0
+
+    def _convert(self, db: sqlite3.Connection) -> None:
+        """Take over what an older version's ledger charges, once none of its owners is alive.
+
+        Raises:
+            LedgerError: One is.
+        """
+        locks = []
+        for row in db.execute("SELECT id, pid, created_s, budget_bytes FROM owner"):
+            owner = OwnerRecord(*row)
+            lock = take_if_dead(self._lock_path(owner.owner_id), owner)
+            if lock is None:
+                message = (
+                    f"Cannot use the ledger of {self.folder.parent}: process {owner.pid} works "
+                    f"there with an older version of this library. End it, or give another root."
+                )
+                raise LedgerError(message)
+            locks.append(lock)
+        for statement in CONVERSION:
+            db.execute(statement)
+        for lock in locks:
+            lock.remove()
 
     @classmethod
     def planned_budget(cls, root: Path) -> int:
@@ -101,7 +133,7 @@ class Ledger:
     def shared_budget(self, free: int) -> int:
         """Return the budget of live owners who state none, or of the first one to be."""
         found = self._db.read("SELECT budget_bytes FROM owner WHERE auto LIMIT 1")
-        used_bytes = self._db.read(USED)[0][0]
+        used_bytes = self._db.read(SUMS)[0][0]
         return int(found[0][0]) if found else automatic_budget(free, used_bytes)
 
     def _lock_path(self, owner_id: str) -> Path:
@@ -114,7 +146,7 @@ class Ledger:
         What it reserved outlives a power failure once the block has ended; else it is taken back.
         """
         with self._db.writing() as db:
-            transaction = Transaction(db, self.owner_id)
+            transaction = Transaction(db, self._number)
             yield transaction
         answer = transaction.granted
         if answer is None or not answer.fetch:
@@ -140,8 +172,8 @@ class Ledger:
         self._db.report(
             (
                 (
-                    "UPDATE content SET last_use = ? WHERE EXISTS (SELECT 1 FROM leased WHERE "
-                    "lease = ? AND leased.clone = content.clone AND leased.key = content.key)"
+                    "UPDATE content SET last_use = ? "
+                    "WHERE id IN (SELECT content FROM leased WHERE lease = ?)"
                 ),
                 (lease_id, lease_id),
             ),
@@ -217,7 +249,7 @@ class Ledger:
         """Return what the ledger has of this content, or of all."""
         if contents is not None:
             with self._db.reading() as db:
-                return Transaction(db, self.owner_id).rows(contents)
+                return Transaction(db, self._number).rows(contents)
         found = [ContentRow.read(values) for values in self._db.read(ROWS)]
         return {row.content: row for row in found}
 
@@ -228,20 +260,52 @@ class Ledger:
 
     def needed_by_others(self, content: ContentId, unit: str) -> bool:
         """Return whether a unit of another name is known to use it next."""
-        query = f"SELECT 1 FROM upcoming {HERE} AND unit <> ? LIMIT 1"
-        return bool(self._db.read(query, (*content, unit)))
+        query = f"SELECT 1 FROM upcoming WHERE content = {ID} AND unit <> ? LIMIT 1"
+        return bool(self._db.read(query, (*content, number_of(unit))))
+
+    def held_after(self, number: int, most: int) -> list[tuple[int, ContentId, int | None]]:
+        """Return what is held, in the order in which it came, with this owner's next use of it.
+
+        Args:
+            number: Of the last one that is known.
+            most: How many to return at most.
+        """
+        found = self._db.read(HELD_AFTER, (self._number, number, most))
+        return [(each, ContentId(clone, key), use) for each, clone, key, use in found]
 
     def holdings(self) -> Holdings:
         """Return what is held, and by whom."""
         with self._db.reading() as db:
+            used_bytes, _, _, leased_bytes, peak_bytes = db.execute(SUMS).fetchone()
             return Holdings(
                 db.execute(BUDGET).fetchone()[0],
-                db.execute(USED).fetchone()[0],
-                db.execute(PEAK).fetchone()[0],
-                db.execute(LEASED_BYTES).fetchone()[0],
+                used_bytes,
+                peak_bytes,
+                leased_bytes,
                 tuple(row[0] for row in db.execute(LEASE_PIDS)),
                 tuple(row[0] for row in db.execute(FETCH_PIDS)),
             )
+
+    def held_by_clone(self) -> dict[str, int]:
+        """Return the bytes charged, by clone."""
+        return dict.fromkeys(self.clones(), 0) | dict(self._db.read(HELD))
+
+    def size_bytes(self) -> int:
+        """Return the bytes of the database's own files."""
+        return sum(path.stat().st_size for path in self.folder.glob("ledger.sqlite*"))
+
+    def miscounted(self, *, repair: bool) -> list[str]:
+        """Return which sums differ from those of the rows; count them anew if asked."""
+        with self._db.writing() as db:
+            for statement in RECOUNT if repair else ():
+                db.execute(statement)
+            names = ("charged", "reserved", "about to come free", "leased")
+            kept_sums, counted_sums = db.execute(SUMS).fetchone(), db.execute(COUNTED).fetchone()
+            return [
+                f"the ledger's sum of bytes {name} is {kept}, that of its rows {counted}"
+                for name, kept, counted in zip(names, kept_sums, counted_sums, strict=False)
+                if kept != counted
+            ]
 
     def binding(self) -> tuple[int, str]:
         """Return the budget that binds; and who states it since when, unless this owner does."""
@@ -259,13 +323,16 @@ class Ledger:
     def remember_clone(self, path: str, remotes: Sequence[str]) -> None:
         """Keep which remotes a clone's content comes from, for whoever evicts it."""
         with self._db.writing() as db:
-            db.execute("REPLACE INTO clone VALUES (?, ?)", (path, json.dumps(list(remotes))))
+            db.execute(
+                "INSERT INTO clone (path, remotes) VALUES (?, ?) "
+                "ON CONFLICT DO UPDATE SET remotes = excluded.remotes",
+                (path, json.dumps(list(remotes))),
+            )
 
     def clones(self) -> dict[str, tuple[str, ...]]:
         """Return the clones ever used, with their remotes."""
-        return {
-            path: tuple(json.loads(text)) for path, text in self._db.read("SELECT * FROM clone")
-        }
+        found = self._db.read("SELECT path, remotes FROM clone")
+        return {path: tuple(json.loads(text)) for path, text in found}
 
     # Owners
 
@@ -284,7 +351,7 @@ class Ledger:
                 owner = OwnerRecord(*row)
                 lock = None if runs(owner) else take_if_dead(self._lock_path(owner.owner_id), owner)
                 if lock is not None:
-                    db.execute("DELETE FROM owner WHERE id = ?", (owner.owner_id,))
+                    db.execute("DELETE FROM owner WHERE name = ?", (owner.owner_id,))
                     locks.append(lock)
                     dead.append(owner)
             db.execute(FORGET_EMPTY)
@@ -299,7 +366,7 @@ class Ledger:
     def stray_locks(self, *, remove: bool) -> list[str]:
         """Return the files of owners that the ledger does not know; remove them if asked."""
         with self._db.writing() as db:
-            known = {row[0] for row in db.execute("SELECT id FROM owner")}
+            known = {row[0] for row in db.execute("SELECT name FROM owner")}
             files = (self.folder / "owners").glob("*.lock")
             stray = [path for path in files if path.stem not in known]
             for path in stray if remove else ():
@@ -312,8 +379,9 @@ class Ledger:
         """End this owner and its leases; what it reserved stays counted, to be resumed."""
         if self.lock.descriptor < 0:
             return
-        self._db.report(("DELETE FROM owner WHERE id = ?", (self.owner_id,)), (FORGET_EMPTY, ()))
+        self._db.report(("DELETE FROM owner WHERE name = ?", (self.owner_id,)), (FORGET_EMPTY, ()))
         if self._db.settle():
+            self._db.shrink()
             self.lock.remove()
         else:
             # The next owner finds the lock free, once this process has ended, and forgets us.
