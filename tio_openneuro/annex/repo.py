@@ -94,6 +94,7 @@ class AnnexRepo:
         self._git_folder = folder
         self._by_process: dict[int, AnnexChildren] = {}
         self._proven: set[str] = set()
+        self._trusts_all: bool | None = None
         self._logs: dict[str, bytes] = {}
         self.counts: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -101,6 +102,7 @@ class AnnexRepo:
     def __getstate__(self) -> dict[str, object]:
         """Return what another process needs: names and numbers, no children."""
         fresh: dict[str, object] = {"_by_process": {}, "_proven": set(), "_logs": {}}
+        fresh["_trusts_all"] = None
         return {**self.__dict__, **fresh, "counts": Counter(), "_counting": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -190,7 +192,7 @@ class AnnexRepo:
         for attempt in range(_DROP_ATTEMPTS):
             if not self._object_exists(key):
                 break
-            if key.name not in self._proven and (why := self.unavailable([key]).get(key)):
+            if key.name not in self._proven and (why := self._why_lost(key)):
                 said = why
                 break
             if attempt:
@@ -243,17 +245,37 @@ class AnnexRepo:
             keys: Keys to look for.
         """
         unsafe = {key: why for key in keys if (why := _why_unsafe(key))}
-        ref = next(iter(branch_refs(self.path)), "")
-        remotes = self._special_remotes(ref) if ref else []
-        if not ref or not all(remote.needs_version for remote in remotes):
+        ref, living = self._versioned()
+        if not ref:
             return unsafe
-        living = [remote.uuid for remote in remotes if not remote.dead]
         logs = version_logs(self.path, ref, keys)
         self._logs.update({key.name: logs.get(key.name, b"") for key in keys})
         versioned = {name for name, log in logs.items() if recorded_versions(log, living)}
         lacking = [key for key in keys if key.name not in versioned]
         exported = exported_keys(self.path, ref, living) if lacking else set()
         return {key: _NO_VERSION for key in lacking if key not in exported} | unsafe
+
+    def _versioned(self) -> tuple[str, list[str]]:
+        """Return the git-annex branch's ref, empty where not all trusted remotes keep versions.
+
+        Beside it, the ids of those that are not dead.
+        """
+        ref = next(iter(branch_refs(self.path)), "")
+        remotes = self._special_remotes(ref) if ref else []
+        versioned = all(remote.needs_version for remote in remotes)
+        return ref if versioned else "", [remote.uuid for remote in remotes if not remote.dead]
+
+    def _why_lost(self, key: AnnexKey) -> str:
+        """Return why no trusted remote gives a key; the branch is read once, for all keys."""
+        if self._trusts_all is None:
+            ref, living = self._versioned()
+            logs = version_logs(self.path, ref, None) if ref else {}
+            given = (name for name, log in logs.items() if recorded_versions(log, living))
+            self._proven.update(given)
+            self._trusts_all = not ref
+        if self._trusts_all or key.name in self._proven:
+            return _why_unsafe(key)
+        return self.unavailable([key]).get(key, "")
 
     def close(self) -> None:
         """End every child process of this process; fetches under way raise FetchError."""

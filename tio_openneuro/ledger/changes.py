@@ -66,7 +66,7 @@ class Changes:
         while (now_s := time.monotonic()) < deadline_s:
             if now_s - self._reaped_s > _REAP_S:
                 self._reaped_s = now_s
-                if self._ledger.reap():
+                if self._ledger.reap(few=True):
                     return
             # Within the process a notification wakes us; other processes can only be looked at,
             # the more rarely the longer it takes.

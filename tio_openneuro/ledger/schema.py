@@ -242,7 +242,10 @@ _TRIGGERS = {
     "DELETE ON leased": (_LEASES.format("-", "OLD"),),
     "INSERT ON upcoming": (_NEXT_USE.format("NEW"),),
     "UPDATE ON upcoming": (_NEXT_USE.format("NEW"),),
-    "DELETE ON upcoming": (_NEXT_USE.format("OLD"),),
+    # With its owner or by itself; not with the content, whose uses can be many.
+    "DELETE ON upcoming WHEN OLD.owner = (SELECT next_owner FROM content WHERE id = OLD.content)": (
+        _NEXT_USE.format("OLD"),
+    ),
 }
 TABLES = (
     *_TABLES.split(";"),
