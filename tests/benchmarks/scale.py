@@ -51,7 +51,9 @@ def measure(runs: int, folder: Path, console: Console) -> dict[str, object]:
 
 
 def _measure_calls(runs: int, folder: Path, console: Console) -> dict[str, dict[str, float]]:
-    cases = {f"{rows:,}": (rows, 1) for rows in ROWS} | {f"{ROWS[1]:,}, {OWNERS} owners": (ROWS[1], OWNERS)}
+    cases = {f"{rows:,}": (rows, 1) for rows in ROWS} | {
+        f"{ROWS[1]:,}, {OWNERS} owners": (ROWS[1], OWNERS)
+    }
     found: dict[str, dict[str, float]] = {}
     for name, (rows, owners) in cases.items():
         costs: dict[str, list[float]] = {}
@@ -77,8 +79,12 @@ class _Filled:
 
     def __init__(self, root: Path, rows: int, owners: int) -> None:
         self._folder = prepare_ledger_folder(root)
-        self._contents = [ContentId("/clone", make_key(str(n), _SIZE_BYTES).name) for n in range(rows)]
-        self._fresh = (ContentId("/clone", make_key(f"new {n}", _SIZE_BYTES).name) for n in range(10**9))
+        self._contents = [
+            ContentId("/clone", make_key(str(n), _SIZE_BYTES).name) for n in range(rows)
+        ]
+        self._fresh = (
+            ContentId("/clone", make_key(f"new {n}", _SIZE_BYTES).name) for n in range(10**9)
+        )
         self._random = random.Random(0)
         self._ledger = Ledger(self._folder, rows * _SIZE_BYTES)
         self._others = [Ledger(self._folder, rows * _SIZE_BYTES) for _ in range(owners - 1)]
@@ -121,7 +127,9 @@ class _Filled:
             timed("rows", lambda content=content: ledger.rows([content]))
             timed("cancelled", lambda content=content: ledger.cancelled(content))
             timed("needed_by_others", lambda c=content: ledger.needed_by_others(c, "unit"))
-            timed("held_after", lambda: ledger.held_after(len(self._contents), 500)) if hasattr(ledger, "held_after") else None
+            timed("held_after", lambda: ledger.held_after(len(self._contents), 500)) if hasattr(
+                ledger, "held_after"
+            ) else None
             timed("holdings", ledger.holdings)
             timed("changes", ledger.changes)
             timed("queue", ledger.queue)
@@ -139,7 +147,12 @@ class _Filled:
 
         def request(content: ContentId, ticket: int = 0, located: bool = False):
             with ledger.transaction() as decide:
-                return decide.request("unit", [Want(content, _SIZE_BYTES, located)], ticket=ticket, position=self._position)
+                return decide.request(
+                    "unit",
+                    [Want(content, _SIZE_BYTES, located)],
+                    ticket=ticket,
+                    position=self._position,
+                )
 
         answer = timed("request, there", lambda: request(present, located=True))
         if answer.granted:
@@ -210,7 +223,9 @@ def _reopen(path: Path, remotes: tuple[str, ...]) -> FakeRepo:
 
 
 @contextmanager
-def _training(root: Path, subjects: int, share: float) -> Iterator[tuple[Engine, list[ContentUnit]]]:
+def _training(
+    root: Path, subjects: int, share: float
+) -> Iterator[tuple[Engine, list[ContentUnit]]]:
     units = _units(_Remote(root / "clones" / "ds1"), subjects)
     budget_bytes = int(share * subjects * _FILES * _SIZE_BYTES)
     with Engine(root, disk_budget=budget_bytes, jobs=2, open_repo=_reopen) as engine:

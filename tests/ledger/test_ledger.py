@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tio_openneuro.content import ContentId
 from tio_openneuro.errors import DiskBudgetError, LedgerError
+from tio_openneuro.ledger.eviction import evictable
 from tio_openneuro.ledger.ledger import Ledger
 from tio_openneuro.ledger.owners import OwnerLock
 from tio_openneuro.ledger.root import (
@@ -395,3 +396,228 @@ def test_a_reservation_is_on_disk_before_its_fetch_may_begin(
     with pytest.raises(LedgerError, match="Is it full"):
         decide(ledger).request("b", [want("b", 10)])
     assert states(ledger) == {"a": "present"}
+
+
+def uses(ledger: Ledger) -> dict[str, tuple[int | None, int | None]]:
+    """Return whose use of each content is the nearest, and its position."""
+    found = ledger._db.read("SELECT key, next_owner, next_position FROM content")
+    return {key: (owner, position) for key, owner, position in found}
+
+
+def test_the_nearest_of_all_owners_uses_decides(opening: Opening) -> None:
+    """Each owner's next use of what is held is known to all, and gone with the owner."""
+    ledger, other = opening(), opening()
+    for name in ("a", "b"):
+        arrive(ledger, name, 50)
+    a, b, absent = (ContentId("/clone", name) for name in ("a", "b", "absent"))
+    mine = [(9, "u", a), (2, "u", a), (4, "u", b), (1, "u", absent)]
+    decide(ledger).set_order(mine, replace=True, reached=0)
+    decide(other).set_order([(103, "u", b), (107, "v", a)], replace=True, reached=100)
+    assert uses(ledger) == {"a": (ledger._number, 2), "b": (other._number, 103)}
+    assert decide(ledger).request_ahead([want("new", 40)], 1).victims == (b,)
+    ledger.kept(b, refused=False, whole=True)
+    decide(ledger).reach(2, [(None, "u", a)])
+    assert uses(ledger) == {"a": (other._number, 107), "b": (other._number, 103)}
+    assert ledger.needed_by_others(a, "u")
+    assert not ledger.needed_by_others(a, "v")
+    other.close()
+    assert uses(ledger) == {"a": (None, None), "b": (ledger._number, 4)}
+    assert ledger.held_after(0, 5) == [(1, a, None), (2, b, 4)]
+    assert ledger.held_after(1, 5) == [(2, b, 4)]
+    decide(ledger).set_order([], replace=True, reached=2, ordered=False)
+    assert uses(ledger) == {"a": (None, None), "b": (None, None)}
+
+
+def test_sums_are_those_of_the_rows_whatever_happens(opening: Opening) -> None:
+    """Also when an owner ends in the middle of it; a sum that is wrong is reported and mended."""
+    ledger, other = opening(1000), opening(1000)
+    arrive(ledger, "a", 100)
+    assert decide(other).request("b", [want("a", 100), want("b", 200)]).granted
+    assert decide(other).request_ahead([want("c", 300)], 1).granted
+    decide(ledger).request("d", [want("d", 500)])
+    sums = ledger._db.read("SELECT * FROM sums")
+    assert sums == [(600, 500, 300, 300, 600)]  # the prefetch was told to end
+    other.close()
+    assert ledger._db.read("SELECT * FROM sums") == [(600, 500, 0, 0, 600)]
+    assert ledger.miscounted(repair=False) == []
+    with ledger._db.writing() as db:
+        db.execute("UPDATE sums SET used_bytes = 7, leased_bytes = 1")
+        db.execute("UPDATE content SET leases = 2 WHERE key = 'a'")
+    found = ledger.miscounted(repair=False)
+    assert found[0] == "the ledger's sum of bytes charged is 7, that of its rows 600"
+    assert ledger.miscounted(repair=True) == []
+    assert ledger.holdings().used_bytes == 600
+    assert not ledger.rows()[ContentId("/clone", "a")].leased
+
+
+def test_what_is_deleted_is_given_back_to_the_disk(opening: Opening) -> None:
+    """The ledger's file shrinks again once what it had rows for is gone."""
+    ledger = opening(10**6)
+    contents = [ContentId("/clone", f"{'key' * 30}{number}") for number in range(5000)]
+    with ledger.transaction() as transaction:
+        for content in contents:
+            transaction.adopt(Want(content, 1, located=True))
+    assert ledger.size_bytes() > 1_000_000
+    for content in decide(ledger).give_up(contents):
+        assert ledger.dropped(content.content) == 1
+    ledger.close()
+    assert ledger.size_bytes() < 200_000
+
+
+def statements_of(ledger: Ledger, act: Callable[[], object]) -> list[tuple[str, str]]:
+    """Return each statement that an act runs, with the plan that SQLite has for it."""
+    db = ledger._db._connected()
+    said: list[str] = []
+    db.set_trace_callback(said.append)
+    act()
+    db.set_trace_callback(None)
+    statements = [text for text in said if text.split()[0] in {"SELECT", "UPDATE", "DELETE"}]
+    return [
+        (text, row[3]) for text in statements for row in db.execute(f"EXPLAIN QUERY PLAN {text}")
+    ]
+
+
+def test_no_step_reads_all_rows(opening: Opening) -> None:
+    """Every statement finds content, leases and uses by an index, and no query sorts them."""
+    ledger = opening(100)
+    arrive(ledger, "a", 60)
+    held = ContentId("/clone", "a")
+    decide(ledger).set_order([(5, "u", held)], replace=True, reached=0)
+
+    def steps() -> None:
+        hit = decide(ledger).request("u", [want("a", 60)], position=1, following=[(6, "u", held)])
+        assert not decide(ledger).request_ahead([want("c", 60)], 1).granted
+        ledger.end_lease(hit.lease_id)
+        waiting = decide(ledger).request("u", [want("b", 50)])
+        for victim in waiting.victims:
+            ledger.dropped(victim)
+        lease = decide(ledger).request("u", [want("b", 50)], ticket=waiting.ticket)
+        ledger.failed(ContentId("/clone", "b"), empty=True)
+        ledger.end_lease(lease.lease_id)
+        decide(ledger).make_room(100)
+        ledger.held_after(0, 10)
+        ledger.cancelled(held)
+        ledger.unfinished()
+        ledger.holdings()
+
+    # Tables of as many rows as there are owners and waiting requests may be read whole.
+    small = ("SCAN owner", "SCAN ticket", "SCAN sums", "SCAN lease", "content_unfinished")
+    small += ("content_empty", "SCAN CONSTANT", "sqlite_sequence")
+    scans = [
+        (text, plan)
+        for text, plan in statements_of(ledger, steps)
+        if ("SCAN" in plan or "TEMP B-TREE" in plan) and not any(each in plan for each in small)
+    ]
+    assert [each for each in scans if "SELECT DISTINCT pid" not in each[0]] == []
+
+
+OLD_TABLES = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO meta VALUES ('peak_bytes', 100);
+CREATE TABLE clone (path TEXT PRIMARY KEY, remotes TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE owner (
+    id TEXT PRIMARY KEY,
+    pid INTEGER NOT NULL,
+    created_s REAL NOT NULL,
+    budget_bytes INTEGER NOT NULL,
+    auto INTEGER NOT NULL,
+    position INTEGER NOT NULL DEFAULT 0,
+    turn INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE TABLE content (
+    clone TEXT NOT NULL,
+    key TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL CHECK (size_bytes >= 0),
+    state TEXT NOT NULL CHECK (state IN ('reserved', 'present', 'dropping')),
+    owner TEXT REFERENCES owner (id) ON DELETE SET NULL,
+    prefetch INTEGER NOT NULL DEFAULT 0,
+    cancel INTEGER NOT NULL DEFAULT 0,
+    empty INTEGER NOT NULL DEFAULT 0,
+    refused INTEGER NOT NULL DEFAULT 0,
+    last_use INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (clone, key)
+) WITHOUT ROWID;
+CREATE INDEX content_owner ON content (owner);
+CREATE TABLE lease (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    owner TEXT NOT NULL REFERENCES owner (id) ON DELETE CASCADE,
+    unit TEXT NOT NULL
+);
+CREATE INDEX lease_owner ON lease (owner);
+CREATE TABLE leased (
+    lease INTEGER NOT NULL REFERENCES lease (id) ON DELETE CASCADE,
+    clone TEXT NOT NULL,
+    key TEXT NOT NULL,
+    PRIMARY KEY (lease, clone, key)
+) WITHOUT ROWID;
+CREATE INDEX leased_content ON leased (clone, key);
+CREATE TABLE ticket (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    owner TEXT NOT NULL REFERENCES owner (id) ON DELETE CASCADE,
+    unit TEXT NOT NULL,
+    overtaken INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX ticket_owner ON ticket (owner);
+CREATE TABLE upcoming (
+    owner TEXT NOT NULL REFERENCES owner (id) ON DELETE CASCADE,
+    position INTEGER NOT NULL,
+    clone TEXT NOT NULL,
+    key TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    PRIMARY KEY (owner, position, clone, key)
+) WITHOUT ROWID;
+CREATE INDEX upcoming_content ON upcoming (clone, key);
+INSERT INTO clone VALUES ('/clone', '["s3-PUBLIC"]');
+INSERT INTO owner VALUES ('old', {pid}, 0, 100, 0, 0, 0);
+INSERT INTO lease VALUES (7, 'old', 'u');
+INSERT INTO content VALUES
+    ('/clone', 'late', 10, 'present', NULL, 0, 0, 0, 0, 7),
+    ('/clone', 'early', 20, 'present', NULL, 0, 0, 0, 0, 3),
+    ('/clone', 'fetching', 30, 'reserved', 'old', 1, 0, 0, 0, 0),
+    ('/clone', 'going', 25, 'dropping', 'old', 0, 0, 0, 0, 0),
+    ('/elsewhere', 'kept', 5, 'present', NULL, 0, 0, 0, 1, 0);
+INSERT INTO leased VALUES (7, '/clone', 'late');
+INSERT INTO ticket (owner, unit) VALUES ('old', 'v');
+INSERT INTO upcoming VALUES ('old', 3, '/clone', 'late', 'u');
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_ledger_of_the_first_version_is_taken_over(folder: Path) -> None:
+    """All that it charges stays charged, and the longest unused gives way first.
+
+    While a process of the older version works with it, it is refused, and stays as it is.
+    """
+    db = sqlite3.connect(folder / "ledger.sqlite")
+    db.executescript("PRAGMA journal_mode = WAL;" + OLD_TABLES.format(pid=os.getppid()))
+    db.close()
+    lock = OwnerLock.create(folder / "owners" / "old.lock")
+    for _ in range(2):
+        with pytest.raises(LedgerError, match=rf"process {os.getppid()} works there with an older"):
+            Ledger(folder, 100)
+    lock.let_go()
+    ledger = Ledger(folder, 100)
+    assert states(ledger) == {
+        "late": "present",
+        "early": "present",
+        "fetching": "reserved",
+        "going": "dropping",
+        "kept": "present",
+    }
+    assert {row.owner_id for row in ledger.rows().values()} == {""}
+    assert not any(row.leased for row in ledger.rows().values())
+    assert ledger.clones() == {"/clone": ("s3-PUBLIC",), "/elsewhere": ()}
+    assert ledger.held_by_clone() == {"/clone": 85, "/elsewhere": 5}
+    assert ledger.holdings().used_bytes == ledger.holdings().peak_bytes == 90
+    assert ledger.miscounted(repair=False) == []
+    assert {row.content.key for row in ledger.unfinished()} == {"fetching", "going"}
+    order = [each.content.key for each in evictable(ledger._db._connected())]
+    assert order == ["fetching", "going", "early", "late"]
+    assert ledger.stray_locks(remove=False) == []
+    again = Ledger(folder, 100)
+    assert states(again) == states(ledger)
+    again.close()
+    ledger.close()
+    db = sqlite3.connect(folder / "ledger.sqlite")
+    assert db.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+    db.close()

@@ -252,7 +252,8 @@ class LedgerDatabase:
             db = self._connected()
             old = db.execute("PRAGMA auto_vacuum").fetchone()[0] == 0
             freeing = "VACUUM" if old else f"PRAGMA incremental_vacuum({_MOST_FREED_PAGES})"
-            db.execute(freeing).fetchall()
+            # Run to its end, where execute() would free a single page.
+            db.executescript(freeing)
 
     def close(self) -> None:
         """Close the connection for good."""

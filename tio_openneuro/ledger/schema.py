@@ -268,7 +268,7 @@ CONVERSION = (
     """
     INSERT INTO content (clone, key, size_bytes, state, empty, refused)
     SELECT clone.id, key, size_bytes, state, empty, refused
-    FROM old_content JOIN clone ON clone.path = old_content.clone ORDER BY last_use
+    FROM old_content JOIN clone ON clone.path = old_content.clone ORDER BY last_use, key
     """,
     "DROP TABLE old_content",
     "DROP TABLE old_clone",
