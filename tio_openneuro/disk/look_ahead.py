@@ -14,7 +14,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 
 from tio_openneuro.content import ContentFile, ContentId, ContentUnit
 from tio_openneuro.disk.fetching import IDLE_S, Fetches
@@ -87,9 +87,8 @@ class LookAhead:
         self._mutex = threading.Lock()
         # Held while a fetch may be about to begin: who takes it knows that none is.
         self._planning = threading.Lock()
-        self._forget()
         self._expected: list[ContentUnit] = []
-        self._likely: dict[ContentId, list[_Entry]] = {}
+        self._know([])
         self._largest_bytes = 0
         self._reached = 0
         self._last = 0
@@ -102,13 +101,19 @@ class LookAhead:
         self._blocked_s = 0.0
         self._verified: tuple[int, float] = (-1, 0.0)
 
-    def _forget(self) -> None:
-        """Know no uses: none in order, of no unit, of no content, none to be fetched."""
-        self._entries: deque[_Entry] = deque()
+    def _know(self, entries: list[_Entry]) -> None:
+        """Have these uses, in order, and those that are expected after them. Held: the lock."""
+        self._entries = deque(entries)
+        self._unready = [entry for entry in entries if not entry.ready]
+        self._ahead_bytes = sum(entry.fetched_bytes for entry in entries)
         self._of_unit: defaultdict[str, deque[_Entry]] = defaultdict(deque)
         self._of_content: defaultdict[ContentId, deque[_Entry]] = defaultdict(deque)
-        self._unready: list[_Entry] = []
-        self._ahead_bytes = 0
+        for entry in entries:
+            self._of_unit[entry.unit.name].append(entry)
+        likely = (_Entry(_EXPECTED + rank, unit, {}) for rank, unit in enumerate(self._expected))
+        for entry in (*entries, *likely):
+            for content in self._store.all_of(entry.unit):
+                self._of_content[content].append(entry)
 
     # The order
 
@@ -126,30 +131,26 @@ class LookAhead:
                 entry.is_use_of(unit.name, contents)
                 for entry, unit, contents in zip(rest, units, files, strict=False)
             )
-            if not follows:
-                for entry in rest:
-                    entry.dropped = True
-                rest = []
-                self._forget()
-                self._reached = self._last
-            for unit, contents in zip(units[len(rest) :], files[len(rest) :], strict=True):
-                self._last += 1
-                self._append(_Entry(self._last, unit, contents))
+            for entry in () if follows else rest:
+                entry.dropped = True
+            rest = rest if follows else []
+            added = [
+                _Entry(self._last + step, unit, contents)
+                for step, (unit, contents) in enumerate(
+                    zip(units[len(rest) :], files[len(rest) :], strict=True), 1
+                )
+            ]
+            changed = added or not follows or list(expected) != self._expected
+            self._reached = self._reached if follows else self._last
+            self._last += len(added)
+            self._expected = list(expected)
+            self._know(rest + added)
             self._blocked = None
             self._largest_bytes = max((unit.size_bytes for unit in units), default=0)
-            anew = list(expected) != self._expected
-            if anew:
-                self._expected, self._likely = list(expected), {}
-                for rank, unit in enumerate(expected):
-                    entry = _Entry(_EXPECTED + rank, unit, {})
-                    for content in self._store.all_of(unit):
-                        self._likely.setdefault(content, []).append(entry)
-            if anew or not follows or len(rest) < len(units):
-                ordered = bool(units or expected)
+            if changed:
+                some = bool(units or expected)
                 with self._ledger.transaction() as decide:
-                    decide.set_order(
-                        (), replace=not ordered, reached=self._reached, ordered=ordered
-                    )
+                    decide.set_order((), replace=not some, reached=self._reached, ordered=some)
                 self._published = 0
         self._publish()
         self._fetches.cancel_ahead(frozenset(c for contents in files for c in contents))
@@ -157,19 +158,12 @@ class LookAhead:
             self._fetches.start(self._plan)
         self._changes.notify()
 
-    def _append(self, entry: _Entry) -> None:
-        self._entries.append(entry)
-        self._of_unit[entry.unit.name].append(entry)
-        for content in self._store.all_of(entry.unit):
-            self._of_content[content].append(entry)
-        heapq.heappush(self._unready, entry)
-
     def _publish(self) -> None:
         """Tell all processes when this one uses what is held, as far as they do not know it.
 
         What came since the last call is looked at, whoever fetched it; all of it in a new order.
         """
-        more = bool(self._entries or self._likely)
+        more = bool(self._of_content)
         while more:
             with self._mutex:
                 held = self._ledger.held_after(self._published, _ROWS_AT_ONCE)
@@ -185,7 +179,7 @@ class LookAhead:
 
     def _uses(self, content: ContentId) -> Iterator[Use]:
         """Yield the known uses of content, the next one first. Held: the lock."""
-        for entry in chain(self._of_content.get(content, ()), self._likely.get(content, ())):
+        for entry in self._of_content.get(content, ()):
             if not entry.taken and content in self._used(entry.unit):
                 yield entry.position, entry.unit.name, content
 
@@ -251,8 +245,10 @@ class LookAhead:
             self._reached = max(self._reached, entry.position)
             self._taken[unit.name] += 1
             contents = self._store.all_of(unit)
-            lists = [self._entries, self._of_unit[unit.name]]
-            for entries in [*lists, *(self._of_content[content] for content in contents)]:
+            for entries in (
+                *(self._entries, self._of_unit[unit.name]),
+                *(self._of_content[content] for content in contents),
+            ):
                 while entries and entries[0].taken:
                     entries.popleft()
             return entry.position, [self._next_use(content) for content in contents]
@@ -356,8 +352,11 @@ class LookAhead:
             Seconds after which another look is worth its while; zero if one was begun.
         """
         self._publish()
-        held, waiting = self._holders > 0, bool(self._entries)
-        entry = None if held else self._first()
+        with self._mutex:
+            while self._unready and (self._unready[0].ready or self._unready[0].dropped):
+                heapq.heappop(self._unready)
+            held, waiting = self._holders > 0, bool(self._entries)
+            entry = self._unready[0] if self._unready and not held else None
         if entry is None:
             self._verify()
             return _POLL_S if held else _VERIFY_S if waiting else IDLE_S
@@ -365,7 +364,7 @@ class LookAhead:
         if now == self._blocked:
             self._verify()
             return growing_pause_s(time.monotonic() - self._blocked_s)
-        wants = self._wants(entry)
+        wants = None if self._is_there(entry) else self._wants(entry)
         if wants is None:
             entry.ready = True
             return 0
@@ -401,18 +400,6 @@ class LookAhead:
                 # The order was replaced after we looked, too late for it to cancel this.
                 fetch.cancel.set()
         return 0
-
-    def _first(self) -> _Entry | None:
-        """Return the first use of which something may have to be fetched."""
-        while not self._fetches.closing:
-            with self._mutex:
-                while self._unready and (self._unready[0].ready or self._unready[0].dropped):
-                    heapq.heappop(self._unready)
-                entry = self._unready[0] if self._unready else None
-            if entry is None or not self._is_there(entry):
-                return entry
-            entry.ready = True
-        return None
 
     def _is_there(self, entry: _Entry) -> bool:
         """Return whether a use needs nothing, without writing to the ledger."""

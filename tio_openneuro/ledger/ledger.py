@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import sqlite3
 import time
 import uuid
@@ -42,10 +41,9 @@ from tio_openneuro.ledger.schema import (
     ContentRow,
     Holdings,
 )
-from tio_openneuro.ledger.transaction import Transaction, number_of
+from tio_openneuro.ledger.transaction import Transaction
 
 _OWNERS = "SELECT name, pid, created_s, budget_bytes FROM owner WHERE name <> ?"
-_FEW_OWNERS = 8
 _NO_BUDGET_BYTES = 10**18
 """The smallest budget of a root holds; this one never is."""
 
@@ -99,7 +97,6 @@ class Ledger:
         Raises:
             LedgerError: One is.
         """
-        locks = []
         for row in db.execute("SELECT id, pid, created_s, budget_bytes FROM owner"):
             owner = OwnerRecord(*row)
             lock = take_if_dead(self._lock_path(owner.owner_id), owner)
@@ -109,11 +106,9 @@ class Ledger:
                     f"there with an older version of this library. End it, or give another root."
                 )
                 raise LedgerError(message)
-            locks.append(lock)
+            lock.remove()
         for statement in CONVERSION:
             db.execute(statement)
-        for lock in locks:
-            lock.remove()
 
     @classmethod
     def planned_budget(cls, root: Path) -> int:
@@ -262,7 +257,7 @@ class Ledger:
     def needed_by_others(self, content: ContentId, unit: str) -> bool:
         """Return whether a unit of another name is known to use it next."""
         query = f"SELECT 1 FROM upcoming WHERE content = {ID} AND unit <> ? LIMIT 1"
-        return bool(self._db.read(query, (*content, number_of(unit))))
+        return bool(self._db.read(query, (*content, unit)))
 
     def held_after(self, number: int, most: int) -> list[tuple[int, ContentId, int | None]]:
         """Return what is held, in the order in which it came, with this owner's next use of it.
@@ -296,24 +291,21 @@ class Ledger:
         return sum(path.stat().st_size for path in self.folder.glob("ledger.sqlite*"))
 
     def miscounted(self, *, repair: bool) -> list[str]:
-        """Return which sums differ from those of the rows; count them anew if asked."""
+        """Return whether the sums differ from those of the rows; count them anew if asked."""
         with self._db.writing() as db:
             for statement in RECOUNT if repair else ():
                 db.execute(statement)
-            names = ("charged", "reserved", "about to come free", "leased")
-            kept_sums, counted_sums = db.execute(SUMS).fetchone(), db.execute(COUNTED).fetchone()
-            return [
-                f"the ledger's sum of bytes {name} is {kept}, that of its rows {counted}"
-                for name, kept, counted in zip(names, kept_sums, counted_sums, strict=False)
-                if kept != counted
-            ]
+            *kept, _ = db.execute(SUMS).fetchone()
+            counted = [*db.execute(COUNTED).fetchone()]
+        says = "the ledger's sums of bytes charged, reserved, about to come free and leased"
+        return [] if kept == counted else [f"{says} are {kept}, those of its rows {counted}"]
 
     def binding(self) -> tuple[int, str]:
         """Return the budget that binds; and who states it since when, unless this owner does."""
         owner = min(self.other_owners(), key=lambda owner: owner.budget_bytes, default=None)
         if owner is None or owner.budget_bytes >= self.budget_bytes:
             return self.budget_bytes, ""
-        if not runs(owner) and self._forget([owner]):
+        if self.reap([owner]):
             return self.binding()
         since_s = owner.created_s
         with suppress(OSError):  # It has left just now.
@@ -342,33 +334,25 @@ class Ledger:
         """Return the other owners."""
         return [OwnerRecord(*row) for row in self._db.read(_OWNERS, (self.owner_id,))]
 
-    def reap(self, *, few: bool = False) -> list[OwnerRecord]:
+    def reap(self, among: Iterable[OwnerRecord] | None = None) -> list[OwnerRecord]:
         """Forget dead owners, their orphans ended; their content stays counted.
 
         Args:
-            few: Whether to look at some of them alone, by chance at others the next time.
+            among: Whom to look at; default: all others.
         """
-        others = self.other_owners()
-        if few and len(others) > _FEW_OWNERS:
-            others = random.SystemRandom().sample(others, _FEW_OWNERS)
-        return self._forget([owner for owner in others if not runs(owner)])
-
-    def _forget(self, suspects: list[OwnerRecord]) -> list[OwnerRecord]:
-        """Forget those of these owners that are dead."""
+        suspects = [o for o in (self.other_owners() if among is None else among) if not runs(o)]
         if not suspects:
             return []
         locks: list[OwnerLock] = []
         dead = []
         with self._db.writing() as db:
             for owner in suspects:
-                here = db.execute("SELECT id FROM owner WHERE name = ?", (owner.owner_id,))
-                # Somebody else may have forgotten it meanwhile.
-                known = here.fetchone() is not None
-                lock = take_if_dead(self._lock_path(owner.owner_id), owner) if known else None
+                lock = take_if_dead(self._lock_path(owner.owner_id), owner)
                 if lock is not None:
-                    db.execute("DELETE FROM owner WHERE name = ?", (owner.owner_id,))
                     locks.append(lock)
-                    dead.append(owner)
+                    forget = db.execute("DELETE FROM owner WHERE name = ?", (owner.owner_id,))
+                    # Else somebody else has forgotten it meanwhile.
+                    dead += [owner] * forget.rowcount
             db.execute(FORGET_EMPTY)
         for lock in locks:
             lock.remove()

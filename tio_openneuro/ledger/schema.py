@@ -161,7 +161,6 @@ CREATE TABLE owner (
     position INTEGER NOT NULL DEFAULT 0,
     turn INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX owner_budget ON owner (budget_bytes);
 CREATE TABLE content (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     clone INTEGER NOT NULL REFERENCES clone (id),
@@ -211,12 +210,11 @@ CREATE TABLE ticket (
     unit TEXT NOT NULL,
     overtaken INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX ticket_owner ON ticket (owner);
 CREATE TABLE upcoming (
     content INTEGER NOT NULL REFERENCES content (id) ON DELETE CASCADE,
     owner INTEGER NOT NULL REFERENCES owner (id) ON DELETE CASCADE,
     position INTEGER NOT NULL,
-    unit INTEGER NOT NULL,
+    unit TEXT NOT NULL,
     PRIMARY KEY (content, owner)
 ) WITHOUT ROWID;
 CREATE INDEX upcoming_owner ON upcoming (owner)

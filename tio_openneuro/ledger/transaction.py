@@ -6,7 +6,6 @@ Owns no state but what the transaction granted.
 from __future__ import annotations
 
 import sqlite3
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +103,7 @@ class Transaction:
         if needed_bytes and short_bytes > 0:
             victims = self._make_room(short_bytes, avoid.union(want.content for want in wants))
             return self._queued(unit, ticket, victims, "room")
-        self._reserve(missing, prefetch=False)
+        self._insert(missing, ContentState.RESERVED, self._owner)
         for row in rows.values():
             self._db.execute(f"UPDATE content SET prefetch = 0, cancel = 0 {HERE}", row.content)
         lease_id = self.lease(unit, [want.content for want in own])
@@ -163,7 +162,7 @@ class Transaction:
                 since = self._number("SELECT turn FROM owner WHERE id = ?", (self._owner,))
             later = evictable(self._db, since=since, steps=None if full else steps)
             return self._give_way(short_bytes, later, keep.union(want.content for want in wants))
-        self._reserve(missing, prefetch=True)
+        self._insert(missing, ContentState.RESERVED, self._owner, prefetch=True)
         resumed = [
             row.content
             for row in rows.values()
@@ -210,7 +209,7 @@ class Transaction:
                 return Answer(refused=True)
             later = evictable(self._db, steps=steps, first=instead)
             return self._give_way(short_bytes, later, kept | {want.content})
-        self._reserve([want], prefetch=False)
+        self._insert([want], ContentState.RESERVED, self._owner)
         return self._grant(fetch=frozenset({want.content}))
 
     def try_lease(self, unit: str, content: ContentId) -> int:
@@ -235,7 +234,7 @@ class Transaction:
         """Charge what was on disk before, whole or partial; return whether it fits."""
         if self._room(None) < want.size_bytes:
             return False
-        self._insert([want], "present" if want.located else "reserved")
+        self._insert([want], "present" if want.located else "reserved", None)
         return True
 
     def claim(self, content: ContentId, *, absent: bool) -> bool:
@@ -341,11 +340,8 @@ class Transaction:
             [(state, self._owner, prefetch, *content) for content in contents],
         )
 
-    def _reserve(self, wants: Sequence[Want], *, prefetch: bool) -> None:
-        self._insert(wants, ContentState.RESERVED, self._owner, prefetch=prefetch)
-
     def _insert(
-        self, wants: Sequence[Want], state: str, owner: int | None = None, *, prefetch: bool = False
+        self, wants: Sequence[Want], state: str, owner: int | None, *, prefetch: bool = False
     ) -> None:
         clones = {(want.content.clone,) for want in wants}
         self._db.executemany("INSERT OR IGNORE INTO clone (path) VALUES (?)", clones)
@@ -353,10 +349,7 @@ class Transaction:
             "INSERT OR IGNORE INTO content "
             "(clone, key, size_bytes, state, owner, prefetch, last_use) "
             f"SELECT id, ?, ?, ?, ?, ?, {TURN} FROM clone WHERE path = ?",
-            [
-                (want.content.key, want.size_bytes, state, owner, prefetch, want.content.clone)
-                for want in wants
-            ],
+            [(w.content.key, w.size_bytes, state, owner, prefetch, w.content.clone) for w in wants],
         )
 
     def lease(self, unit: str, contents: Iterable[ContentId]) -> int:
@@ -412,7 +405,7 @@ class Transaction:
                     "INSERT INTO upcoming (content, owner, position, unit) "
                     f"SELECT id, ?, ?, ? FROM content {HERE} ON CONFLICT DO UPDATE "
                     "SET position = excluded.position, unit = excluded.unit",
-                    (self._owner, position, number_of(unit), *content),
+                    (self._owner, position, unit, *content),
                 )
 
     def give_up(self, contents: Iterable[ContentId]) -> list[ContentRow]:
@@ -433,8 +426,3 @@ class Transaction:
             for row in self._db.execute(f"{ROWS} {HERE}", content):
                 found[content] = ContentRow.read(row)
         return found
-
-
-def number_of(unit: str) -> int:
-    """Return the number that stands for a unit's name, the same in every process."""
-    return zlib.crc32(unit.encode())
