@@ -5,12 +5,13 @@ and with many owners that all know an order, and epochs of leases with the look-
 a clone whose remote is arithmetic. Nothing is decoded.
 """
 
-import os
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from fakes import FakeRepo, make_key
 from measure import median
@@ -74,17 +75,17 @@ def _measure_calls(runs: int, folder: Path, console: Console) -> dict[str, dict[
     return found
 
 
+def _content(name: str) -> ContentId:
+    return ContentId("/clone", make_key(name, _SIZE_BYTES).name)
+
+
 class _Filled:
     """A ledger full of present content, whose owners all know when they use it next."""
 
     def __init__(self, root: Path, rows: int, owners: int) -> None:
         self._folder = prepare_ledger_folder(root)
-        self._contents = [
-            ContentId("/clone", make_key(str(n), _SIZE_BYTES).name) for n in range(rows)
-        ]
-        self._fresh = (
-            ContentId("/clone", make_key(f"new {n}", _SIZE_BYTES).name) for n in range(10**9)
-        )
+        self._contents = [_content(str(number)) for number in range(rows)]
+        self._fresh = (_content(f"new {number}") for number in itertools.count())
         self._random = random.Random(0)
         self._ledger = Ledger(self._folder, rows * _SIZE_BYTES)
         self._others = [Ledger(self._folder, rows * _SIZE_BYTES) for _ in range(owners - 1)]
@@ -100,10 +101,9 @@ class _Filled:
                 with owner.transaction() as decide:
                     uses = [(start + n + 1, f"unit {start + n}", c) for n, c in enumerate(part)]
                     decide.set_order(uses, replace=False, reached=0)
-        self._orders = order
         self._position = 0
 
-    def __enter__(self) -> "_Filled":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,15 +121,13 @@ class _Filled:
             return result
 
         ledger = self._ledger
-        for number in range(CALLS):
+        for _ in range(CALLS):
             self._one_fetch(timed)
             content = self._random.choice(self._contents[len(self._contents) // 2 :])
             timed("rows", lambda content=content: ledger.rows([content]))
             timed("cancelled", lambda content=content: ledger.cancelled(content))
             timed("needed_by_others", lambda c=content: ledger.needed_by_others(c, "unit"))
-            timed("held_after", lambda: ledger.held_after(len(self._contents), 500)) if hasattr(
-                ledger, "held_after"
-            ) else None
+            timed("held_after", lambda: ledger.held_after(len(self._contents), 500))
             timed("holdings", ledger.holdings)
             timed("changes", ledger.changes)
             timed("queue", ledger.queue)

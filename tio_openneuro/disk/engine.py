@@ -249,7 +249,7 @@ class Engine:
         leases.look_ahead.release(unit, contents)
         if drop:
             alone = leases.store.all_of(unit)
-            alone = [c for c in alone if not leases.look_ahead.needed_by_others(c, unit.name)]
+            alone = [c for c in alone if not leases.ledger.needed_by_others(c, unit.name)]
             leases.drop(alone, f"since {unit.name} is done")
         leases.changes.notify()
 

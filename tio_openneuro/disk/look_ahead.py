@@ -36,13 +36,14 @@ _VERIFY_S = 1.0
 _RETRY_S = 60.0
 _POLL_S = 0.05
 _CANCEL_POLL_S = 0.1
+# Uses that are looked at again, now and then, whether they are there still.
 _WINDOW_UNITS = 64
-"""Uses that are looked at again, now and then, whether they are there still."""
 _ROWS_AT_ONCE = 500
+# Position, beyond any known one, of the first use that is expected at a time not known yet.
 _EXPECTED = 1 << 40
-"""Position, beyond any known one, of the first use that is expected at a time not known yet."""
 
 Ask = Callable[[Transaction, frozenset[ContentId]], Answer]
+Begun = tuple[int | None, list[Use]]
 
 
 @dataclass(eq=False, slots=True)
@@ -134,17 +135,13 @@ class LookAhead:
             for entry in () if follows else rest:
                 entry.dropped = True
             rest = rest if follows else []
-            added = [
-                _Entry(self._last + step, unit, contents)
-                for step, (unit, contents) in enumerate(
-                    zip(units[len(rest) :], files[len(rest) :], strict=True), 1
-                )
-            ]
-            changed = added or not follows or list(expected) != self._expected
+            changed = not follows or len(rest) < len(units) or list(expected) != self._expected
             self._reached = self._reached if follows else self._last
-            self._last += len(added)
+            for unit, contents in zip(units[len(rest) :], files[len(rest) :], strict=True):
+                self._last += 1
+                rest.append(_Entry(self._last, unit, contents))
             self._expected = list(expected)
-            self._know(rest + added)
+            self._know(rest)
             self._blocked = None
             self._largest_bytes = max((unit.size_bytes for unit in units), default=0)
             if changed:
@@ -177,20 +174,12 @@ class LookAhead:
             with self._ledger.transaction() as decide:
                 decide.set_order(uses, replace=False, reached=self._reached)
 
-    def _uses(self, content: ContentId) -> Iterator[Use]:
-        """Yield the known uses of content, the next one first. Held: the lock."""
+    def _next_use(self, content: ContentId) -> Use:
+        """Return the next use of content. Held: the lock."""
         for entry in self._of_content.get(content, ()):
             if not entry.taken and content in self._used(entry.unit):
-                yield entry.position, entry.unit.name, content
-
-    def _next_use(self, content: ContentId) -> Use:
-        return next(self._uses(content), (None, "", content))
-
-    def needed_by_others(self, content: ContentId, name: str) -> bool:
-        """Return whether a unit of another name is known to use it."""
-        with self._mutex:
-            ours = any(unit != name for _, unit, _ in self._uses(content))
-        return ours or self._ledger.needed_by_others(content, name)
+                return entry.position, entry.unit.name, content
+        return None, "", content
 
     def _used(self, unit: ContentUnit) -> Collection[ContentId]:
         """Return the content that a use of the unit is a use of; the rest is the first to go."""
@@ -226,9 +215,7 @@ class LookAhead:
             with self._mutex:
                 self._holders -= 1
 
-    def take(
-        self, unit: ContentUnit, contents: Iterable[ContentId]
-    ) -> tuple[int | None, Sequence[Use]]:
+    def take(self, unit: ContentUnit, contents: Iterable[ContentId]) -> Begun:
         """Strike out the next use of a unit, now begun.
 
         Returns:
@@ -239,16 +226,14 @@ class LookAhead:
             uses = (e for e in self._of_unit.get(unit.name, ()) if not e.taken)
             entry = next((e for e in uses if e.is_use_of(unit.name, wanted)), None)
             if entry is None:
-                return None, ()
+                return None, []
             entry.taken = entry.ready = True
             self._set_fetched(entry, 0)
             self._reached = max(self._reached, entry.position)
             self._taken[unit.name] += 1
             contents = self._store.all_of(unit)
-            for entries in (
-                *(self._entries, self._of_unit[unit.name]),
-                *(self._of_content[content] for content in contents),
-            ):
+            lists = [self._entries, self._of_unit[unit.name]]
+            for entries in [*lists, *(self._of_content[content] for content in contents)]:
                 while entries and entries[0].taken:
                     entries.popleft()
             return entry.position, [self._next_use(content) for content in contents]
@@ -280,13 +265,13 @@ class LookAhead:
         with self._mutex:
             for content in contents:
                 for entry in self._of_content.get(content, ()):
+                    self._set_fetched(entry, 0)
                     self._look_anew(entry)
 
     def _look_anew(self, entry: _Entry) -> None:
-        """Let an entry be prefetched once more. Held: the lock."""
-        if entry.ready and not entry.taken and not entry.dropped:
+        """Have an entry looked at once more, if it is to be used. Held: the lock."""
+        if entry.ready and not entry.taken:
             entry.ready = False
-            self._set_fetched(entry, 0)
             heapq.heappush(self._unready, entry)
 
     # Room
@@ -353,10 +338,8 @@ class LookAhead:
         """
         self._publish()
         with self._mutex:
-            while self._unready and (self._unready[0].ready or self._unready[0].dropped):
-                heapq.heappop(self._unready)
             held, waiting = self._holders > 0, bool(self._entries)
-            entry = self._unready[0] if self._unready and not held else None
+            entry = None if held else self._first_unready()
         if entry is None:
             self._verify()
             return _POLL_S if held else _VERIFY_S if waiting else IDLE_S
@@ -364,7 +347,7 @@ class LookAhead:
         if now == self._blocked:
             self._verify()
             return growing_pause_s(time.monotonic() - self._blocked_s)
-        wants = None if self._is_there(entry) else self._wants(entry)
+        wants = self._wants(entry)
         if wants is None:
             entry.ready = True
             return 0
@@ -393,7 +376,7 @@ class LookAhead:
             entry.ready = True
             if not entry.taken and not entry.dropped:
                 fetched = (want.size_bytes for want in wants if want.content in answer.fetch)
-                self._set_fetched(entry, sum(fetched))
+                self._set_fetched(entry, sum(fetched, entry.fetched_bytes))
         self._avoid.clear()
         for fetch in self.begin(entry.unit, entry.files, answer):
             if entry.dropped:
@@ -401,25 +384,26 @@ class LookAhead:
                 fetch.cancel.set()
         return 0
 
-    def _is_there(self, entry: _Entry) -> bool:
-        """Return whether a use needs nothing, without writing to the ledger."""
-        if is_prepared(entry.unit):
-            return True
-        rows = self._ledger.rows(entry.files)
-        return all(
-            rows[content].state is ContentState.PRESENT
-            if content in rows
-            else file.repo.locate(file.key) is not None
-            for content, file in entry.files.items()
-        )
+    def _first_unready(self) -> _Entry | None:
+        """Return the first use that may need something. Held: the lock."""
+        while self._unready and self._unready[0].ready:
+            heapq.heappop(self._unready)
+        return self._unready[0] if self._unready else None
 
     def _wants(self, entry: _Entry) -> list[Want] | None:
         """Return what an entry needs, or None where nothing is to be fetched for it."""
+        if is_prepared(entry.unit):
+            return None
+        rows = self._ledger.rows(entry.files)
         try:
-            return self._store.wants(entry.files)
+            wants = self._store.wants(entry.files)
         except TioOpenNeuroError as error:
             _LOGGER.debug("Not prefetched: %s", error)
             return None
+        # Without a transaction, which would be one for each use where everything is there.
+        present = {c for c, row in rows.items() if row.state is ContentState.PRESENT}
+        there = (w.content in present or (w.located and w.content not in rows) for w in wants)
+        return None if all(there) else wants
 
     def _verify(self) -> None:
         """Look again, now and then, whether others evicted what was prefetched."""
@@ -429,15 +413,8 @@ class LookAhead:
             return
         self._verified = (changes, now_s)
         with self._mutex:
-            ready = [entry for entry in islice(self._entries, _WINDOW_UNITS) if entry.ready]
-        for entry in ready:
-            there = self._ledger.rows(entry.files).keys()
-            if not is_prepared(entry.unit) and any(
-                content not in there and file.repo.locate(file.key) is None
-                for content, file in entry.files.items()
-            ):
-                with self._mutex:
-                    self._look_anew(entry)
+            for entry in islice(self._entries, _WINDOW_UNITS):
+                self._look_anew(entry)
 
 
 def is_prepared(unit: ContentUnit) -> bool:

@@ -12,7 +12,7 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,13 @@ Statement = tuple[str, Sequence[Any]]
 class LedgerDatabase:
     """One process's connection to the ledger; safe to share by threads, not by processes."""
 
-    def __init__(
-        self,
-        path: Path,
-        tables: Sequence[str],
-        version: int,
-        convert: Callable[[sqlite3.Connection], object] | None = None,
-    ) -> None:
+    def __init__(self, path: Path, tables: Sequence[str], version: int) -> None:
         """Open the database, made where it is missing.
 
         Args:
             path: File on a local disk.
             tables: Statements that make the tables.
             version: Of the tables; another version is refused.
-            convert: Makes them of those of the version before, within one transaction.
 
         Raises:
             LedgerError: The database cannot be opened, or is of another version.
@@ -56,7 +49,6 @@ class LedgerDatabase:
         self._path = path
         self._tables = tables
         self._version = version
-        self._convert = convert
         self._mutex = threading.RLock()
         self._closed = False
         self._owed: list[Statement] = []
@@ -93,18 +85,19 @@ class LedgerDatabase:
                 # The log is synced before it goes into the database, and by make_durable().
                 db.execute("PRAGMA synchronous = NORMAL")
                 db.execute("BEGIN IMMEDIATE")
-                fits = self._make_tables(db)
+                found = db.execute("PRAGMA user_version").fetchone()[0]
+                if found == 0:
+                    for statement in self._tables:
+                        db.execute(statement)
+                    db.execute(f"PRAGMA user_version = {self._version}")
                 db.execute("COMMIT")
-            except LedgerError:
-                db.close()
-                raise
             except sqlite3.Error as error:
                 db.close()
                 if attempt == _OPENING_TRIES - 1 or "locked" not in str(error):
                     raise self._broken(error) from error
                 pause.wait(_OPENING_PAUSE_S)
             else:
-                if fits:
+                if found in (0, self._version):
                     return db
                 db.close()
                 break
@@ -113,19 +106,6 @@ class LedgerDatabase:
             f"{self._version}. Use another root, or evict with the version that made it."
         )
         raise LedgerError(message)
-
-    def _make_tables(self, db: sqlite3.Connection) -> bool:
-        """Make the tables where there are none, or older ones; return whether they fit now."""
-        found = db.execute("PRAGMA user_version").fetchone()[0]
-        if found == 0:
-            for statement in self._tables:
-                db.execute(statement)
-        elif found == self._version - 1 and self._convert is not None:
-            self._convert(db)
-        else:
-            return bool(found == self._version)
-        db.execute(f"PRAGMA user_version = {self._version}")
-        return True
 
     def _disconnect(self) -> None:
         if self._db is not None:
@@ -249,11 +229,8 @@ class LedgerDatabase:
     def shrink(self) -> None:
         """Give back to the disk what deleted rows took, or a bounded part of it."""
         with self._mutex, suppress(sqlite3.Error):
-            db = self._connected()
-            old = db.execute("PRAGMA auto_vacuum").fetchone()[0] == 0
-            freeing = "VACUUM" if old else f"PRAGMA incremental_vacuum({_MOST_FREED_PAGES})"
             # Run to its end, where execute() would free a single page.
-            db.executescript(freeing)
+            self._connected().executescript(f"PRAGMA incremental_vacuum({_MOST_FREED_PAGES})")
 
     def close(self) -> None:
         """Close the connection for good."""

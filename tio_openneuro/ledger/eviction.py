@@ -12,8 +12,8 @@ from typing import Any
 from tio_openneuro.content import ContentId
 from tio_openneuro.ledger.schema import EVICTABLE, FARTHEST, ID, UNUSED, USED_LAST
 
+# A turn after all others.
 EVER = (1 << 63) - 1
-"""A turn after all others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,6 @@ from tio_openneuro.ledger.owners import OwnerLock, OwnerRecord, runs, take_if_de
 from tio_openneuro.ledger.root import automatic_budget, free_bytes, prepare_ledger_folder
 from tio_openneuro.ledger.schema import (
     BUDGET,
-    CONVERSION,
     COUNTED,
     FETCH_PIDS,
     FORGET_EMPTY,
@@ -73,8 +72,7 @@ class Ledger:
             LedgerError: The database cannot be opened, or is of another version.
         """
         self.folder = folder
-        path = folder / "ledger.sqlite"
-        self._db = LedgerDatabase(path, TABLES, SCHEMA_VERSION, self._convert)
+        self._db = LedgerDatabase(folder / "ledger.sqlite", TABLES, SCHEMA_VERSION)
         self.changes = self._db.changes
         self.owner_id = uuid.uuid4().hex
         self.reap()
@@ -90,25 +88,6 @@ class Ledger:
             "INSERT INTO owner (name, pid, created_s, budget_bytes, auto) VALUES (?,?,?,?,?)", row
         )
         self._number = cursor.lastrowid or 0
-
-    def _convert(self, db: sqlite3.Connection) -> None:
-        """Take over what an older version's ledger charges, once none of its owners is alive.
-
-        Raises:
-            LedgerError: One is.
-        """
-        for row in db.execute("SELECT id, pid, created_s, budget_bytes FROM owner"):
-            owner = OwnerRecord(*row)
-            lock = take_if_dead(self._lock_path(owner.owner_id), owner)
-            if lock is None:
-                message = (
-                    f"Cannot use the ledger of {self.folder.parent}: process {owner.pid} works "
-                    f"there with an older version of this library. End it, or give another root."
-                )
-                raise LedgerError(message)
-            lock.remove()
-        for statement in CONVERSION:
-            db.execute(statement)
 
     @classmethod
     def planned_budget(cls, root: Path) -> int:

@@ -138,11 +138,8 @@ HERE = "WHERE clone = (SELECT id FROM clone WHERE path = ?) AND key = ?"
 ID = f"(SELECT id FROM content {HERE})"
 _TABLES = """
 CREATE TABLE sums (
-    used_bytes INTEGER NOT NULL DEFAULT 0,
-    reserved_bytes INTEGER NOT NULL DEFAULT 0,
-    pending_bytes INTEGER NOT NULL DEFAULT 0,
-    leased_bytes INTEGER NOT NULL DEFAULT 0,
-    peak_bytes INTEGER NOT NULL DEFAULT 0
+    used_bytes DEFAULT 0, reserved_bytes DEFAULT 0, pending_bytes DEFAULT 0,
+    leased_bytes DEFAULT 0, peak_bytes DEFAULT 0
 );
 INSERT INTO sums DEFAULT VALUES;
 CREATE TABLE clone (
@@ -153,10 +150,8 @@ CREATE TABLE clone (
 CREATE TABLE owner (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     name TEXT NOT NULL UNIQUE,
-    pid INTEGER NOT NULL,
-    created_s REAL NOT NULL,
-    budget_bytes INTEGER NOT NULL,
-    auto INTEGER NOT NULL,
+    pid INTEGER NOT NULL, created_s REAL NOT NULL,
+    budget_bytes INTEGER NOT NULL, auto INTEGER NOT NULL,
     ordered INTEGER NOT NULL DEFAULT 0,
     position INTEGER NOT NULL DEFAULT 0,
     turn INTEGER NOT NULL DEFAULT 0
@@ -168,14 +163,11 @@ CREATE TABLE content (
     size_bytes INTEGER NOT NULL CHECK (size_bytes >= 0),
     state TEXT NOT NULL CHECK (state IN ('reserved', 'present', 'dropping')),
     owner INTEGER REFERENCES owner (id) ON DELETE SET NULL,
-    prefetch INTEGER NOT NULL DEFAULT 0,
-    cancel INTEGER NOT NULL DEFAULT 0,
-    empty INTEGER NOT NULL DEFAULT 0,
-    refused INTEGER NOT NULL DEFAULT 0,
+    prefetch INTEGER NOT NULL DEFAULT 0, cancel INTEGER NOT NULL DEFAULT 0,
+    empty INTEGER NOT NULL DEFAULT 0, refused INTEGER NOT NULL DEFAULT 0,
     last_use INTEGER NOT NULL DEFAULT 0,
     leases INTEGER NOT NULL DEFAULT 0,
-    next_owner INTEGER,
-    next_position INTEGER,
+    next_owner INTEGER, next_position INTEGER,
     used_bytes AS (size_bytes),
     reserved_bytes AS (size_bytes * (state = 'reserved')),
     pending_bytes AS (size_bytes * (
@@ -213,8 +205,7 @@ CREATE TABLE ticket (
 CREATE TABLE upcoming (
     content INTEGER NOT NULL REFERENCES content (id) ON DELETE CASCADE,
     owner INTEGER NOT NULL REFERENCES owner (id) ON DELETE CASCADE,
-    position INTEGER NOT NULL,
-    unit TEXT NOT NULL,
+    position INTEGER NOT NULL, unit TEXT NOT NULL,
     PRIMARY KEY (content, owner)
 ) WITHOUT ROWID;
 CREATE INDEX upcoming_owner ON upcoming (owner)
@@ -232,6 +223,7 @@ UPDATE content SET (next_owner, next_position) = (
     WHERE upcoming.content = content.id ORDER BY upcoming.position - owner.position LIMIT 1
 ) WHERE id = {}.content
 """
+_NEXT_OWNER = "(SELECT next_owner FROM content WHERE id = OLD.content)"
 _TRIGGERS = {
     "INSERT ON content": (_ADD, _RECORD_PEAK),
     "UPDATE OF size_bytes, state, owner, cancel, leases ON content": (_TAKE, _ADD, _RECORD_PEAK),
@@ -241,9 +233,7 @@ _TRIGGERS = {
     "INSERT ON upcoming": (_NEXT_USE.format("NEW"),),
     "UPDATE ON upcoming": (_NEXT_USE.format("NEW"),),
     # With its owner or by itself; not with the content, whose uses can be many.
-    "DELETE ON upcoming WHEN OLD.owner = (SELECT next_owner FROM content WHERE id = OLD.content)": (
-        _NEXT_USE.format("OLD"),
-    ),
+    f"DELETE ON upcoming WHEN OLD.owner = {_NEXT_OWNER}": (_NEXT_USE.format("OLD"),),
 }
 TABLES = (
     *_TABLES.split(";"),
@@ -252,26 +242,6 @@ TABLES = (
         for number, (event, acts) in enumerate(_TRIGGERS.items())
     ),
 )
-# Of the first version: what is charged stays so, and is unfinished where it was under way.
-CONVERSION = (
-    "CREATE TEMP TABLE old_clone AS SELECT path, remotes FROM clone",
-    "CREATE TEMP TABLE old_content AS SELECT * FROM content",
-    *(
-        f"DROP TABLE {name}"
-        for name in ("upcoming", "ticket", "leased", "lease", "content", "owner", "clone", "meta")
-    ),
-    *TABLES,
-    "INSERT INTO clone (path, remotes) SELECT path, remotes FROM old_clone",
-    "INSERT OR IGNORE INTO clone (path) SELECT DISTINCT clone FROM old_content",
-    """
-    INSERT INTO content (clone, key, size_bytes, state, empty, refused)
-    SELECT clone.id, key, size_bytes, state, empty, refused
-    FROM old_content JOIN clone ON clone.path = old_content.clone ORDER BY last_use, key
-    """,
-    "DROP TABLE old_content",
-    "DROP TABLE old_clone",
-)
-
 BUDGET = "SELECT budget_bytes, pid FROM owner ORDER BY budget_bytes LIMIT 1"
 SUMS = "SELECT used_bytes, reserved_bytes, pending_bytes, leased_bytes, peak_bytes FROM sums"
 COUNTED = f"SELECT {', '.join(f'COALESCE(SUM({name}), 0)' for name in _SUMS)} FROM content"

@@ -36,8 +36,8 @@ OVERTAKES = 64
 """Requests without need of room that may pass the first in the queue before it blocks them."""
 
 
+# Position of the next use of content in an owner's order, None without one; its unit; whose use.
 Use = tuple[int | None, str, ContentId]
-"""Position of the next use of content in an owner's order, None without one, and its unit."""
 
 
 @dataclass
