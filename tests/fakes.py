@@ -120,6 +120,7 @@ class FakeRepo:
         *,
         owner_fd: int | None = None,
         cancelled: Callable[[], bool] | None = None,
+        made: Callable[[Path], object] | None = None,
     ) -> Path:
         """Write the content in quarters, going on after a partial download."""
         if owner_fd is None:
@@ -162,6 +163,8 @@ class FakeRepo:
             self.object_path(key).parent.mkdir(parents=True, exist_ok=True)
             partial.rename(self.object_path(key))
             self.note("fetches", key.name)
+            if made is not None:
+                made(self.object_path(key))
             return self.object_path(key)
 
     def _stopped(self, cancelled: Callable[[], bool] | None) -> Callable[[], bool]:

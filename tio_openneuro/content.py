@@ -110,6 +110,35 @@ class ContentId(NamedTuple):
     key: str
 
 
+UNCLAIMED = "?"
+"""Mark of content whose owner is not known: it counts and may be used, and nobody drops it."""
+
+
+def mark_of(path: Path, folder: Path) -> str:
+    """Return what tells a file from another that takes its place: inode, size and mtime.
+
+    Args:
+        path: The file.
+        folder: The clone's folder, whose own device and inode stand before them.
+    """
+    home, file = folder.stat(), path.stat()
+    return f"{home.st_dev}:{home.st_ino} {file.st_ino} {file.st_size} {file.st_mtime_ns}"
+
+
+def is_same_file(mark: str, other: str) -> bool:
+    """Return whether two marks are of one file.
+
+    A folder that came to another device or inode, by a copy or another mount, took its files
+    along: they have other inodes, and the same sizes and times.
+
+    Example:
+        >>> is_same_file("1:2 30 500 77", "1:9 31 500 77"), is_same_file("1:2 3 4 5", "1:2 6 4 5")
+        (True, False)
+    """
+    (home, inode, *rest), (other_home, other_inode, *other_rest) = mark.split(), other.split()
+    return rest == other_rest and (inode == other_inode or home != other_home)
+
+
 @dataclass(frozen=True, slots=True)
 class StoredContent:
     """One file of content that lies in a clone.
@@ -149,6 +178,7 @@ class ContentRepo(Protocol):
         *,
         owner_fd: int | None = None,
         cancelled: Callable[[], bool] | None = None,
+        made: Callable[[Path], object] | None = None,
     ) -> Path:
         """Fetch the content, verified by its checksum, and return its file.
 
@@ -159,6 +189,8 @@ class ContentRepo(Protocol):
             key: Key whose content is absent.
             owner_fd: Descriptor of the owner's lock, for the child processes to inherit.
             cancelled: Polled between steps; once true, FetchError is raised soon.
+            made: Called with the file once a transfer of ours put it there; never where somebody
+                else did, before or meanwhile.
 
         Raises:
             RemoteUnavailableError: The remote cannot be reached, or refuses.

@@ -129,6 +129,7 @@ class AnnexRepo:
         *,
         owner_fd: int | None = None,
         cancelled: Callable[[], bool] | None = None,
+        made: Callable[[Path], object] | None = None,
     ) -> Path:
         """Fetch the content, verified by its checksum, and return its file.
 
@@ -141,6 +142,7 @@ class AnnexRepo:
             owner_fd: Descriptor that git-annex inherits, so that the owner's lock outlives us
                 for as long as git-annex does.
             cancelled: Polled ten times a second; once true, git-annex is killed.
+            made: Called with the file once a transfer of ours put it there.
 
         Raises:
             RemoteUnavailableError: The remote cannot be reached, or refuses.
@@ -168,7 +170,7 @@ class AnnexRepo:
                 stall_timeout_s=self._stall_timeout_s,
                 deadline_s=begun_s + allowed_s,
             )
-            result = self._get_from(children, request)
+            result = self._get_from(children, request, made)
             if isinstance(result, Path):
                 self._proven.add(key.name)
                 return result
@@ -302,7 +304,12 @@ class AnnexRepo:
         with self._counting:
             self.counts[what] += 1
 
-    def _get_from(self, children: AnnexChildren, request: TransferRequest) -> Path | TransferError:
+    def _get_from(
+        self,
+        children: AnnexChildren,
+        request: TransferRequest,
+        made: Callable[[Path], object] | None,
+    ) -> Path | TransferError:
         """Try one remote as often as each failure's policy says."""
         key = request.key
         retries = Retries(request.deadline_s)
@@ -316,9 +323,12 @@ class AnnexRepo:
                 return TransferError(Failure.CORRUPT, said)
             self._refuse_stopped(request)
             failed = children.get(request)
+            found = self.locate(key) if failed is None else None
+            if found is not None and made is not None:
+                made(found)
             self._refuse_stopped(request)
-            if failed is None and self.locate(key) is not None:
-                continue
+            if found is not None:
+                return found
             failed = failed or TransferError(Failure.CORRUPT, "it is said to be there, and is not")
             arrived = [_file_size(path) or 0 for path in self._partial_paths(key)]
             pause_s = retries.pause_s(failed.why, sum(arrived))

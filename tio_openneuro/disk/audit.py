@@ -76,7 +76,8 @@ def _is_sound(row: ContentRow, store: Store, partials: dict[ContentId, int]) -> 
     repo = store.repo_of(row.content.clone)
     path = None if repo is None else repo.locate(key_of(row.content))
     if row.state is ContentState.PRESENT:
-        return path is not None and path.stat().st_size == row.size_bytes
+        ours = path is not None and store.is_ours(row, path)
+        return ours and path is not None and path.stat().st_size == row.size_bytes
     if row.owner_id:
         return True
     # Nobody works on it: a download kept for later is sound, as long as it is charged whole.
@@ -90,6 +91,8 @@ def _describe(row: ContentRow, store: Store) -> str:
     if repo is None:
         return f"{where} is in a clone that is gone"
     path = repo.locate(key_of(row.content))
+    if path is not None and not store.is_ours(row, path):
+        return f"{where} was replaced by a file that is not this library's"
     there = "absent" if path is None else f"whole, {path.stat().st_size} bytes"
     return f"{where} is recorded as {row.state} and is {there}"
 
@@ -100,7 +103,7 @@ def _mend(ledger: Ledger, store: Store, row: ContentRow) -> None:
     path = None if repo is None else repo.locate(key_of(row.content))
     if row.state is ContentState.RESERVED and path is not None:
         if path.stat().st_size == row.size_bytes:
-            ledger.arrived(row.content)
+            store.take_in(row.content, path)
             return
     elif row.state is not ContentState.DROPPING and path is None:
         if repo is not None:

@@ -106,8 +106,9 @@ class Leases:
         """Finish what dead owners began: downloads that were whole, drops that were under way."""
         unfinished = self.ledger.unfinished()
         for row in unfinished:
-            if row.state is ContentState.RESERVED and self.store.is_whole(row):
-                self.ledger.arrived(row.content)
+            path = self.store.whole(row) if row.state is ContentState.RESERVED else None
+            if path is not None:
+                self.store.take_in(row.content, path)
         dropping = [row.content for row in unfinished if row.state is ContentState.DROPPING]
         self.drop(dropping, "begun by a process that died")
 
@@ -287,7 +288,7 @@ class Leases:
     ) -> dict[ContentId, Path]:
         """Fetch what is reserved, wait for what others fetch, and return the files."""
         for content in lease.fetch:
-            fetches[content] = Fetch(content, files[content], unit.name, fresh=True)
+            fetches[content] = Fetch(content, files[content], unit.name)
             self.fetches.add(fetches[content])
         found: dict[ContentId, Path] = {}
         while True:
@@ -335,6 +336,8 @@ class Leases:
         whole = row is None or row.state is ContentState.PRESENT
         path = file.repo.locate(file.key) if whole else None
         if path is not None:
+            if row is not None and not self.store.is_ours(row, path):
+                self.ledger.disowned(content)
             return path
         if row is None:
             message = (
@@ -346,7 +349,7 @@ class Leases:
             with self.ledger.transaction() as decide:
                 claimed = decide.claim(content, absent=whole)
             if claimed:
-                fetches[content] = Fetch(content, file, unit.name, fresh=False)
+                fetches[content] = Fetch(content, file, unit.name)
                 self.fetches.add(fetches[content])
         else:
             ours = self.fetches.promote(content)

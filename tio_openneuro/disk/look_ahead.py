@@ -303,8 +303,7 @@ class LookAhead:
         """Begin to fetch what was reserved ahead of its use, and return the fetches."""
         begun = []
         for content in answer.fetch:
-            fresh = content not in answer.resumed
-            begun.append(Fetch(content, files[content], unit.name, fresh, ahead=True))
+            begun.append(Fetch(content, files[content], unit.name, ahead=True))
             self._fetches.add(begun[-1])
         self._fetches.start(self._plan)
         return begun

@@ -76,6 +76,7 @@ class PreparedRepo:
         *,
         owner_fd: int | None = None,  # noqa: ARG002 - the seam's
         cancelled: Callable[[], bool] | None = None,  # noqa: ARG002 - the seam's
+        made: Callable[[Path], object] | None = None,  # noqa: ARG002 - the seam's
     ) -> Path:
         """Raise: nobody gives a prepared volume but who prepares it.
 

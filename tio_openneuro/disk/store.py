@@ -16,7 +16,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentRepo, ContentUnit
+from tio_openneuro.content import (
+    UNCLAIMED,
+    AnnexKey,
+    ContentFile,
+    ContentId,
+    ContentRepo,
+    ContentUnit,
+    is_same_file,
+    mark_of,
+)
 from tio_openneuro.disk.statistics import DiskCounters
 from tio_openneuro.errors import (
     ContentMismatchError,
@@ -30,6 +39,13 @@ from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
 _CANCEL_POLL_S = 0.1
+_LAST_SIGN_NS = 200_000_000
+_DYING_NS = 10_000_000_000
+
+_UNSEEN = (
+    "the clone {} cannot be seen: it was moved, deleted or not mounted, or permission lacks. What "
+    "it holds stays charged"
+)
 
 OpenRepo = Callable[[Path, tuple[str, ...]], ContentRepo]
 
@@ -42,7 +58,6 @@ class Fetch:
         content: Whose content it is.
         file: Clone, key and path.
         unit: Name of the unit, for messages.
-        fresh: Whether the content was reserved just now, so nothing of it is ours yet.
         ahead: Whether nobody in this process waits for it.
         started: Whether a thread carries it out.
         cancel: Set to end it soon.
@@ -54,7 +69,6 @@ class Fetch:
     content: ContentId
     file: ContentFile
     unit: str
-    fresh: bool
     ahead: bool = False
     started: bool = False
     cancel: threading.Event = field(default_factory=threading.Event)
@@ -162,11 +176,11 @@ class Store:
                 self._used[id(repo)] = (repo, dict(repo.counts))
             return repo
 
-    def is_whole(self, row: ContentRow) -> bool:
-        """Return whether the disk has the content in its full size."""
+    def whole(self, row: ContentRow) -> Path | None:
+        """Return the file that has the content in its full size, if the disk has one."""
         repo = self.repo_of(row.content.clone)
         path = None if repo is None else repo.locate(key_of(row.content))
-        return path is not None and path.stat().st_size == row.size_bytes
+        return path if path is not None and path.stat().st_size == row.size_bytes else None
 
     def counts(self) -> Counter[str]:
         """Return what the clones count of this process's fetches."""
@@ -189,42 +203,72 @@ class Store:
     def carry_out(self, fetch: Fetch) -> None:
         """Fetch reserved content; on failure clear its partial download away, then return its room.
 
+        It is ours only where our own transfer put it there: the user may fetch it beside us.
+
         Raises:
             FetchError: It did not arrive; the ledger knows.
         """
         repo, key = fetch.file.repo, fetch.file.key
+        marks: list[str] = []
+        began_s = time.monotonic()
         try:
-            path = repo.locate(key)
-            if path is not None and fetch.fresh:
-                # It came between the look at the disk and the reservation, from somebody else.
-                self._ledger.disowned(fetch.content)
-                fetch.path = path
-                return
-            if path is None:
-                began_s = time.monotonic()
-                path = self._get(fetch)
-                self._counters.add(
-                    fetched_files=1,
-                    fetched_bytes=key.size_bytes or 0,
-                    fetch_s=time.monotonic() - began_s,
-                )
+            path = self._get(fetch, lambda file: marks.append(mark_of(file, repo.path)))
             self._verify(fetch, path)
         except TioOpenNeuroError:
             if not fetch.cancel.is_set():
                 self._counters.add(failures=1)
-            self._ledger.failed(fetch.content, empty=self._discard(repo, key))
-            path = repo.locate(key) if fetch.cancel.is_set() else None
-            if path is not None and path.stat().st_size == key.size_bytes:
-                # It arrived in that instant. After another failure it may be the user's own.
-                self._ledger.arrived(fetch.content)
+            empty = self._discard(repo, key)
+            path_now = repo.locate(key)
+            if path_now is None or not empty:
+                self._ledger.failed(fetch.content, empty=empty)
+            else:
+                self.take_in(fetch.content, path_now, *marks)
             raise
         except BaseException:
             self._counters.add(failures=1)
             self._ledger.failed(fetch.content, empty=False)
             raise
-        self._ledger.arrived(fetch.content)
+        self.take_in(fetch.content, path, *marks)
         fetch.path = path
-        self._log("Fetched", fetch.content, key.size_bytes or 0, f"for {fetch.unit}", gained=True)
+        if marks:
+            seconds = time.monotonic() - began_s
+            size_bytes = key.size_bytes or 0
+            self._counters.add(fetched_files=1, fetched_bytes=size_bytes, fetch_s=seconds)
+            self._log("Fetched", fetch.content, size_bytes, f"for {fetch.unit}", gained=True)
+
+    def take_in(self, content: ContentId, path: Path, mark: str = "") -> None:
+        """Record whose the whole file of reserved content is.
+
+        Args:
+            content: What was reserved.
+            path: The file.
+            mark: Its mark, where a transfer of this process made it; else it is told by what the
+                ledger has noted.
+        """
+        row = None if mark else self._ledger.rows([content]).get(content)
+        if row is None:
+            ours: bool | None = bool(mark)
+        elif row.mark.isdecimal():
+            # Whoever fetched it died. Its children may have lived a little longer, and nobody
+            # can tell what came then from what the user fetched.
+            later_ns = path.stat().st_ctime_ns - int(row.mark)
+            ours = True if later_ns < _LAST_SIGN_NS else False if later_ns > _DYING_NS else None
+        else:
+            ours = bool(row.mark) and self.is_ours(row, path)
+        if ours is False:
+            self._ledger.disowned(content)
+        else:
+            here = self._mark_of(content, path)
+            self._ledger.arrived(content, mark or (UNCLAIMED if ours is None else here))
+
+    def _mark_of(self, content: ContentId, path: Path) -> str:
+        return mark_of(path, self._repos[content.clone].path)
+
+    def is_ours(self, row: ContentRow, path: Path) -> bool:
+        """Return whether a file is the one that the ledger charges, and no other in its place."""
+        if row.mark in {"", UNCLAIMED} or row.mark.isdecimal():
+            return True
+        return is_same_file(row.mark, self._mark_of(row.content, path))
 
     def is_cancelled(self, fetch: Fetch) -> bool:
         """Return whether somebody, here or in another process, wants a fetch to end."""
@@ -232,13 +276,14 @@ class Store:
             fetch.cancel.set()
         return fetch.cancel.is_set()
 
-    def _get(self, fetch: Fetch) -> Path:
+    def _get(self, fetch: Fetch, made: Callable[[Path], object]) -> Path:
         asked_s = time.monotonic()
 
         def cancelled() -> bool:
             nonlocal asked_s
             if time.monotonic() - asked_s > _CANCEL_POLL_S:
                 asked_s = time.monotonic()
+                self._ledger.lock.show_alive()
                 return self.is_cancelled(fetch)
             return fetch.cancel.is_set()
 
@@ -246,7 +291,9 @@ class Store:
             message = f"Did not fetch {fetch.file.path}: its room was needed, or the engine closes."
             raise FetchError(message, key=fetch.file.key.name, unit=fetch.unit)
         owner_fd = self._ledger.lock.inheritable
-        return fetch.file.repo.get(fetch.file.key, owner_fd=owner_fd, cancelled=cancelled)
+        return fetch.file.repo.get(
+            fetch.file.key, owner_fd=owner_fd, cancelled=cancelled, made=made
+        )
 
     def _verify(self, fetch: Fetch, path: Path) -> None:
         """Check the size, which the budget relies on; the checksum is git-annex's to check."""
@@ -265,10 +312,10 @@ class Store:
         """Remove a partial download; return whether nothing is left that must stay charged."""
         try:
             repo.discard_partial(key)
-            return repo.locate(key) is None
         except (TioOpenNeuroError, OSError) as error:
             _LOGGER.warning("Could not clear away the download of %s: %s", key, error)
             return False
+        return True
 
     # Drop
 
@@ -293,10 +340,18 @@ class Store:
     def _drop_one(self, content: ContentId, reason: str) -> bool:
         try:
             repo, key = self.repo_of(content.clone), key_of(content)
-            if repo is not None and repo.locate(key) is None:
+            if repo is None:
+                raise NotAnAnnexError(_UNSEEN.format(content.clone))
+            row, path = self._ledger.rows([content]).get(content), repo.locate(key)
+            if path is not None and (row is None or not self.is_ours(row, path)):
+                _LOGGER.info("Not charged any more: %s, which somebody replaced", content.key)
+                repo.discard_partial(key)
+                self._ledger.disowned(content)
+                return False
+            if path is None:
                 # What is there in another size was put there by somebody else.
                 repo.discard_partial(key)
-            elif repo is not None:
+            else:
                 repo.drop(key)
         except DropRefusedError as error:
             _LOGGER.warning("Keeping %s, which stays charged: %s", content.key, error)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from tio_openneuro.content import ContentId
+from tio_openneuro.content import UNCLAIMED, ContentId
 from tio_openneuro.errors import LedgerError
 from tio_openneuro.ledger.database import LedgerDatabase
 from tio_openneuro.ledger.owners import OwnerLock, OwnerRecord, runs, take_if_dead, this_process
@@ -158,15 +158,15 @@ class Ledger:
 
     # What became of content
 
-    def arrived(self, content: ContentId) -> None:
-        """Note that reserved content is whole on disk."""
+    def arrived(self, content: ContentId, mark: str = "") -> None:
+        """Note that content is whole on disk, and which file it is."""
         self._db.report(
             (
                 (
                     "UPDATE content SET state = 'present', owner = NULL, prefetch = 0, "
-                    f"cancel = 0, refused = 0 {HERE}"
+                    f"cancel = 0, refused = ?, mark = ? {HERE}"
                 ),
-                content,
+                (mark == UNCLAIMED, mark, *content),
             )
         )
 
@@ -293,13 +293,21 @@ class Ledger:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since_s))
         return owner.budget_bytes, f", stated by process {who} since {since}"
 
-    def remember_clone(self, path: str, remotes: Sequence[str]) -> None:
-        """Keep which remotes a clone's content comes from, for whoever evicts it."""
+    def remember_clone(self, path: str, remotes: Sequence[str], place: str = "") -> None:
+        """Keep which remotes a clone's content comes from, for whoever evicts it.
+
+        Args:
+            path: From the root, or absolute where it lies elsewhere.
+            remotes: Their names.
+            place: Device and inode of its git folder: what was known under another path is it.
+        """
         with self._db.writing() as db:
+            moved = "UPDATE OR IGNORE clone SET path = ? WHERE place = ? AND place <> ''"
+            db.execute(moved, (path, place))
             db.execute(
-                "INSERT INTO clone (path, remotes) VALUES (?, ?) "
-                "ON CONFLICT DO UPDATE SET remotes = excluded.remotes",
-                (path, json.dumps(list(remotes))),
+                "INSERT INTO clone (path, remotes, place) VALUES (?, ?, ?) ON CONFLICT "
+                "DO UPDATE SET remotes = excluded.remotes, place = excluded.place",
+                (path, json.dumps(list(remotes)), place),
             )
 
     def clones(self) -> dict[str, tuple[str, ...]]:
@@ -329,6 +337,11 @@ class Ledger:
                 lock = take_if_dead(self._lock_path(owner.owner_id), owner)
                 if lock is not None:
                     locks.append(lock)
+                    db.execute(
+                        "UPDATE content SET mark = ? WHERE state = 'reserved' AND "
+                        "owner = (SELECT id FROM owner WHERE name = ?)",
+                        (str(lock.lived_until_ns()), owner.owner_id),
+                    )
                     forget = db.execute("DELETE FROM owner WHERE name = ?", (owner.owner_id,))
                     # Else somebody else has forgotten it meanwhile.
                     dead += [owner] * forget.rowcount

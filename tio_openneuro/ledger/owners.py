@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +99,15 @@ class OwnerLock:
     def inheritable(self) -> int | None:
         """Descriptor for children to inherit, or None where the system has no such thing."""
         return None if sys.platform == "win32" else self.descriptor
+
+    def show_alive(self) -> None:
+        """Note in the file that the owner lives; the time since when it does stays."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path, ns=(time.time_ns(), self.path.stat().st_mtime_ns))
+
+    def lived_until_ns(self) -> int:
+        """Return when the owner last noted that it lives."""
+        return os.fstat(self.descriptor).st_atime_ns
 
     def let_go(self) -> None:
         """Close the descriptor; in a forked child this leaves the parent's lock as it is."""

@@ -65,6 +65,9 @@ class ContentRow:
         state: Its state.
         owner_id: Who fetches or drops it, or an empty string.
         leased: Whether anybody leases it.
+        mark: Of the file that is charged, :func:`~tio_openneuro.content.mark_of`, or
+            :data:`~tio_openneuro.content.UNCLAIMED`. Of what a process fetched when it died, until
+            when it is known to have lived, in nanoseconds.
     """
 
     content: ContentId
@@ -72,14 +75,14 @@ class ContentRow:
     state: ContentState
     owner_id: str
     leased: bool
+    mark: str
 
     @classmethod
     def read(cls, values: tuple[Any, ...]) -> ContentRow:
         """Return the row that a query of :data:`ROWS` gave."""
-        clone, key, size_bytes, state, owner_id, leased = values
-        return cls(
-            ContentId(clone, key), size_bytes, ContentState(state), owner_id, leased=bool(leased)
-        )
+        clone, key, size_bytes, state, owner_id, leased, mark = values
+        content = ContentId(clone, key)
+        return cls(content, size_bytes, ContentState(state), owner_id, bool(leased), mark)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,8 @@ INSERT INTO sums DEFAULT VALUES;
 CREATE TABLE clone (
     id INTEGER PRIMARY KEY,
     path TEXT NOT NULL UNIQUE,
-    remotes TEXT NOT NULL DEFAULT '[]'
+    remotes TEXT NOT NULL DEFAULT '[]',
+    place TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE owner (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -168,6 +172,7 @@ CREATE TABLE content (
     last_use INTEGER NOT NULL DEFAULT 0,
     leases INTEGER NOT NULL DEFAULT 0,
     next_owner INTEGER, next_position INTEGER,
+    mark TEXT NOT NULL DEFAULT '',
     used_bytes AS (size_bytes),
     reserved_bytes AS (size_bytes * (state = 'reserved')),
     pending_bytes AS (size_bytes * (
@@ -182,6 +187,7 @@ CREATE TABLE content (
 );
 CREATE INDEX content_owner ON content (owner) WHERE owner IS NOT NULL;
 CREATE INDEX content_unfinished ON content (id) WHERE state <> 'present';
+CREATE INDEX content_unclaimed ON content (size_bytes) WHERE mark = '?';
 CREATE INDEX content_empty ON content (id) WHERE empty;
 CREATE INDEX content_victim ON content (next_owner, next_position DESC, last_use) WHERE evictable;
 CREATE TABLE lease (
@@ -268,7 +274,7 @@ SELECT id, position, (
 ORDERS = "SELECT COUNT(*) FROM owner WHERE ordered"
 ROWS = """
 SELECT path, key, size_bytes, state,
-    COALESCE((SELECT name FROM owner WHERE owner.id = content.owner), ''), leases > 0
+    COALESCE((SELECT name FROM owner WHERE owner.id = content.owner), ''), leases > 0, mark
 FROM content CROSS JOIN clone ON clone.id = content.clone
 """
 HELD_AFTER = """
@@ -276,6 +282,7 @@ SELECT content.id, path, key, position FROM content CROSS JOIN clone ON clone.id
 LEFT JOIN upcoming ON upcoming.content = content.id AND upcoming.owner = ?
 WHERE content.id > ? ORDER BY content.id LIMIT ?
 """
+UNCLAIMED_BYTES = "SELECT SUM(size_bytes) FROM content WHERE mark = '?'"
 FORGET_EMPTY = (
     "DELETE FROM content WHERE empty AND state = 'reserved' AND owner IS NULL AND leases = 0"
 )

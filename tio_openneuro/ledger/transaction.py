@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tio_openneuro.content import ContentId
+from tio_openneuro.content import UNCLAIMED, ContentId
 from tio_openneuro.ledger.eviction import (
     EVER,
     Resident,
@@ -415,6 +415,7 @@ class Transaction:
             row
             for row in rows
             if not row.leased and (not row.owner_id or row.state is ContentState.PRESENT)
+            if row.mark != UNCLAIMED
         ]
         self._mark([row.content for row in idle], ContentState.DROPPING)
         return idle
