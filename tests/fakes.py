@@ -234,6 +234,8 @@ class FakeRepo:
         """Return the keys that the remote has lost."""
         return {key: self.lost[key] for key in keys if key in self.lost}
 
+    gone = unavailable
+
     def close(self) -> None:
         """Count how often it was closed; fetches under way end."""
         self.closed += 1

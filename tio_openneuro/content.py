@@ -214,6 +214,9 @@ class ContentRepo(Protocol):
     def unavailable(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
         """Return the keys known to have no remote that can give them, each with the reason."""
 
+    def gone(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
+        """Return the keys that no remote has now, each with the reason; each is asked for once."""
+
     def close(self) -> None:
         """End every child process of this process; the next call starts them again."""
 

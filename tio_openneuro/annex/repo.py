@@ -32,7 +32,9 @@ from tio_openneuro.annex.branch import (
     version_logs,
 )
 from tio_openneuro.annex.children import AnnexChildren
+from tio_openneuro.annex.environment import annex_environment
 from tio_openneuro.annex.messages import Failure, Retries
+from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.transfer import OWN_PREFIX, POLL_S, TransferError, TransferRequest
 from tio_openneuro.content import AnnexKey, StoredContent
 from tio_openneuro.errors import (
@@ -257,6 +259,28 @@ class AnnexRepo:
         exported = exported_keys(self.path, ref, living) if lacking else set()
         return {key: _NO_VERSION for key in lacking if key not in exported} | unsafe
 
+    def gone(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
+        """Return the keys that no trusted remote has now, each with the reason.
+
+        Each remote is asked once for each key that it is recorded to have, and that no other one
+        said to have.
+        """
+        lost = self.unavailable(keys)
+        unsure = [key for key in keys if key not in lost]
+        for remote in self.remotes:
+            lines = "".join(f"{key.text}\n" for key in unsure).encode(errors="surrogateescape")
+            command = ["git", "annex", "checkpresentkey", "--batch", remote]
+            timeout_s = self._total_timeout_s + len(unsure)
+            said = run(
+                command,
+                cwd=self.path,
+                stdin=lines,
+                timeout_s=timeout_s,
+                environment=annex_environment(),
+            ).split()
+            unsure = [key for key, has in zip(unsure, said, strict=True) if has != b"1"]
+        return lost | dict.fromkeys(unsure, "no remote answers that it has it")
+
     def _versioned(self) -> tuple[str, list[str]]:
         """Return the git-annex branch's ref, empty where not all trusted remotes keep versions.
 
@@ -323,8 +347,10 @@ class AnnexRepo:
                 return TransferError(Failure.CORRUPT, said)
             self._refuse_stopped(request)
             failed = children.get(request)
-            found = self.locate(key) if failed is None else None
-            if found is not None and made is not None:
+            # After a failure it may be there all the same: git-annex has nothing to say of a key
+            # that the user fetched in that instant.
+            found = self.locate(key)
+            if found is not None and failed is None and made is not None:
                 made(found)
             self._refuse_stopped(request)
             if found is not None:

@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-from tio_openneuro.content import ContentFile, ContentId, ContentUnit
+from tio_openneuro.content import ContentFile, ContentId, ContentUnit, mark_of
 from tio_openneuro.disk.leases import Leases
 from tio_openneuro.disk.store import Fetch
 from tio_openneuro.ledger import Answer, Transaction
@@ -114,7 +114,11 @@ def adopt(leases: Leases, units: Iterable[ContentUnit]) -> int:
     """Charge content that was there before: see :meth:`Engine.adopt`."""
     files = {c: file for unit in units for c, file in leases.store.files_of(unit).items()}
     known = leases.ledger.rows(files)
-    wants = [w for w in leases.store.wants(files) if w.located and w.content not in known]
+    wants = [
+        want
+        for want in leases.store.wants(files)
+        if want.located and not leases.store.has_owner(known.get(want.content))
+    ]
     lost = _unavailable([files[want.content] for want in wants])
     adopted_bytes = 0
     since = _keep(leases, ())
@@ -130,18 +134,22 @@ def adopt(leases: Leases, units: Iterable[ContentUnit]) -> int:
                 format_size(adopted_bytes),
             )
             break
+        file = files[want.content]
+        path = file.repo.locate(file.key)
+        if path is not None:
+            leases.ledger.arrived(want.content, mark_of(path, file.repo.path))
         adopted_bytes += want.size_bytes
     return adopted_bytes
 
 
 def _unavailable(files: Iterable[ContentFile]) -> set[str]:
-    """Return the keys that no remote could give back, as far as the clone can tell."""
+    """Return the keys that no remote can give back; each is asked for once."""
     found = set()
     by_repo: dict[int, list[ContentFile]] = {}
     for file in files:
         by_repo.setdefault(id(file.repo), []).append(file)
     for group in by_repo.values():
-        for key, reason in group[0].repo.unavailable([file.key for file in group]).items():
+        for key, reason in group[0].repo.gone([file.key for file in group]).items():
             _LOGGER.warning("Not adopted, since it could not be fetched again: %s: %s", key, reason)
             found.add(key.name)
     return found

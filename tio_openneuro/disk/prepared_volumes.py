@@ -110,6 +110,8 @@ class PreparedRepo:
         """Return why no key can be adopted or fetched: there is no remote."""
         return dict.fromkeys(keys, "a prepared volume has no remote")
 
+    gone = unavailable
+
     def close(self) -> None:
         """Do nothing: no child serves the folder."""
 

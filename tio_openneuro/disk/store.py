@@ -34,7 +34,7 @@ from tio_openneuro.errors import (
     NotAnAnnexError,
     TioOpenNeuroError,
 )
-from tio_openneuro.ledger import Changes, ContentRow, Ledger, Want, free_bytes
+from tio_openneuro.ledger import Changes, ContentRow, ContentState, Ledger, Want, free_bytes
 from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
@@ -263,6 +263,16 @@ class Store:
 
     def _mark_of(self, content: ContentId, path: Path) -> str:
         return mark_of(path, self._repos[content.clone].path)
+
+    def has_owner(self, row: ContentRow | None) -> bool:
+        """Return whether what the ledger has is this library's; forget what was replaced."""
+        path = None if row is None else self.whole(row)
+        if row is None or path is None or row.state is not ContentState.PRESENT:
+            return row is not None
+        if not self.is_ours(row, path):
+            self._ledger.disowned(row.content)
+            return False
+        return row.mark != UNCLAIMED
 
     def is_ours(self, row: ContentRow, path: Path) -> bool:
         """Return whether a file is the one that the ledger charges, and no other in its place."""

@@ -226,7 +226,7 @@ class Transaction:
             want: The content.
             since: Turn since when what was used or adopted stays, where no use of it is known.
         """
-        if self.adopt(want):
+        if want.content in self.rows([want.content]) or self.adopt(want):
             return Answer(granted=True)
         return self.make_room(want.size_bytes, kept, since)
 
