@@ -163,8 +163,7 @@ class FakeRepo:
             self.object_path(key).parent.mkdir(parents=True, exist_ok=True)
             partial.rename(self.object_path(key))
             self.note("fetches", key.name)
-            if made is not None:
-                made(self.object_path(key))
+            (made or Path)(self.object_path(key))
             return self.object_path(key)
 
     def _stopped(self, cancelled: Callable[[], bool] | None) -> Callable[[], bool]:
@@ -235,6 +234,11 @@ class FakeRepo:
         return {key: self.lost[key] for key in keys if key in self.lost}
 
     gone = unavailable
+
+    def discard_spoilt(self, key: AnnexKey) -> None:
+        """Remove an object of another size."""
+        if self.locate(key) is None:
+            self.object_path(key).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Count how often it was closed; fetches under way end."""

@@ -102,7 +102,8 @@ class ContentId(NamedTuple):
     """Name one annex key's content in one clone, in the engine and in the ledger alike.
 
     Attributes:
-        clone: Absolute real folder of the clone.
+        clone: Real folder of the clone, from the root; absolute where it lies elsewhere. Of a
+            linked work tree it is the main one's.
         key: Name of the annex key.
     """
 
@@ -146,7 +147,8 @@ class StoredContent:
     Attributes:
         key_name: Name of its annex key.
         size_bytes: Bytes that it has on disk now.
-        partial: Whether it is a download that is not complete.
+        partial: Whether it is a download that is not complete, or else of no use: an object of
+            another size or name, a second one of the key, one that git-annex found rotten.
     """
 
     key_name: str
@@ -207,6 +209,9 @@ class ContentRepo(Protocol):
 
     def discard_partial(self, key: AnnexKey) -> None:
         """Remove what is left of an unfinished download of the key, if anything."""
+
+    def discard_spoilt(self, key: AnnexKey) -> None:
+        """Remove what takes room under the key and is not its content; in clones of ours alone."""
 
     def stored(self) -> Iterator[StoredContent]:
         """Yield every object and every partial download that lies in the clone."""

@@ -135,10 +135,10 @@ def test_what_the_user_fetched_after_our_death_is_theirs(
             while not list(repo.stored()):
                 assert worker.process.is_running()
             worker.kill()
+            for child in _holders(repo):
+                os.kill(child, 9)
     finally:
         openneuro.clear_faults()
-    for child in _holders(repo):
-        os.kill(child, 9)
     user(repo, "annex", "get", "--from", "s3-PUBLIC", "--key", key_of(unit).text)
     path = repo.locate(key_of(unit))
     assert path is not None

@@ -10,6 +10,7 @@ Never uses ``--force``, and never initialises a clone or enables a remote.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import logging
 import os
@@ -49,6 +50,8 @@ _LOG = logging.getLogger(__name__)
 
 _SLOWEST_BYTES_PER_S = 50e3
 _DROP_ATTEMPTS = 4
+# Of a file that may be there all the same.
+_UNSEEN = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 _NO_VERSION = "no S3 version id is recorded for it, so that the remote cannot give it"
 
 
@@ -155,6 +158,7 @@ class AnnexRepo:
         if why := _why_unsafe(key):
             message = f"Refused to fetch {key}: {why}. Skip this file."
             raise UnsafeDatasetError(message, key=key.name)
+        self._refuse_unseen()
         children = self._children()
         begun_s = time.monotonic()
         allowed_s = self._total_timeout_s + (key.size_bytes or 0) / _SLOWEST_BYTES_PER_S
@@ -203,6 +207,11 @@ class AnnexRepo:
                 # Another process may hold the content's lock for the length of its own drop.
                 children.closing.wait(POLL_S * 2**attempt)
             said = children.drop(key)
+            place, other = (self._git_folder / path for path in key.object_paths())
+            if not said and not place.exists() and other.exists():
+                # Where git-annex does not look, and others may find it.
+                other.parent.chmod(0o755)
+                other.unlink(missing_ok=True)
         if self._object_exists(key):
             message = (
                 f"Cannot drop {key} from {self.path}: {said or 'git-annex gave no reason'}. "
@@ -214,6 +223,7 @@ class AnnexRepo:
 
     def discard_partial(self, key: AnnexKey) -> None:
         """Remove what is left of an unfinished download of the key, if anything."""
+        self._refuse_unseen()
         for leftover in self._partial_paths(key):
             with contextlib.suppress(FileNotFoundError):
                 leftover.lstat()  # On a read-only disk unlink complains before it looks.
@@ -222,15 +232,56 @@ class AnnexRepo:
                 except (IsADirectoryError, PermissionError):
                     shutil.rmtree(leftover, ignore_errors=True)
 
+    def discard_spoilt(self, key: AnnexKey) -> None:
+        """Remove what takes room under the key and is not its content; in clones of ours alone."""
+        self._refuse_unseen()
+        for file in self._spoilt(key):
+            with contextlib.suppress(FileNotFoundError):
+                file.parent.chmod(0o755)
+                file.unlink()
+
+    def _spoilt(self, key: AnnexKey) -> Iterator[Path]:
+        """Yield the files under a key that are not its content: cut, rotten, misplaced."""
+        whole = self.locate(key)
+        folders = [(self._git_folder / path).parent for path in key.object_paths()]
+        for folder in dict.fromkeys(folders):
+            for file in folder.iterdir() if folder.is_dir() else ():
+                if file != whole and file.suffix != ".lck" and _file_size(file) is not None:
+                    yield file
+        bad = self._git_folder / "annex" / "bad" / key.name
+        if bad.exists():
+            yield bad
+
+    def _refuse_unseen(self) -> None:
+        """Raise where the clone is not where it was: what it holds is not gone for that."""
+        if not (self._git_folder / "objects").is_dir():
+            message = (
+                f"Cannot see the clone {self.path}: it was moved or deleted, or is not mounted. "
+                f"What it holds stays charged; put it back where it was."
+            )
+            raise NotAnAnnexError(message)
+
     def stored(self) -> Iterator[StoredContent]:
         """Yield every object and every partial download that lies in the clone."""
         objects = self._git_folder / "annex" / "objects"
+        found: dict[str, AnnexKey] = {}
         # Path.glob raises where another process removes a folder meanwhile.
         for relative in sorted(glob.iglob("*/*/*", root_dir=objects)):  # noqa: PTH207
             folder = objects / relative
-            size_bytes = _file_size(folder / folder.name)
-            if size_bytes is not None:
-                yield StoredContent(folder.name, size_bytes, partial=False)
+            key = AnnexKey.parse(folder.name) or AnnexKey(folder.name, None)
+            whole = self.locate(key)
+            if whole is not None and whole.parent == folder:
+                with contextlib.suppress(FileNotFoundError):
+                    yield StoredContent(key.name, whole.stat().st_size, partial=False)
+            if folder in {(self._git_folder / path).parent for path in key.object_paths()}:
+                found.setdefault(key.name, key)
+        with contextlib.suppress(FileNotFoundError):
+            for file in (self._git_folder / "annex" / "bad").iterdir():
+                found.setdefault(file.name, AnnexKey.parse(file.name) or AnnexKey(file.name, None))
+        for key in found.values():
+            for file in self._spoilt(key):
+                if size_bytes := _file_size(file):
+                    yield StoredContent(key.name, size_bytes, partial=True)
         with contextlib.suppress(FileNotFoundError):
             for file in sorted((self._git_folder / "annex" / "tmp").iterdir()):
                 size_bytes = _file_size(file)
@@ -409,6 +460,9 @@ def _file_size(path: Path) -> int | None:
     """Return the size of a regular file; None where there is none."""
     try:
         found = path.stat()
-    except OSError:
+    except OSError as error:
+        if error.errno in _UNSEEN:
+            message = f"Cannot look at {path}: {error.strerror}. What lies there stays charged."
+            raise NotAnAnnexError(message) from error
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None

@@ -370,6 +370,7 @@ class Leases:
     def abandon(self) -> None:
         """Let go of what a fork carried over, without touching what is the parent's."""
         self.ledger.lock.let_go()
+        self.store.let_go()
 
     def close(self) -> None:
         """End threads, fetches, children and the owner; at once, and at most once."""

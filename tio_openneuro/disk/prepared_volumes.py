@@ -17,13 +17,13 @@ from pathlib import Path
 
 from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentUnit, StoredContent
 from tio_openneuro.disk.leases import Leases
+from tio_openneuro.disk.store import FOLDER
 from tio_openneuro.errors import FetchError, LedgerError
 from tio_openneuro.ledger import Answer, Transaction, Want, is_worth_room
 from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
 _LATEST = 1 << 60
-FOLDER = "prepared"
 _SUFFIX = ".part"
 
 
@@ -111,6 +111,9 @@ class PreparedRepo:
         return dict.fromkeys(keys, "a prepared volume has no remote")
 
     gone = unavailable
+
+    def discard_spoilt(self, key: AnnexKey) -> None:
+        """Do nothing: a file is whole or partial."""
 
     def close(self) -> None:
         """Do nothing: no child serves the folder."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tio_openneuro.annex import git_folder
 from tio_openneuro.content import (
     UNCLAIMED,
     AnnexKey,
@@ -31,21 +32,32 @@ from tio_openneuro.errors import (
     ContentMismatchError,
     DropRefusedError,
     FetchError,
+    LedgerError,
     NotAnAnnexError,
     TioOpenNeuroError,
 )
-from tio_openneuro.ledger import Changes, ContentRow, ContentState, Ledger, Want, free_bytes
+from tio_openneuro.ledger import (
+    Changes,
+    ContentRow,
+    ContentState,
+    Ledger,
+    Want,
+    free_bytes,
+    hold_folder,
+)
 from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
 _CANCEL_POLL_S = 0.1
-_LAST_SIGN_NS = 200_000_000
+_LAST_SIGN_NS = 150_000_000
 _DYING_NS = 10_000_000_000
 
-_UNSEEN = (
+UNSEEN = (
     "the clone {} cannot be seen: it was moved, deleted or not mounted, or permission lacks. What "
     "it holds stays charged"
 )
+
+FOLDER = "prepared"
 
 OpenRepo = Callable[[Path, tuple[str, ...]], ContentRepo]
 
@@ -107,6 +119,8 @@ class Store:
         self._changes = changes
         self._open_repo = open_repo
         self._floor_bytes = floor
+        self._root = Path(os.path.realpath(ledger.folder.parent))
+        self._held: list[int] = []
         self._mutex = threading.Lock()
         self._repos: dict[str, ContentRepo] = {}
         self._clones: dict[int, str] = {}
@@ -118,14 +132,41 @@ class Store:
         """Return the ledger's name of a file's content, and remember its clone."""
         clone = self._clones.get(id(file.repo))
         if clone is None:
-            clone = os.path.realpath(file.repo.path)
+            clone = self._name_of(file.repo)
             with self._mutex:
                 self._repos.setdefault(clone, file.repo)
                 # Several may stand for one clone, each with children of its own.
                 self._used.setdefault(id(file.repo), (file.repo, dict(file.repo.counts)))
-            self._ledger.remember_clone(clone, file.repo.remotes)
+            here = (git_folder(file.repo.path) or file.repo.path).stat()
+            place = f"{here.st_dev}:{here.st_ino}"
+            self._ledger.remember_clone(clone, file.repo.remotes, place)
             self._clones[id(file.repo)] = clone
         return ContentId(clone, file.key.name)
+
+    def _name_of(self, repo: ContentRepo) -> str:
+        """Return the ledger's name of a clone, which no other root may use meanwhile."""
+        found = Path(os.path.realpath(git_folder(repo.path) or repo.path))
+        folder = found.parent if found.name == ".git" else found
+        descriptor = hold_folder(found, self._root)
+        if descriptor < 0:
+            message = (
+                f"Cannot use the clone {folder} under the root {self._root}: a process that runs "
+                f"uses it under another root, and two ledgers would each allow their own budget. "
+                f"Give that root, or wait until the process has ended."
+            )
+            raise LedgerError(message)
+        self._held.append(descriptor)
+        inside = folder.is_relative_to(self._root)
+        return folder.relative_to(self._root).as_posix() if inside else str(folder)
+
+    def path_of(self, clone: str) -> Path:
+        """Return the folder of a clone that the ledger names."""
+        return self._root / clone
+
+    @staticmethod
+    def is_own(clone: str) -> bool:
+        """Return whether a clone is one that this library made."""
+        return clone.partition("/")[0] in {"clones", FOLDER}
 
     def files_of(self, unit: ContentUnit) -> dict[ContentId, ContentFile]:
         """Return a unit's files by their content, each key of a clone once."""
@@ -163,13 +204,14 @@ class Store:
 
     def repo_of(self, clone: str) -> ContentRepo | None:
         """Return the clone, opened where only the ledger knows it; None where it is gone."""
-        if not Path(clone).is_dir():
+        folder = self.path_of(clone)
+        if not folder.is_dir() or (clone != FOLDER and git_folder(folder) is None):
             return None
         with self._mutex:
             repo = self._repos.get(clone)
             if repo is None:
                 try:
-                    repo = self._open_repo(Path(clone), self._ledger.clones().get(clone, ()))
+                    repo = self._open_repo(folder, self._ledger.clones().get(clone, ()))
                 except NotAnAnnexError:
                     return None
                 self._repos[clone] = repo
@@ -197,6 +239,12 @@ class Store:
             repos = [repo for repo, _ in self._used.values()]
         for repo in repos:
             repo.close()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Leave the clones to other roots, as far as this process is concerned."""
+        while self._held:
+            os.close(self._held.pop())
 
     # Fetch
 
@@ -212,6 +260,9 @@ class Store:
         marks: list[str] = []
         began_s = time.monotonic()
         try:
+            if self.is_own(fetch.content.clone):
+                # Cut by a power failure, or put aside by a check: it would take room twice.
+                repo.discard_spoilt(key)
             path = self._get(fetch, lambda file: marks.append(mark_of(file, repo.path)))
             self._verify(fetch, path)
         except TioOpenNeuroError:
@@ -255,6 +306,8 @@ class Store:
             ours = True if later_ns < _LAST_SIGN_NS else False if later_ns > _DYING_NS else None
         else:
             ours = bool(row.mark) and self.is_ours(row, path)
+        if not ours:
+            self._discard(self._repos[content.clone], key_of(content))
         if ours is False:
             self._ledger.disowned(content)
         else:
@@ -351,7 +404,7 @@ class Store:
         try:
             repo, key = self.repo_of(content.clone), key_of(content)
             if repo is None:
-                raise NotAnAnnexError(_UNSEEN.format(content.clone))
+                raise NotAnAnnexError(UNSEEN.format(content.clone))
             row, path = self._ledger.rows([content]).get(content), repo.locate(key)
             if path is not None and (row is None or not self.is_ours(row, path)):
                 _LOGGER.info("Not charged any more: %s, which somebody replaced", content.key)
@@ -363,6 +416,8 @@ class Store:
                 repo.discard_partial(key)
             else:
                 repo.drop(key)
+            if self.is_own(content.clone):
+                repo.discard_spoilt(key)
         except DropRefusedError as error:
             _LOGGER.warning("Keeping %s, which stays charged: %s", content.key, error)
             self._give_back(content, refused=True)
@@ -372,6 +427,8 @@ class Store:
             self._give_back(content, refused=False)
             return False
         size_bytes = self._ledger.dropped(content)
+        if path is None and row is not None and row.mark:
+            return False  # Somebody else removed it, so that we made no room.
         self._counters.add(evicted_files=1, evicted_bytes=size_bytes)
         self._log("Evicted", content, size_bytes, reason, gained=False)
         return True

@@ -7,6 +7,7 @@ budget. Never touches content: callers drop and fetch, and report.
 from tio_openneuro.ledger.changes import Changes, growing_pause_s
 from tio_openneuro.ledger.eviction import is_worth_room
 from tio_openneuro.ledger.ledger import Ledger
+from tio_openneuro.ledger.owners import hold_folder
 from tio_openneuro.ledger.root import (
     FLOOR_BYTES,
     free_bytes,
@@ -28,6 +29,7 @@ __all__ = [
     "Want",
     "free_bytes",
     "growing_pause_s",
+    "hold_folder",
     "is_worth_room",
     "prepare_ledger_folder",
     "too_large",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import sys
 import time
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ else:
 
 _CLOCK_TOLERANCE_S = 2.0
 _ORPHAN_TIMEOUT_S = 5.0
+_MOST_OFFSET = (1 << 62) - 1
 # An orphan may have started a child of its own between being listed and being killed.
 _ROUNDS = 3
 
@@ -121,6 +123,36 @@ class OwnerLock:
             self.let_go()
         self.path.unlink(missing_ok=True)
         self.let_go()
+
+
+def hold_folder(folder: Path, root: Path) -> int:
+    """Hold a clone's git folder for one root, as long as the descriptor is open; write nothing.
+
+    Each root has a byte of its own, which its processes share; who holds another one is seen.
+
+    Args:
+        folder: The git folder.
+        root: Folder of clones and ledger.
+
+    Returns:
+        The descriptor; -1 where a process of another root holds the folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    own = root.stat().st_ino & _MOST_OFFSET
+    with contextlib.suppress(AttributeError, OSError):  # Not there on this system, or on NFS.
+        _ask_range(descriptor, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, own, 1)
+        for start, length in ((0, own), (own + 1, 0)):
+            if _ask_range(descriptor, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length):
+                os.close(descriptor)
+                return -1
+    return descriptor
+
+
+def _ask_range(descriptor: int, act: int, kind: int, start: int, length: int) -> bool:
+    """Lock bytes of a file, or return whether somebody else has any of them locked."""
+    asked = struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0)
+    answer: int = struct.unpack("hhqqi4x", fcntl.fcntl(descriptor, act, asked))[0]
+    return answer != fcntl.F_UNLCK
 
 
 def this_process() -> tuple[int, float]:
