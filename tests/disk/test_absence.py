@@ -71,7 +71,7 @@ def test_a_root_that_was_moved_knows_what_it_holds(repo: AnnexRepo, root: Path) 
 
 def test_a_clone_that_is_not_seen_stays_charged(repo: AnnexRepo, root: Path) -> None:
     """Moved away or not mounted, also in mid-training: charged, and said; back, it is used."""
-    unit, other, *_ = units_of(repo)
+    unit, *_ = units_of(repo)
     size_bytes = key_of(unit).size_bytes
     away = repo.path.with_name("away")
     with Engine(root, disk_budget=BUDGET) as engine:
@@ -118,13 +118,13 @@ def test_a_clone_serves_one_root_at_a_time(repo: AnnexRepo, root: Path, tmp_path
     with Engine(root, disk_budget=BUDGET) as engine, Engine(root, disk_budget=BUDGET) as same:
         fetch(engine, unit)
         fetch(same, unit)
-        before = sorted(os.listdir(repo.path / ".git"))
+        before = sorted((repo.path / ".git").iterdir())
         with (
             Engine(tmp_path / "second", disk_budget=BUDGET) as other,
             pytest.raises(LedgerError, match="under another root"),
         ):
             fetch(other, unit)
-        assert sorted(os.listdir(repo.path / ".git")) == before
+        assert sorted((repo.path / ".git").iterdir()) == before
     with Engine(tmp_path / "second", disk_budget=BUDGET) as other:
         fetch(other, unit)
 

@@ -1,7 +1,9 @@
 """The ledger: rooms, queues, owners and what is refused, on real SQLite and real locks."""
 
+import contextlib
 import errno
 import os
+import shutil
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator
@@ -273,18 +275,48 @@ def test_the_ledger_is_for_its_user_alone(folder: Path) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_a_ledger_of_another_version_is_refused(folder: Path) -> None:
-    """A database that this version does not know is not touched."""
-    Ledger(folder, 100).close()
+@pytest.mark.parametrize("how", ["newer", "older", "garbage", "empty", "cut", "deleted", "gone"])
+def test_a_ledger_that_was_lost_is_begun_anew_by_one_alone(
+    folder: Path, opening: Opening, how: str
+) -> None:
+    """Refused with the pids while an owner lives, who cannot go on; anew once it has ended."""
     path = folder / "ledger.sqlite"
-    db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 99")
-    db.close()
-    with pytest.raises(LedgerError, match="another version"):
-        Ledger(path.parent, 100)
-    path.write_bytes(b"no database at all, but text" * 100)
-    with pytest.raises(LedgerError, match="doctor"):
-        Ledger(path.parent, 100)
+    owner = opening()
+    arrive(owner, "a", 60)
+    assert not owner.is_lost()
+    if how in {"newer", "older"}:
+        owner.close()
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute(f"PRAGMA user_version = {99 if how == 'newer' else 1}")
+    elif how == "gone":
+        shutil.rmtree(folder)
+        prepare_ledger_folder(folder.parent)
+    elif how == "deleted":
+        for file in folder.glob("ledger.sqlite*"):
+            file.unlink()
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        size_bytes = {"garbage": 0, "empty": 0, "cut": path.stat().st_size // 2}[how]
+        os.truncate(path, size_bytes)
+        if how == "garbage":
+            path.write_bytes(b"no database at all, but text" * 400)
+    if how not in {"newer", "older"}:
+        with pytest.raises(LedgerError, match=rf"doctor --repair|{os.getpid()}"):
+            Ledger(folder, 100)
+        with contextlib.suppress(LedgerError):
+            owner.close()
+        owner.abandon()
+    again = opening()
+    assert again.is_lost()
+    assert states(again) == {}
+    again.remember_clone("/clone", ())
+    again.count_again([(want("a", 60, located=True), "?")])
+    assert not again.is_lost()
+    assert again.unclaimed_bytes() == 60
+    with pytest.raises(DiskBudgetError, match="doctor --repair --adopt"):
+        decide(again).request("b", [want("b", 50)])
+    assert decide(again).request("a", [want("a", 60, located=True)]).granted
 
 
 def test_network_file_systems_are_refused_by_name(tmp_path: Path) -> None:

@@ -10,12 +10,9 @@ Never uses ``--force``, and never initialises a clone or enables a remote.
 from __future__ import annotations
 
 import contextlib
-import errno
-import glob
 import logging
 import os
 import shutil
-import stat
 import threading
 import time
 from collections import Counter
@@ -36,7 +33,16 @@ from tio_openneuro.annex.children import AnnexChildren
 from tio_openneuro.annex.environment import annex_environment
 from tio_openneuro.annex.messages import Failure, Retries
 from tio_openneuro.annex.processes import run
-from tio_openneuro.annex.transfer import OWN_PREFIX, POLL_S, TransferError, TransferRequest
+from tio_openneuro.annex.transfer import (
+    OWN_PREFIX,
+    POLL_S,
+    TransferError,
+    TransferRequest,
+    file_size,
+    find_spoilt,
+    find_stored,
+    find_whole,
+)
 from tio_openneuro.content import AnnexKey, StoredContent
 from tio_openneuro.errors import (
     DropRefusedError,
@@ -50,8 +56,6 @@ _LOG = logging.getLogger(__name__)
 
 _SLOWEST_BYTES_PER_S = 50e3
 _DROP_ATTEMPTS = 4
-# Of a file that may be there all the same.
-_UNSEEN = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 _NO_VERSION = "no S3 version id is recorded for it, so that the remote cannot give it"
 
 
@@ -121,12 +125,7 @@ class AnnexRepo:
 
     def locate(self, key: AnnexKey) -> Path | None:
         """Return the file that holds the whole content, or None where it is absent."""
-        for relative in key.object_paths():
-            path = self._git_folder / relative
-            size_bytes = _file_size(path)
-            if size_bytes is not None and key.size_bytes in {None, size_bytes}:
-                return path
-        return None
+        return find_whole(self._git_folder, key)
 
     def get(
         self,
@@ -235,22 +234,10 @@ class AnnexRepo:
     def discard_spoilt(self, key: AnnexKey) -> None:
         """Remove what takes room under the key and is not its content; in clones of ours alone."""
         self._refuse_unseen()
-        for file in self._spoilt(key):
+        for file in find_spoilt(self._git_folder, key):
             with contextlib.suppress(FileNotFoundError):
                 file.parent.chmod(0o755)
                 file.unlink()
-
-    def _spoilt(self, key: AnnexKey) -> Iterator[Path]:
-        """Yield the files under a key that are not its content: cut, rotten, misplaced."""
-        whole = self.locate(key)
-        folders = [(self._git_folder / path).parent for path in key.object_paths()]
-        for folder in dict.fromkeys(folders):
-            for file in folder.iterdir() if folder.is_dir() else ():
-                if file != whole and file.suffix != ".lck" and _file_size(file) is not None:
-                    yield file
-        bad = self._git_folder / "annex" / "bad" / key.name
-        if bad.exists():
-            yield bad
 
     def _refuse_unseen(self) -> None:
         """Raise where the clone is not where it was: what it holds is not gone for that."""
@@ -263,31 +250,7 @@ class AnnexRepo:
 
     def stored(self) -> Iterator[StoredContent]:
         """Yield every object and every partial download that lies in the clone."""
-        objects = self._git_folder / "annex" / "objects"
-        found: dict[str, AnnexKey] = {}
-        # Path.glob raises where another process removes a folder meanwhile.
-        for relative in sorted(glob.iglob("*/*/*", root_dir=objects)):  # noqa: PTH207
-            folder = objects / relative
-            key = AnnexKey.parse(folder.name) or AnnexKey(folder.name, None)
-            whole = self.locate(key)
-            if whole is not None and whole.parent == folder:
-                with contextlib.suppress(FileNotFoundError):
-                    yield StoredContent(key.name, whole.stat().st_size, partial=False)
-            if folder in {(self._git_folder / path).parent for path in key.object_paths()}:
-                found.setdefault(key.name, key)
-        with contextlib.suppress(FileNotFoundError):
-            for file in (self._git_folder / "annex" / "bad").iterdir():
-                found.setdefault(file.name, AnnexKey.parse(file.name) or AnnexKey(file.name, None))
-        for key in found.values():
-            for file in self._spoilt(key):
-                if size_bytes := _file_size(file):
-                    yield StoredContent(key.name, size_bytes, partial=True)
-        with contextlib.suppress(FileNotFoundError):
-            for file in sorted((self._git_folder / "annex" / "tmp").iterdir()):
-                size_bytes = _file_size(file)
-                if size_bytes is not None and file.suffix != ".lck":
-                    name = file.name.removeprefix(OWN_PREFIX)
-                    yield StoredContent(name, size_bytes, partial=True)
+        return find_stored(self._git_folder)
 
     def unavailable(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
         """Return the keys that no trusted remote can give, each with the reason.
@@ -392,7 +355,7 @@ class AnnexRepo:
             found = self.locate(key)
             if found is not None:
                 return found
-            sizes = {_file_size(self._git_folder / path) for path in key.object_paths()}
+            sizes = {file_size(self._git_folder / path) for path in key.object_paths()}
             if sizes - {None, key.size_bytes}:
                 said = "an object of another size lies where it belongs: run 'git annex fsck'"
                 return TransferError(Failure.CORRUPT, said)
@@ -407,7 +370,7 @@ class AnnexRepo:
             if found is not None:
                 return found
             failed = failed or TransferError(Failure.CORRUPT, "it is said to be there, and is not")
-            arrived = [_file_size(path) or 0 for path in self._partial_paths(key)]
+            arrived = [file_size(path) or 0 for path in self._partial_paths(key)]
             pause_s = retries.pause_s(failed.why, sum(arrived))
             if pause_s is None:
                 return failed
@@ -454,15 +417,3 @@ def _why_unsafe(key: AnnexKey) -> str:
     if not key.backend.startswith("X"):
         return ""
     return f"its backend {key.backend} is a program that git-annex would run, named by the dataset"
-
-
-def _file_size(path: Path) -> int | None:
-    """Return the size of a regular file; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        if error.errno in _UNSEEN:
-            message = f"Cannot look at {path}: {error.strerror}. What lies there stays charged."
-            raise NotAnAnnexError(message) from error
-        return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None

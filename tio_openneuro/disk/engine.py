@@ -314,9 +314,17 @@ class Engine:
             ledger.size_bytes(),
         )
 
-    def check(self, *, repair: bool = False) -> list[str]:
-        """Return the inconsistencies between ledger and disk, after mending them if asked."""
+    def check(self, *, repair: bool = False, adopt: bool = False) -> list[str]:
+        """Return the inconsistencies between ledger and disk, after mending them if asked.
+
+        Args:
+            repair: Whether to mend them.
+            adopt: Whether to hand content of which nobody knows whose it is, since a ledger was
+                lost, to the budget, as far as a remote has it.
+        """
         leases = self._here()
+        if adopt:
+            many_units.claim(leases)
         return audit(leases.ledger, leases.store, repair=repair)
 
     def close(self) -> None:

@@ -85,6 +85,7 @@ class Leases:
         self._has_floor = settings.floor_bytes > 0
         self._closed = False
         try:
+            self.store.count_again()
             self._settle()
             self._shrink()
         except BaseException:
@@ -369,7 +370,7 @@ class Leases:
 
     def abandon(self) -> None:
         """Let go of what a fork carried over, without touching what is the parent's."""
-        self.ledger.lock.let_go()
+        self.ledger.abandon()
         self.store.let_go()
 
     def close(self) -> None:

@@ -10,10 +10,10 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-from tio_openneuro.content import ContentFile, ContentId, ContentUnit, mark_of
+from tio_openneuro.content import UNCLAIMED, ContentFile, ContentId, ContentUnit, mark_of
 from tio_openneuro.disk.leases import Leases
-from tio_openneuro.disk.store import Fetch
-from tio_openneuro.ledger import Answer, Transaction
+from tio_openneuro.disk.store import Fetch, key_of
+from tio_openneuro.ledger import Answer, Transaction, refuse_beside
 from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ def fetch(
     for unit, files in zip(units, all_files, strict=True):
         started = _begin(leases, unit, files, since)
         if started is None:
+            held_bytes, budget_bytes = leases.ledger.unclaimed_bytes(), leases.ledger.binding()[0]
+            refuse_beside(held_bytes, unit.name, unit.size_bytes, budget_bytes)
             _LOGGER.info("Stopped fetching at %s: the disk budget is full.", unit.name)
             break
         under_way.fetches += started
@@ -140,6 +142,23 @@ def adopt(leases: Leases, units: Iterable[ContentUnit]) -> int:
             leases.ledger.arrived(want.content, mark_of(path, file.repo.path))
         adopted_bytes += want.size_bytes
     return adopted_bytes
+
+
+def claim(leases: Leases) -> int:
+    """Hand all content of which nobody knows whose it is to the budget: return the bytes."""
+    files = {}
+    for row in leases.ledger.rows().values():
+        repo, path = leases.store.repo_of(row.content.clone), leases.store.whole(row)
+        if row.mark == UNCLAIMED and repo is not None and path is not None:
+            files[row.content] = ContentFile(repo, key_of(row.content), row.content.key)
+    lost = _unavailable(files.values())
+    claimed_bytes = 0
+    for content, file in files.items():
+        path = file.repo.locate(file.key)
+        if path is not None and content.key not in lost:
+            leases.ledger.arrived(content, mark_of(path, file.repo.path))
+            claimed_bytes += path.stat().st_size
+    return claimed_bytes
 
 
 def _unavailable(files: Iterable[ContentFile]) -> set[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tio_openneuro.annex import git_folder
+from tio_openneuro.annex import configured_uuids, git_folder
 from tio_openneuro.content import (
     UNCLAIMED,
     AnnexKey,
@@ -176,6 +176,29 @@ class Store:
         """Return the content of a unit, with that of its prepared volume."""
         prepared = [] if unit.prepared is None else [self.content_of(unit.prepared)]
         return [*self.files_of(unit), *prepared]
+
+    def count_again(self) -> None:
+        """Charge all that lies in clones of ours after a loss: nobody knows whose it is."""
+        if not self._ledger.is_lost():
+            return
+        found: list[tuple[Want, str]] = []
+        for folder in (*sorted(self._root.glob("clones/[!.]*")), self._root / FOLDER):
+            clone = folder.relative_to(self._root).as_posix()
+            ours = clone == FOLDER
+            remotes = () if ours or git_folder(folder) is None else configured_uuids(folder)
+            self._ledger.remember_clone(clone, tuple(remotes))
+            repo = self.repo_of(clone)
+            sizes: Counter[str] = Counter()
+            whole = set()
+            for stored in repo.stored() if repo is not None else ():
+                sizes[stored.key_name] += stored.size_bytes
+                whole |= set() if stored.partial else {stored.key_name}
+            for name, size_bytes in sizes.items():
+                want = Want(ContentId(clone, name), size_bytes, located=name in whole)
+                found.append((want, UNCLAIMED if want.located and not ours else ""))
+        self._ledger.count_again(found)
+        charged = format_size(sum(want.size_bytes for want, _ in found))
+        _LOGGER.warning("The ledger in %s was lost: %s are counted again.", self._root, charged)
 
     def wants(self, files: Mapping[ContentId, ContentFile]) -> list[Want]:
         """Return what these files need, looking at the disk.

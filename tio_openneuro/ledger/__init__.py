@@ -12,6 +12,7 @@ from tio_openneuro.ledger.root import (
     FLOOR_BYTES,
     free_bytes,
     prepare_ledger_folder,
+    refuse_beside,
     too_large,
 )
 from tio_openneuro.ledger.schema import Answer, ContentRow, ContentState, Want
@@ -32,5 +33,6 @@ __all__ = [
     "hold_folder",
     "is_worth_room",
     "prepare_ledger_folder",
+    "refuse_beside",
     "too_large",
 ]

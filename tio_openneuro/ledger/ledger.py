@@ -19,9 +19,14 @@ from pathlib import Path
 
 from tio_openneuro.content import UNCLAIMED, ContentId
 from tio_openneuro.errors import LedgerError
-from tio_openneuro.ledger.database import LedgerDatabase
+from tio_openneuro.ledger.database import LedgerDatabase, make_database, why_lost
 from tio_openneuro.ledger.owners import OwnerLock, OwnerRecord, runs, take_if_dead, this_process
-from tio_openneuro.ledger.root import automatic_budget, free_bytes, prepare_ledger_folder
+from tio_openneuro.ledger.root import (
+    automatic_budget,
+    free_bytes,
+    hold_root,
+    prepare_ledger_folder,
+)
 from tio_openneuro.ledger.schema import (
     BUDGET,
     COUNTED,
@@ -37,8 +42,10 @@ from tio_openneuro.ledger.schema import (
     SCHEMA_VERSION,
     SUMS,
     TABLES,
+    UNCLAIMED_BYTES,
     ContentRow,
     Holdings,
+    Want,
 )
 from tio_openneuro.ledger.transaction import Transaction
 
@@ -72,13 +79,58 @@ class Ledger:
             LedgerError: The database cannot be opened, or is of another version.
         """
         self.folder = folder
-        self._db = LedgerDatabase(folder / "ledger.sqlite", TABLES, SCHEMA_VERSION)
+        path = folder / "ledger.sqlite"
+        try:
+            self._root = hold_root(
+                folder, lambda: why_lost(path, SCHEMA_VERSION), lambda: self._begin_anew(path)
+            )
+            self._db = LedgerDatabase(path, SCHEMA_VERSION)
+        except (sqlite3.Error, OSError) as error:
+            message = f"Cannot use the ledger {path}: {error}. May you read and write it?"
+            raise LedgerError(message) from error
         self.changes = self._db.changes
         self.owner_id = uuid.uuid4().hex
         self.reap()
         with self._db.writing() as db:
             self.budget_bytes = self.shared_budget(free) if budget_bytes is None else budget_bytes
             self._enter(db, auto=budget_bytes is None)
+
+    @staticmethod
+    def _begin_anew(path: Path) -> None:
+        """Make a ledger where there is none, or none any more: what lies there is counted next."""
+        witness = path.parent.parent / ".ledger"
+        lost = make_database(path, TABLES, SCHEMA_VERSION) or witness.exists()
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("INSERT INTO loss SELECT 1 WHERE ?", (lost,))
+        witness.touch()
+
+    def is_lost(self) -> bool:
+        """Return whether an earlier ledger was lost, and what it charged is not counted yet."""
+        return bool(self._db.read("SELECT * FROM loss"))
+
+    def count_again(self, found: Iterable[tuple[Want, str]]) -> None:
+        """Charge what lies in clones of ours after a loss, whatever the budget, marked."""
+        with self._db.writing() as db:
+            for want, mark in found:
+                row = (want.content.clone, want.content.key, want.size_bytes)
+                state = "present" if want.located else "reserved"
+                db.execute(
+                    "INSERT OR IGNORE INTO content (clone, key, size_bytes, state, refused, mark) "
+                    "VALUES ((SELECT id FROM clone WHERE path = ?),?,?,?,?,?)",
+                    (*row, state, mark == UNCLAIMED, mark),
+                )
+            db.execute("DELETE FROM loss")
+
+    def unclaimed_bytes(self) -> int:
+        """Return the bytes of content of which nobody knows whose it is."""
+        return int(self._db.read(UNCLAIMED_BYTES)[0][0] or 0)
+
+    def abandon(self) -> None:
+        """Let go of what a fork carried over, without touching what is the parent's."""
+        self.lock.let_go()
+        if self._root >= 0:
+            os.close(self._root)
+            self._root = -1
 
     def _enter(self, db: sqlite3.Connection, *, auto: bool) -> None:
         """Enter the owner, in a transaction: nobody who reaps sees the file before it is locked."""
@@ -370,11 +422,17 @@ class Ledger:
         """End this owner and its leases; what it reserved stays counted, to be resumed."""
         if self.lock.descriptor < 0:
             return
-        self._db.report(("DELETE FROM owner WHERE name = ?", (self.owner_id,)), (FORGET_EMPTY, ()))
-        if self._db.settle():
+        settled = False
+        with suppress(LedgerError):  # It was lost meanwhile, and the next one is begun anew.
+            self._db.report(
+                ("DELETE FROM owner WHERE name = ?", (self.owner_id,)), (FORGET_EMPTY, ())
+            )
+            settled = self._db.settle()
+        if settled:
             self._db.shrink()
             self.lock.remove()
         else:
             # The next owner finds the lock free, once this process has ended, and forgets us.
             self.lock.let_go()
         self._db.close()
+        self.abandon()

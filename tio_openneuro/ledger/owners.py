@@ -26,15 +26,37 @@ if sys.platform == "win32":  # pragma: no cover
         except OSError:
             return False
         return True
+
+    def lock_shared(descriptor: int) -> bool:
+        """Return true: a folder has no lock on this system."""
+        return descriptor >= 0
+
+    lock_alone = lock_shared
+
+    def unlock(descriptor: int) -> None:
+        """Do nothing."""
+        del descriptor
 else:
     import fcntl
 
-    def _try_lock(descriptor: int) -> bool:
+    def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
+
+    def lock_shared(descriptor: int) -> bool:
+        """Share a folder's lock with others who do; return whether nobody has it alone."""
+        return _try_lock(descriptor, fcntl.LOCK_SH)
+
+    def lock_alone(descriptor: int) -> bool:
+        """Take a folder's lock alone; return whether nobody else has it."""
+        return _try_lock(descriptor)
+
+    def unlock(descriptor: int) -> None:
+        """Let go of a folder's lock."""
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 _CLOCK_TOLERANCE_S = 2.0
@@ -123,6 +145,31 @@ class OwnerLock:
             self.let_go()
         self.path.unlink(missing_ok=True)
         self.let_go()
+
+
+def locked_owners(folder: Path) -> list[Path]:
+    """Return the files of owners that somebody holds: a child may outlive its owner."""
+    held = []
+    for path in folder.glob("*.lock"):
+        lock = OwnerLock.try_take(path)
+        if lock is None:
+            held.append(path)
+        else:
+            lock.let_go()
+    return held
+
+
+def holding_pids(folder: Path) -> list[int]:
+    """Return the processes that hold a root or an owner's file, where the system tells."""
+    files = [folder.parent, *folder.glob("owners/*.lock")]
+    wanted = {f":{path.stat().st_ino}" for path in files}
+    pids = set()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            words = line.split()
+            if "FLOCK" in words and any(word.endswith(tuple(wanted)) for word in words[5:6]):
+                pids.add(int(words[4]))
+    return sorted(pids)
 
 
 def hold_folder(folder: Path, root: Path) -> int:

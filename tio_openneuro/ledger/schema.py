@@ -145,6 +145,7 @@ CREATE TABLE sums (
     leased_bytes DEFAULT 0, peak_bytes DEFAULT 0
 );
 INSERT INTO sums DEFAULT VALUES;
+CREATE TABLE loss (noted);
 CREATE TABLE clone (
     id INTEGER PRIMARY KEY,
     path TEXT NOT NULL UNIQUE,
@@ -187,7 +188,7 @@ CREATE TABLE content (
 );
 CREATE INDEX content_owner ON content (owner) WHERE owner IS NOT NULL;
 CREATE INDEX content_unfinished ON content (id) WHERE state <> 'present';
-CREATE INDEX content_unclaimed ON content (size_bytes) WHERE mark = '?';
+CREATE INDEX content_unclaimed ON content (mark, size_bytes) WHERE mark = '?';
 CREATE INDEX content_empty ON content (id) WHERE empty;
 CREATE INDEX content_victim ON content (next_owner, next_position DESC, last_use) WHERE evictable;
 CREATE TABLE lease (

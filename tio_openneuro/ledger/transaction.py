@@ -18,7 +18,7 @@ from tio_openneuro.ledger.eviction import (
     pick,
     prefetch_window,
 )
-from tio_openneuro.ledger.root import too_large
+from tio_openneuro.ledger.root import refuse_beside, too_large
 from tio_openneuro.ledger.schema import (
     BUDGET,
     HERE,
@@ -26,6 +26,7 @@ from tio_openneuro.ledger.schema import (
     ORDERS,
     ROWS,
     TURN,
+    UNCLAIMED_BYTES,
     Answer,
     ContentRow,
     ContentState,
@@ -101,6 +102,9 @@ class Transaction:
             return self._queued(unit, ticket, self._orphaned(rows), "its content is being dropped")
         short_bytes = needed_bytes - self._room(spare_bytes)
         if needed_bytes and short_bytes > 0:
+            used = (row.size_bytes for row in rows.values() if row.mark == UNCLAIMED)
+            needed_bytes = sum((want.size_bytes for want in own), -sum(used))
+            refuse_beside(self._number(UNCLAIMED_BYTES), unit, needed_bytes, budget_bytes)
             victims = self._make_room(short_bytes, avoid.union(want.content for want in wants))
             return self._queued(unit, ticket, victims, "room")
         self._insert(missing, ContentState.RESERVED, self._owner)
@@ -257,6 +261,8 @@ class Transaction:
     ) -> Answer:
         """Answer whether that many bytes are free, and what the caller must drop for them."""
         short_bytes = needed_bytes - self._room(None)
+        if not needed_bytes:  # What nobody may drop is no reason not to open.
+            short_bytes = min(short_bytes, self._sum("used_bytes") - self._number(UNCLAIMED_BYTES))
         victims = self._make_room(short_bytes, spared, since) if short_bytes > 0 else []
         return Answer(granted=short_bytes <= 0, victims=tuple(victims), short_bytes=short_bytes)
 
