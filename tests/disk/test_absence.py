@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from faulty import LoopbackOpenNeuro
 
+from tio_openneuro.annex.environment import child_environment
+from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.repo import AnnexRepo
 from tio_openneuro.annex.tree import index_tree
 from tio_openneuro.content import AnnexKey, ContentFile, ContentUnit
 from tio_openneuro.disk.engine import Engine
-from tio_openneuro.errors import LedgerError, TioOpenNeuroError
+from tio_openneuro.errors import LedgerError, NotAnAnnexError, TioOpenNeuroError
 from tio_openneuro.sources.install import install
 
 BUDGET = "1 MB"
@@ -169,3 +171,29 @@ def test_what_is_spoilt_in_our_clone_is_counted_and_fetched_again(
         assert engine.check(repair=True) == []
         assert held_bytes(root) == size_bytes == engine.evict_all()
         assert held_bytes(root) == 0
+
+
+@pytest.mark.parametrize("where", ["config", "branch"])
+def test_an_annex_of_a_tuned_layout_is_refused(repo: AnnexRepo, root: Path, where: str) -> None:
+    """What lies there would be looked for in the wrong place, and never counted."""
+    if where == "config":
+        run(["git", "config", "annex.tune.objecthash1", "true"], cwd=repo.path)
+    else:
+        log = b"1f2f1b4c-0000-4000-8000-000000000000 [ObjectHash1] timestamp=1s\n"
+        blob = (
+            run(["git", "hash-object", "-w", "--stdin"], cwd=repo.path, stdin=log).decode().strip()
+        )
+        ref = "refs/heads/git-annex"
+        run(["git", "read-tree", "--index-output=.git/tuned", ref], cwd=repo.path)
+        index = {**child_environment(), "GIT_INDEX_FILE": ".git/tuned"}
+        entry = f"100644,{blob},difference.log"
+        run(
+            ["git", "update-index", "--add", "--cacheinfo", entry], cwd=repo.path, environment=index
+        )
+        tree = run(["git", "write-tree"], cwd=repo.path, environment=index).decode().strip()
+        name = ["-c", "user.name=x", "-c", "user.email=x@localhost"]
+        command = ["git", *name, "commit-tree", "-p", ref, "-m", "tuned", tree]
+        commit = run(command, cwd=repo.path).decode().strip()
+        run(["git", "update-ref", ref, commit], cwd=repo.path)
+    with pytest.raises(NotAnAnnexError, match=r"annex\.tune"):
+        install("ds900001", root)

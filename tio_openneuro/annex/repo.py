@@ -357,8 +357,7 @@ class AnnexRepo:
                 return found
             sizes = {file_size(self._git_folder / path) for path in key.object_paths()}
             if sizes - {None, key.size_bytes}:
-                said = "an object of another size lies where it belongs: run 'git annex fsck'"
-                return TransferError(Failure.CORRUPT, said)
+                return TransferError(Failure.SPOILT)
             self._refuse_stopped(request)
             failed = children.get(request)
             # After a failure it may be there all the same: git-annex has nothing to say of a key
