@@ -77,8 +77,8 @@ class LedgerDatabase:
                 self._path, timeout=_LOCKED_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
             try:
-                # On a new file alone: a step changes a few bytes of each of many pages, all of which
-                # go into the log (4.1 MB with the usual 4096); what is deleted can be given back.
+                # Of a new file. A step changes a few bytes of each of many pages, which go whole to
+                # the log (4.1 MB with the usual 4096); what is deleted can be given back.
                 db.execute("PRAGMA page_size = 1024")
                 db.execute("PRAGMA auto_vacuum = INCREMENTAL")
                 # Switching to WAL fails at once, without waiting, while another process does it.
