@@ -123,10 +123,6 @@ class _Filled:
         ledger = self._ledger
         for _ in range(CALLS):
             self._one_fetch(timed)
-            content = self._random.choice(self._contents[len(self._contents) // 2 :])
-            timed("rows", lambda content=content: ledger.rows([content]))
-            timed("cancelled", lambda content=content: ledger.cancelled(content))
-            timed("needed_by_others", lambda c=content: ledger.needed_by_others(c, "unit"))
             timed("held_after", lambda: ledger.held_after(len(self._contents), 500))
             timed("holdings", ledger.holdings)
             timed("changes", ledger.changes)
@@ -134,7 +130,8 @@ class _Filled:
             timed("clones", ledger.clones)
             timed("unfinished", ledger.unfinished)
             timed("binding", ledger.binding)
-            timed("reap", ledger.reap)
+            timed("reap, as a wait does", lambda: ledger.reap(ledger.other_owners()[:8]))
+            timed("reap, when one opens", ledger.reap)
         return found
 
     def _one_fetch(self, timed: Callable[[str, Callable[[], object]], object]) -> None:
@@ -153,6 +150,9 @@ class _Filled:
                 )
 
         answer = timed("request, there", lambda: request(present, located=True))
+        timed("rows", lambda: ledger.rows([present]))
+        timed("cancelled", lambda: ledger.cancelled(present))
+        timed("needed_by_others", lambda: ledger.needed_by_others(present, "unit"))
         if answer.granted:
             timed("end_lease", lambda: ledger.end_lease(answer.lease_id))
         content = next(self._fresh)

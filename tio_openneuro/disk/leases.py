@@ -37,8 +37,9 @@ from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
 _SLOWEST_BYTES_PER_S = 50_000
+_AT_ONCE = 100
+# Fetches are bounded by the clone; these bound the wait for them a little more widely.
 _GRACE_S = 60.0
-"""Fetches are bounded by the clone; these bound the wait for them a little more widely."""
 _CLOSE_TIMEOUT_S = 2.0
 _SHRINK_TIMEOUT_S = 60.0
 
@@ -115,10 +116,16 @@ class Leases:
 
     def drop(self, contents: Iterable[ContentId], reason: str) -> int:
         """Drop what of this nobody leases; return the bytes that came free."""
-        with self.ledger.transaction() as decide:
-            rows = decide.give_up(contents)
-        failed = self.store.drop([row.content for row in rows], reason)
-        return sum(row.size_bytes for row in rows if row.content not in failed)
+        left = list(contents)
+        freed_bytes = 0
+        while left:
+            # Not all at once: others want to write to the ledger meanwhile.
+            some, left = left[:_AT_ONCE], left[_AT_ONCE:]
+            with self.ledger.transaction() as decide:
+                rows = decide.give_up(some)
+            failed = self.store.drop([row.content for row in rows], reason)
+            freed_bytes += sum(row.size_bytes for row in rows if row.content not in failed)
+        return freed_bytes
 
     def _shrink(self) -> None:
         """Evict until the budget holds.

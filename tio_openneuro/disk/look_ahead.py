@@ -107,8 +107,8 @@ class LookAhead:
         self._entries = deque(entries)
         self._unready = [entry for entry in entries if not entry.ready]
         self._ahead_bytes = sum(entry.fetched_bytes for entry in entries)
-        self._of_unit: defaultdict[str, deque[_Entry]] = defaultdict(deque)
-        self._of_content: defaultdict[ContentId, deque[_Entry]] = defaultdict(deque)
+        self._of_unit: defaultdict[str, list[_Entry]] = defaultdict(list)
+        self._of_content: defaultdict[ContentId, list[_Entry]] = defaultdict(list)
         for entry in entries:
             self._of_unit[entry.unit.name].append(entry)
         likely = (_Entry(_EXPECTED + rank, unit, {}) for rank, unit in enumerate(self._expected))
@@ -232,10 +232,10 @@ class LookAhead:
             self._reached = max(self._reached, entry.position)
             self._taken[unit.name] += 1
             contents = self._store.all_of(unit)
-            lists = [self._entries, self._of_unit[unit.name]]
-            for entries in [*lists, *(self._of_content[content] for content in contents)]:
+            lists = (self._of_unit[unit.name], *(self._of_content[c] for c in contents))
+            for entries in (self._entries, *lists):
                 while entries and entries[0].taken:
-                    entries.popleft()
+                    del entries[0]
             return entry.position, [self._next_use(content) for content in contents]
 
     def release(self, unit: ContentUnit, contents: Iterable[ContentId]) -> None:

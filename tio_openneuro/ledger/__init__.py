@@ -1,7 +1,8 @@
 """The one place of disk accounting, shared by all processes under one root.
 
 Owns the SQLite database and the owners' locks. Promises that charged bytes never pass the smallest
-budget. Never touches content: callers drop and fetch, and report.
+budget, and that a step costs what its own keys do, however many rows, owners and uses there are.
+Never touches content: callers drop and fetch, and report.
 """
 
 from tio_openneuro.ledger.changes import Changes, growing_pause_s
