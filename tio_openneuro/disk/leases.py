@@ -107,10 +107,7 @@ class Leases:
     def _settle(self) -> None:
         """Finish what dead owners began: downloads that were whole, drops that were under way."""
         unfinished = self.ledger.unfinished()
-        for row in unfinished:
-            path = self.store.whole(row) if row.state is ContentState.RESERVED else None
-            if path is not None:
-                self.store.take_in(row.content, path)
+        self.store.settle(unfinished)
         dropping = [row.content for row in unfinished if row.state is ContentState.DROPPING]
         self.drop(dropping, "begun by a process that died")
 
@@ -191,11 +188,10 @@ class Leases:
     def lease(self, unit: ContentUnit, timeout_s: float) -> Iterator[dict[AnnexKey, Path]]:
         """Hold a unit's content: see :meth:`Engine.lease`."""
         files = self.store.files_of(unit)
-        size_bytes = sum(file.key.size_bytes or 0 for file in files.values())
         lease = self._acquire(unit, files, timeout_s)
         fetches: dict[ContentId, Fetch] = {}
         try:
-            patience_s = timeout_s + _GRACE_S + size_bytes / _SLOWEST_BYTES_PER_S
+            patience_s = timeout_s + _GRACE_S + unit.size_bytes / _SLOWEST_BYTES_PER_S
             deadline_s = time.monotonic() + patience_s
             found = self._arrive(unit, files, lease, fetches, deadline_s)
             yield {files[content].key: path for content, path in found.items()}
@@ -344,8 +340,7 @@ class Leases:
         whole = row is None or row.state is ContentState.PRESENT
         path = file.repo.locate(file.key) if whole else None
         if path is not None:
-            if row is not None and not self.store.is_ours(row, path):
-                self.ledger.disowned(content)
+            self.store.has_owner(row)
             return path
         if row is None:
             message = (

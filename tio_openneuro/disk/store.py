@@ -310,6 +310,13 @@ class Store:
             self._counters.add(fetched_files=1, fetched_bytes=size_bytes, fetch_s=seconds)
             self._log("Fetched", fetch.content, size_bytes, f"for {fetch.unit}", gained=True)
 
+    def settle(self, unfinished: Iterable[ContentRow]) -> None:
+        """Record whose it is what came whole and whose owner died before it noted that."""
+        for row in unfinished:
+            path = self.whole(row) if row.state is ContentState.RESERVED else None
+            if path is not None:
+                self.take_in(row.content, path)
+
     def take_in(self, content: ContentId, path: Path, mark: str = "") -> None:
         """Record whose the whole file of reserved content is.
 
