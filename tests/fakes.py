@@ -120,6 +120,7 @@ class FakeRepo:
         *,
         owner_fd: int | None = None,
         cancelled: Callable[[], bool] | None = None,
+        made: Callable[[Path], object] | None = None,
     ) -> Path:
         """Write the content in quarters, going on after a partial download."""
         if owner_fd is None:
@@ -162,6 +163,7 @@ class FakeRepo:
             self.object_path(key).parent.mkdir(parents=True, exist_ok=True)
             partial.rename(self.object_path(key))
             self.note("fetches", key.name)
+            (made or Path)(self.object_path(key))
             return self.object_path(key)
 
     def _stopped(self, cancelled: Callable[[], bool] | None) -> Callable[[], bool]:
@@ -230,6 +232,13 @@ class FakeRepo:
     def unavailable(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
         """Return the keys that the remote has lost."""
         return {key: self.lost[key] for key in keys if key in self.lost}
+
+    gone = unavailable
+
+    def discard_spoilt(self, key: AnnexKey) -> None:
+        """Remove an object of another size."""
+        if self.locate(key) is None:
+            self.object_path(key).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Count how often it was closed; fetches under way end."""

@@ -31,7 +31,9 @@ LEVEL = {name: level for level, line in enumerate(ROOMS) for name in line.split(
 MODULES = sorted(PACKAGE.rglob("*.py"), key=str)
 MOST_MODULES, MOST_LINES = 9, 300
 # Rooms of more modules, and modules of more lines, each with its reason.
-LARGER: dict[str, str] = {}
+LARGER: dict[str, str] = {
+    "disk/store.py": "whose a file is decides what is fetched, counted and dropped: one story",
+}
 
 
 def room_of(path: Path) -> str:

@@ -102,12 +102,42 @@ class ContentId(NamedTuple):
     """Name one annex key's content in one clone, in the engine and in the ledger alike.
 
     Attributes:
-        clone: Absolute real folder of the clone.
+        clone: Real folder of the clone, from the root; absolute where it lies elsewhere. Of a
+            linked work tree it is the main one's.
         key: Name of the annex key.
     """
 
     clone: str
     key: str
+
+
+UNCLAIMED = "?"
+"""Mark of content whose owner is not known: it counts and may be used, and nobody drops it."""
+
+
+def mark_of(path: Path, folder: Path) -> str:
+    """Return what tells a file from another that takes its place: inode, size and mtime.
+
+    Args:
+        path: The file.
+        folder: The clone's folder, whose own device and inode stand before them.
+    """
+    home, file = folder.stat(), path.stat()
+    return f"{home.st_dev}:{home.st_ino} {file.st_ino} {file.st_size} {file.st_mtime_ns}"
+
+
+def is_same_file(mark: str, other: str) -> bool:
+    """Return whether two marks are of one file.
+
+    A folder that came to another device or inode, by a copy or another mount, took its files
+    along: they have other inodes, and the same sizes and times.
+
+    Example:
+        >>> is_same_file("1:2 30 500 77", "1:9 31 500 77"), is_same_file("1:2 3 4 5", "1:2 6 4 5")
+        (True, False)
+    """
+    (home, inode, *rest), (other_home, other_inode, *other_rest) = mark.split(), other.split()
+    return rest == other_rest and (inode == other_inode or home != other_home)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +147,8 @@ class StoredContent:
     Attributes:
         key_name: Name of its annex key.
         size_bytes: Bytes that it has on disk now.
-        partial: Whether it is a download that is not complete.
+        partial: Whether it is a download that is not complete, or else of no use: an object of
+            another size or name, a second one of the key, one that git-annex found rotten.
     """
 
     key_name: str
@@ -149,6 +180,7 @@ class ContentRepo(Protocol):
         *,
         owner_fd: int | None = None,
         cancelled: Callable[[], bool] | None = None,
+        made: Callable[[Path], object] | None = None,
     ) -> Path:
         """Fetch the content, verified by its checksum, and return its file.
 
@@ -159,6 +191,8 @@ class ContentRepo(Protocol):
             key: Key whose content is absent.
             owner_fd: Descriptor of the owner's lock, for the child processes to inherit.
             cancelled: Polled between steps; once true, FetchError is raised soon.
+            made: Called with the file once a transfer of ours put it there; never where somebody
+                else did, before or meanwhile.
 
         Raises:
             RemoteUnavailableError: The remote cannot be reached, or refuses.
@@ -176,11 +210,17 @@ class ContentRepo(Protocol):
     def discard_partial(self, key: AnnexKey) -> None:
         """Remove what is left of an unfinished download of the key, if anything."""
 
+    def discard_spoilt(self, key: AnnexKey) -> None:
+        """Remove what takes room under the key and is not its content; in clones of ours alone."""
+
     def stored(self) -> Iterator[StoredContent]:
         """Yield every object and every partial download that lies in the clone."""
 
     def unavailable(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
         """Return the keys known to have no remote that can give them, each with the reason."""
+
+    def gone(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
+        """Return the keys that no remote has now, each with the reason; each is asked for once."""
 
     def close(self) -> None:
         """End every child process of this process; the next call starts them again."""

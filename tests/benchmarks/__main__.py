@@ -27,6 +27,7 @@ import peers
 import prepared
 import queueing
 import reading
+import scale
 import throughput
 import training
 import waiting
@@ -44,6 +45,7 @@ BENCHMARKS = {
     "peers": peers,
     "prepared": prepared,
     "growth": growth,
+    "scale": scale,
     "queueing": queueing,
     "memory": memory,
     "reading": reading,

@@ -76,6 +76,7 @@ def test_fetch_status_evict_and_doctor_tell_one_story(
     assert record["fetched_bytes"] == record["selected_bytes"] == record["used_bytes"] > 6000
     held = json.loads(enter("status", "--json").stdout)
     assert held["used_bytes"] == record["used_bytes"]
+    assert 0 < held["ledger_bytes"] < 500_000
     assert format_size(record["used_bytes"]) in enter("status").stdout
     evicted = json.loads(enter("evict", "ds900001", *IMAGES, "--json").stdout)
     assert evicted == {"evicted_bytes": record["used_bytes"], "used_bytes": 0}

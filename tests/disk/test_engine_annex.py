@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import shutil
 import threading
 from pathlib import Path
 
@@ -96,6 +97,27 @@ def test_content_is_dropped_from_a_clone_that_only_the_ledger_knows(
         assert engine.statistics().evicted_files == 1
         assert engine.statistics().used_bytes < budget_bytes
         assert engine.check() == []
+
+
+def test_evicting_what_another_process_fetched_asks_git_once(
+    units: list[ContentUnit], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which remote gives content back is read for all of it, not by git for each file."""
+    with Engine(root, disk_budget="1 GB") as engine:
+        engine.fetch(units)
+    log, real = tmp_path / "git-calls", shutil.which("git")
+    shim = tmp_path / "programs" / "git"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\necho "$PPID $*" >> "{log}"\nexec "{real}" "$@"\n')
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{shim.parent}{os.pathsep}{os.environ['PATH']}")
+    with Engine(root, disk_budget="1 GB") as again:
+        assert again.evict_all() == sum(unit.size_bytes for unit in units)
+    calls = [line.split(maxsplit=1) for line in log.read_text().splitlines()]
+    ours = [words for pid, words in calls if int(pid) == os.getpid()]
+    files = sum(len(unit.files) for unit in units)
+    # Refs, remotes, their log, the versions in two calls, and the child that drops.
+    assert 0 < len(ours) <= 6 < files, ours
 
 
 def test_a_remote_that_refuses_fails_the_unit_by_name(

@@ -215,7 +215,7 @@ def test_a_training_killed_a_hundred_times(nursery: Nursery, root: Path, seed: i
 class ChildRepo(FakeRepo):
     """A clone whose downloads are in the hands of a child that outlives the process."""
 
-    def get(self, key, *, owner_fd=None, cancelled=None):  # type: ignore[no-untyped-def]
+    def get(self, key, *, owner_fd=None, cancelled=None, made=None):  # type: ignore[no-untyped-def]
         """Start a child that inherits the owner's lock, and hang."""
         child = subprocess.Popen(
             [sys.executable, "-c", "import signal; print(1, flush=True); signal.pause()"],

@@ -266,3 +266,61 @@ def test_a_lease_takes_the_thread_of_what_is_fetched_ahead(
     threading.Thread(target=lambda: (read(engine, wanted), held.set()), daemon=True).start()
     assert held.wait(20)
     wait_for(engine, ahead)
+
+
+def writes_of(engine: Engine, act: Callable[[], object]) -> int:
+    """Return how often an act, and what it starts, writes to the ledger."""
+    db = engine._here().ledger._db._connected()
+    said: list[str] = []
+    db.set_trace_callback(said.append)
+    act()
+    settle(engine)
+    db.set_trace_callback(None)
+    return said.count("BEGIN IMMEDIATE")
+
+
+def test_looking_ahead_at_what_is_there_writes_nothing(opening: Opening, repo: FakeRepo) -> None:
+    """Neither what we fetched nor what is the user's costs a transaction for each use."""
+    engine = opening(100_000)
+    units = [make_unit(repo, f"sub-{number}", 300, 200) for number in range(100)]
+    engine.fetch(units)
+    for number in range(100, 200):
+        units.append(make_unit(repo, f"sub-{number}", 700))
+        repo.place(units[-1].files[0].key)
+    assert writes_of(engine, lambda: engine.prefetch([*units, *units], again=units)) <= 3
+    assert engine.statistics().fetched_files == 200
+    assert writes_of(engine, lambda: engine.prefetch([*units, *units], again=units)) == 0
+
+
+def test_of_the_order_the_ledger_has_only_what_is_held(opening: Opening, repo: FakeRepo) -> None:
+    """A long order does not make it large; what is held is there with its next use, and no more."""
+    engine = opening(1000)
+    units = [make_unit(repo, f"sub-{number}", 1000) for number in range(2000)]
+    ledger = engine._here().ledger
+    before_bytes = ledger.size_bytes()
+    read(engine, units[7])
+    engine.prefetch([*units, *units], again=units)
+    settle(engine)
+    # The first use took the room of the eighth.
+    assert [use for _, _, use in ledger.held_after(0, 10)] == [1]
+    assert ledger.size_bytes() - before_bytes < 500_000
+    engine.prefetch([])
+    assert [use for _, _, use in ledger.held_after(0, 10)] == [None]
+
+
+def test_what_another_process_fetches_is_known_to_be_used(opening: Opening, repo: FakeRepo) -> None:
+    """Whoever brings it, and whoever needs room: it stays before what is used later."""
+    engine, other = opening(3000), opening(3000)
+    soon, late, never = (make_unit(repo, name, 1000) for name in ("soon", "late", "never"))
+    with engine._here().look_ahead.held():  # it fetches nothing itself
+        engine.prefetch([soon, late])
+        for unit in (soon, late, never):
+            read(other, unit)
+        ledger = engine._here().ledger
+        wait_until(lambda: [use for _, _, use in ledger.held_after(0, 10)] == [1, 2, None])
+        read(other, make_unit(repo, "new", 2000))
+        assert [repo.locate(u.files[0].key) is not None for u in (soon, late, never)] == [
+            True,
+            False,
+            False,
+        ]

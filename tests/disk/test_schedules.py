@@ -23,8 +23,7 @@ from fakes import decide
 from tio_openneuro.content import ContentId
 from tio_openneuro.ledger.database import LedgerDatabase
 from tio_openneuro.ledger.ledger import Ledger
-from tio_openneuro.ledger.owners import OwnerLock, this_process
-from tio_openneuro.ledger.schema import SCHEMA_VERSION, TABLES, Answer, ContentState, Want
+from tio_openneuro.ledger.schema import ID, SCHEMA_VERSION, TABLES, Answer, ContentState, Want
 
 CHUNKS = 2
 MOST_FAILURES = 3
@@ -58,12 +57,8 @@ class SharedLedger(Ledger):
         self._db = database
         self.owner_id = uuid.uuid4().hex
         self.budget_bytes = budget_bytes
-        self.lock = OwnerLock.create(self._lock_path(self.owner_id))
         with database.writing() as db:
-            db.execute(
-                "INSERT INTO owner (id, pid, created_s, budget_bytes, auto) VALUES (?,?,?,?,0)",
-                (self.owner_id, *this_process(), budget_bytes),
-            )
+            self._enter(db, auto=False)
 
     def close(self) -> None:
         """Leave; the database is another schedule's next."""
@@ -98,7 +93,7 @@ class World:
             with self._database.writing() as db:
                 for name in TABLE_NAMES:
                     db.execute(f"DELETE FROM {name}")
-                db.execute("UPDATE meta SET value = 0 WHERE name = 'peak_bytes'")
+                db.execute("UPDATE sums SET peak_bytes = 0")
 
 
 @dataclass(eq=False)
@@ -259,7 +254,7 @@ class Schedule:
         dead = rank.ledger
         # As if its id had been given to another process since.
         with dead._db.writing() as db:
-            db.execute("UPDATE owner SET created_s = 0 WHERE id = ?", (dead.owner_id,))
+            db.execute("UPDATE owner SET created_s = 0 WHERE name = ?", (dead.owner_id,))
         dead.lock.let_go()
         if not isinstance(dead, SharedLedger):
             self.events += dead._db._connected().total_changes
@@ -481,11 +476,10 @@ class Schedule:
 
         Returns whether it is ours to fetch still.
         """
-        here = (content.clone, content.key)
         with rank.ledger._db.writing() as db:
-            found = db.execute("SELECT lease FROM leased WHERE clone = ? AND key = ?", here)
+            found = db.execute(f"SELECT lease FROM leased WHERE content = {ID}", content)
             leases = [row[0] for row in found]
-            db.execute("DELETE FROM leased WHERE clone = ? AND key = ?", here)
+            db.execute(f"DELETE FROM leased WHERE content = {ID}", content)
         self.disk.pop(content, None)
         rank.ledger.failed(content, empty=True)
         ticket = 0
@@ -500,8 +494,8 @@ class Schedule:
         with rank.ledger._db.writing() as db:
             for lease in leases:
                 db.execute(
-                    "INSERT OR IGNORE INTO leased SELECT id, ?, ? FROM lease WHERE id = ?",
-                    (*here, lease),
+                    f"INSERT OR IGNORE INTO leased SELECT id, {ID} FROM lease WHERE id = ?",
+                    (*content, lease),
                 )
         rank.ledger.end_lease(outcome.lease_id)
         return content in outcome.fetch

@@ -1,7 +1,9 @@
 """The ledger: rooms, queues, owners and what is refused, on real SQLite and real locks."""
 
+import contextlib
 import errno
 import os
+import shutil
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator
@@ -273,18 +275,48 @@ def test_the_ledger_is_for_its_user_alone(folder: Path) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_a_ledger_of_another_version_is_refused(folder: Path) -> None:
-    """A database that this version does not know is not touched."""
-    Ledger(folder, 100).close()
+@pytest.mark.parametrize("how", ["newer", "older", "garbage", "empty", "cut", "deleted", "gone"])
+def test_a_ledger_that_was_lost_is_begun_anew_by_one_alone(
+    folder: Path, opening: Opening, how: str
+) -> None:
+    """Refused with the pids while an owner lives, who cannot go on; anew once it has ended."""
     path = folder / "ledger.sqlite"
-    db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 99")
-    db.close()
-    with pytest.raises(LedgerError, match="another version"):
-        Ledger(path.parent, 100)
-    path.write_bytes(b"no database at all, but text" * 100)
-    with pytest.raises(LedgerError, match="doctor"):
-        Ledger(path.parent, 100)
+    owner = opening()
+    arrive(owner, "a", 60)
+    assert not owner.is_lost()
+    if how in {"newer", "older"}:
+        owner.close()
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute(f"PRAGMA user_version = {99 if how == 'newer' else 1}")
+    elif how == "gone":
+        shutil.rmtree(folder)
+        prepare_ledger_folder(folder.parent)
+    elif how == "deleted":
+        for file in folder.glob("ledger.sqlite*"):
+            file.unlink()
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        size_bytes = {"garbage": 0, "empty": 0, "cut": path.stat().st_size // 2}[how]
+        os.truncate(path, size_bytes)
+        if how == "garbage":
+            path.write_bytes(b"no database at all, but text" * 400)
+    if how not in {"newer", "older"}:
+        with pytest.raises(LedgerError, match=rf"doctor --repair|{os.getpid()}"):
+            Ledger(folder, 100)
+        with contextlib.suppress(LedgerError):
+            owner.close()
+        owner.abandon()
+    again = opening()
+    assert again.is_lost()
+    assert states(again) == {}
+    again.remember_clone("/clone", ())
+    again.count_again([(want("a", 60, located=True), "?")])
+    assert not again.is_lost()
+    assert again.unclaimed_bytes() == 60
+    with pytest.raises(DiskBudgetError, match="doctor --repair --adopt"):
+        decide(again).request("b", [want("b", 50)])
+    assert decide(again).request("a", [want("a", 60, located=True)]).granted
 
 
 def test_network_file_systems_are_refused_by_name(tmp_path: Path) -> None:
@@ -395,3 +427,116 @@ def test_a_reservation_is_on_disk_before_its_fetch_may_begin(
     with pytest.raises(LedgerError, match="Is it full"):
         decide(ledger).request("b", [want("b", 10)])
     assert states(ledger) == {"a": "present"}
+
+
+def uses(ledger: Ledger) -> dict[str, tuple[int | None, int | None]]:
+    """Return whose use of each content is the nearest, and its position."""
+    found = ledger._db.read("SELECT key, next_owner, next_position FROM content")
+    return {key: (owner, position) for key, owner, position in found}
+
+
+def test_the_nearest_of_all_owners_uses_decides(opening: Opening) -> None:
+    """Each owner's next use of what is held is known to all, and gone with the owner."""
+    ledger, other = opening(), opening()
+    for name in ("a", "b"):
+        arrive(ledger, name, 50)
+    a, b, absent = (ContentId("/clone", name) for name in ("a", "b", "absent"))
+    mine = [(9, "u", a), (2, "u", a), (4, "u", b), (1, "u", absent)]
+    decide(ledger).set_order(mine, replace=True, reached=0)
+    decide(other).set_order([(103, "u", b), (107, "v", a)], replace=True, reached=100)
+    assert uses(ledger) == {"a": (ledger._number, 2), "b": (other._number, 103)}
+    assert decide(ledger).request_ahead([want("new", 40)], 1).victims == (b,)
+    ledger.kept(b, refused=False, whole=True)
+    decide(ledger).reach(2, [(None, "u", a)])
+    assert uses(ledger) == {"a": (other._number, 107), "b": (other._number, 103)}
+    assert ledger.needed_by_others(a, "u")
+    assert not ledger.needed_by_others(a, "v")
+    other.close()
+    assert uses(ledger) == {"a": (None, None), "b": (ledger._number, 4)}
+    assert ledger.held_after(0, 5) == [(1, a, None), (2, b, 4)]
+    assert ledger.held_after(1, 5) == [(2, b, 4)]
+    decide(ledger).set_order([], replace=True, reached=2, ordered=False)
+    assert uses(ledger) == {"a": (None, None), "b": (None, None)}
+
+
+def test_sums_are_those_of_the_rows_whatever_happens(opening: Opening) -> None:
+    """Also when an owner ends in the middle of it; a sum that is wrong is reported and mended."""
+    ledger, other = opening(1000), opening(1000)
+    arrive(ledger, "a", 100)
+    assert decide(other).request("b", [want("a", 100), want("b", 200)]).granted
+    assert decide(other).request_ahead([want("c", 300)], 1).granted
+    decide(ledger).request("d", [want("d", 500)])
+    sums = ledger._db.read("SELECT * FROM sums")
+    assert sums == [(600, 500, 300, 300, 600)]  # the prefetch was told to end
+    other.close()
+    assert ledger._db.read("SELECT * FROM sums") == [(600, 500, 0, 0, 600)]
+    assert ledger.miscounted(repair=False) == []
+    with ledger._db.writing() as db:
+        db.execute("UPDATE sums SET used_bytes = 7, leased_bytes = 1")
+        db.execute("UPDATE content SET leases = 2 WHERE key = 'a'")
+    (found,) = ledger.miscounted(repair=False)
+    assert "are [7, 500, 0, 101], those of its rows [600, 500, 0, 100]" in found
+    assert ledger.miscounted(repair=True) == []
+    assert ledger.holdings().used_bytes == 600
+    assert not ledger.rows()[ContentId("/clone", "a")].leased
+
+
+def test_what_is_deleted_is_given_back_to_the_disk(opening: Opening) -> None:
+    """The ledger's file shrinks again once what it had rows for is gone."""
+    ledger = opening(10**6)
+    contents = [ContentId("/clone", f"{'key' * 30}{number}") for number in range(5000)]
+    with ledger.transaction() as transaction:
+        for content in contents:
+            transaction.adopt(Want(content, 1, located=True))
+    assert ledger.size_bytes() > 1_000_000
+    for content in decide(ledger).give_up(contents):
+        assert ledger.dropped(content.content) == 1
+    ledger.close()
+    assert ledger.size_bytes() < 200_000
+
+
+def statements_of(ledger: Ledger, act: Callable[[], object]) -> list[tuple[str, str]]:
+    """Return each statement that an act runs, with the plan that SQLite has for it."""
+    db = ledger._db._connected()
+    said: list[str] = []
+    db.set_trace_callback(said.append)
+    act()
+    db.set_trace_callback(None)
+    statements = [text for text in said if text.split()[0] in {"SELECT", "UPDATE", "DELETE"}]
+    return [
+        (text, row[3]) for text in statements for row in db.execute(f"EXPLAIN QUERY PLAN {text}")
+    ]
+
+
+def test_no_step_reads_all_rows(opening: Opening) -> None:
+    """Every statement finds content, leases and uses by an index, and no query sorts them."""
+    ledger = opening(100)
+    arrive(ledger, "a", 60)
+    held = ContentId("/clone", "a")
+    decide(ledger).set_order([(5, "u", held)], replace=True, reached=0)
+
+    def steps() -> None:
+        hit = decide(ledger).request("u", [want("a", 60)], position=1, following=[(6, "u", held)])
+        assert not decide(ledger).request_ahead([want("c", 60)], 1).granted
+        ledger.end_lease(hit.lease_id)
+        waiting = decide(ledger).request("u", [want("b", 50)])
+        for victim in waiting.victims:
+            ledger.dropped(victim)
+        lease = decide(ledger).request("u", [want("b", 50)], ticket=waiting.ticket)
+        ledger.failed(ContentId("/clone", "b"), empty=True)
+        ledger.end_lease(lease.lease_id)
+        decide(ledger).make_room(100)
+        ledger.held_after(0, 10)
+        ledger.cancelled(held)
+        ledger.unfinished()
+        ledger.holdings()
+
+    plans = statements_of(ledger, steps)
+    few = ("content_unfinished", "content_empty")
+    large = ("SCAN content", "SCAN leased", "SCAN upcoming")
+    scans = [(text, plan) for text, plan in plans if plan.startswith(large)]
+    assert [(text, plan) for text, plan in scans if not plan.endswith(few)] == []
+    assert len(scans) > 0
+    sorts = [text for text, plan in plans if "TEMP B-TREE" in plan and "FROM content" in text]
+    assert [text for text in sorts if not text.startswith("SELECT DISTINCT pid")] == []
+    assert any("content_victim" in plan for _, plan in plans)

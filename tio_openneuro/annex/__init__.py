@@ -11,6 +11,7 @@ from tio_openneuro.annex.branch import (
     git_config,
     git_folder,
     is_amazon,
+    is_tuned,
     special_remotes,
 )
 from tio_openneuro.annex.environment import child_environment
@@ -32,6 +33,7 @@ __all__ = [
     "git_folder",
     "index_tree",
     "is_amazon",
+    "is_tuned",
     "object_facts",
     "read_blobs",
     "read_blobs_if_present",

@@ -112,6 +112,12 @@ def branch_refs(clone: Path) -> list[str]:
     return [ref for ref in _BRANCH_REFS if ref in found]
 
 
+def is_tuned(clone: Path) -> bool:
+    """Return whether the annex was made with a layout of its own, where we would not look."""
+    logs = read_blobs_if_present(clone, [f"{ref}:difference.log" for ref in _BRANCH_REFS])
+    return any(logs) or bool(git_config(clone, r"^annex\.tune\."))
+
+
 def special_remotes(clone: Path, ref: str) -> list[SpecialRemote]:
     """Return the special remotes that a git-annex branch records, the dead ones too.
 

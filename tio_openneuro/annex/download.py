@@ -212,19 +212,21 @@ class Downloads:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             mode = path.parent.stat().st_mode & 0o777
-            if path.exists():
-                partial.path.unlink()
-                return
             path.parent.chmod(mode | 0o200)
-            partial.path.rename(path)
+            # Not renamed, which would take the place of what somebody put there in between.
+            os.link(partial.path, path)
+            partial.path.unlink()
             # Not before: a process killed in between would leave a partial that cannot be opened.
             path.chmod(path.stat().st_mode & 0o777 & ~_WRITE_BITS)
             path.parent.chmod(mode & ~_WRITE_BITS)
-        except (FileNotFoundError, PermissionError) as error:
+        except (FileNotFoundError, FileExistsError, PermissionError) as error:
             # Somebody put the same content there, or dropped it with its folders, in between.
-            if isinstance(error, FileNotFoundError) or path.exists():
-                raise TransferError(Failure.BUSY) from error
-            raise
+            if path.exists():
+                partial.path.unlink(missing_ok=True)
+                path.parent.chmod(path.parent.stat().st_mode & 0o777 & ~_WRITE_BITS)
+            elif isinstance(error, PermissionError):
+                raise
+            raise TransferError(Failure.BUSY) from error
         self._brought.add(partial.key.name)
 
 

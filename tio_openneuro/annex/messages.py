@@ -126,6 +126,11 @@ class Failure(_Told):
         attempts=3,
         backoff_s=0.2,
     )
+    SPOILT = Policy(
+        ContentMismatchError,
+        "a copy that is not what the annex key says lies where it belongs",
+        "Run 'git annex fsck' in the clone, which puts it aside.",
+    )
     READ_ONLY = Policy(
         FetchError,
         "the clone cannot be written to",

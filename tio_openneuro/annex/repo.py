@@ -10,11 +10,9 @@ Never uses ``--force``, and never initialises a clone or enables a remote.
 from __future__ import annotations
 
 import contextlib
-import glob
 import logging
 import os
 import shutil
-import stat
 import threading
 import time
 from collections import Counter
@@ -32,8 +30,19 @@ from tio_openneuro.annex.branch import (
     version_logs,
 )
 from tio_openneuro.annex.children import AnnexChildren
+from tio_openneuro.annex.environment import annex_environment
 from tio_openneuro.annex.messages import Failure, Retries
-from tio_openneuro.annex.transfer import OWN_PREFIX, POLL_S, TransferError, TransferRequest
+from tio_openneuro.annex.processes import run
+from tio_openneuro.annex.transfer import (
+    OWN_PREFIX,
+    POLL_S,
+    TransferError,
+    TransferRequest,
+    file_size,
+    find_spoilt,
+    find_stored,
+    find_whole,
+)
 from tio_openneuro.content import AnnexKey, StoredContent
 from tio_openneuro.errors import (
     DropRefusedError,
@@ -94,6 +103,7 @@ class AnnexRepo:
         self._git_folder = folder
         self._by_process: dict[int, AnnexChildren] = {}
         self._proven: set[str] = set()
+        self._trusts_all: bool | None = None
         self._logs: dict[str, bytes] = {}
         self.counts: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -101,6 +111,7 @@ class AnnexRepo:
     def __getstate__(self) -> dict[str, object]:
         """Return what another process needs: names and numbers, no children."""
         fresh: dict[str, object] = {"_by_process": {}, "_proven": set(), "_logs": {}}
+        fresh["_trusts_all"] = None
         return {**self.__dict__, **fresh, "counts": Counter(), "_counting": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -114,12 +125,7 @@ class AnnexRepo:
 
     def locate(self, key: AnnexKey) -> Path | None:
         """Return the file that holds the whole content, or None where it is absent."""
-        for relative in key.object_paths():
-            path = self._git_folder / relative
-            size_bytes = _file_size(path)
-            if size_bytes is not None and key.size_bytes in {None, size_bytes}:
-                return path
-        return None
+        return find_whole(self._git_folder, key)
 
     def get(
         self,
@@ -127,6 +133,7 @@ class AnnexRepo:
         *,
         owner_fd: int | None = None,
         cancelled: Callable[[], bool] | None = None,
+        made: Callable[[Path], object] | None = None,
     ) -> Path:
         """Fetch the content, verified by its checksum, and return its file.
 
@@ -139,6 +146,7 @@ class AnnexRepo:
             owner_fd: Descriptor that git-annex inherits, so that the owner's lock outlives us
                 for as long as git-annex does.
             cancelled: Polled ten times a second; once true, git-annex is killed.
+            made: Called with the file once a transfer of ours put it there.
 
         Raises:
             RemoteUnavailableError: The remote cannot be reached, or refuses.
@@ -149,6 +157,7 @@ class AnnexRepo:
         if why := _why_unsafe(key):
             message = f"Refused to fetch {key}: {why}. Skip this file."
             raise UnsafeDatasetError(message, key=key.name)
+        self._refuse_unseen()
         children = self._children()
         begun_s = time.monotonic()
         allowed_s = self._total_timeout_s + (key.size_bytes or 0) / _SLOWEST_BYTES_PER_S
@@ -166,7 +175,7 @@ class AnnexRepo:
                 stall_timeout_s=self._stall_timeout_s,
                 deadline_s=begun_s + allowed_s,
             )
-            result = self._get_from(children, request)
+            result = self._get_from(children, request, made)
             if isinstance(result, Path):
                 self._proven.add(key.name)
                 return result
@@ -190,13 +199,18 @@ class AnnexRepo:
         for attempt in range(_DROP_ATTEMPTS):
             if not self._object_exists(key):
                 break
-            if key.name not in self._proven and (why := self.unavailable([key]).get(key)):
+            if key.name not in self._proven and (why := self._why_lost(key)):
                 said = why
                 break
             if attempt:
                 # Another process may hold the content's lock for the length of its own drop.
                 children.closing.wait(POLL_S * 2**attempt)
             said = children.drop(key)
+            place, other = (self._git_folder / path for path in key.object_paths())
+            if not said and not place.exists() and other.exists():
+                # Where git-annex does not look, and others may find it.
+                other.parent.chmod(0o755)
+                other.unlink(missing_ok=True)
         if self._object_exists(key):
             message = (
                 f"Cannot drop {key} from {self.path}: {said or 'git-annex gave no reason'}. "
@@ -208,6 +222,7 @@ class AnnexRepo:
 
     def discard_partial(self, key: AnnexKey) -> None:
         """Remove what is left of an unfinished download of the key, if anything."""
+        self._refuse_unseen()
         for leftover in self._partial_paths(key):
             with contextlib.suppress(FileNotFoundError):
                 leftover.lstat()  # On a read-only disk unlink complains before it looks.
@@ -216,21 +231,26 @@ class AnnexRepo:
                 except (IsADirectoryError, PermissionError):
                     shutil.rmtree(leftover, ignore_errors=True)
 
+    def discard_spoilt(self, key: AnnexKey) -> None:
+        """Remove what takes room under the key and is not its content; in clones of ours alone."""
+        self._refuse_unseen()
+        for file in find_spoilt(self._git_folder, key):
+            with contextlib.suppress(FileNotFoundError):
+                file.parent.chmod(0o755)
+                file.unlink()
+
+    def _refuse_unseen(self) -> None:
+        """Raise where the clone is not where it was: what it holds is not gone for that."""
+        if not (self._git_folder / "objects").is_dir():
+            message = (
+                f"Cannot see the clone {self.path}: it was moved or deleted, or is not mounted. "
+                f"What it holds stays charged; put it back where it was."
+            )
+            raise NotAnAnnexError(message)
+
     def stored(self) -> Iterator[StoredContent]:
         """Yield every object and every partial download that lies in the clone."""
-        objects = self._git_folder / "annex" / "objects"
-        # Path.glob raises where another process removes a folder meanwhile.
-        for relative in sorted(glob.iglob("*/*/*", root_dir=objects)):  # noqa: PTH207
-            folder = objects / relative
-            size_bytes = _file_size(folder / folder.name)
-            if size_bytes is not None:
-                yield StoredContent(folder.name, size_bytes, partial=False)
-        with contextlib.suppress(FileNotFoundError):
-            for file in sorted((self._git_folder / "annex" / "tmp").iterdir()):
-                size_bytes = _file_size(file)
-                if size_bytes is not None and file.suffix != ".lck":
-                    name = file.name.removeprefix(OWN_PREFIX)
-                    yield StoredContent(name, size_bytes, partial=True)
+        return find_stored(self._git_folder)
 
     def unavailable(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
         """Return the keys that no trusted remote can give, each with the reason.
@@ -243,17 +263,59 @@ class AnnexRepo:
             keys: Keys to look for.
         """
         unsafe = {key: why for key in keys if (why := _why_unsafe(key))}
-        ref = next(iter(branch_refs(self.path)), "")
-        remotes = self._special_remotes(ref) if ref else []
-        if not ref or not all(remote.needs_version for remote in remotes):
+        ref, living = self._versioned()
+        if not ref:
             return unsafe
-        living = [remote.uuid for remote in remotes if not remote.dead]
         logs = version_logs(self.path, ref, keys)
         self._logs.update({key.name: logs.get(key.name, b"") for key in keys})
         versioned = {name for name, log in logs.items() if recorded_versions(log, living)}
         lacking = [key for key in keys if key.name not in versioned]
         exported = exported_keys(self.path, ref, living) if lacking else set()
         return {key: _NO_VERSION for key in lacking if key not in exported} | unsafe
+
+    def gone(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
+        """Return the keys that no trusted remote has now, each with the reason.
+
+        Each remote is asked once for each key that it is recorded to have, and that no other one
+        said to have.
+        """
+        lost = self.unavailable(keys)
+        unsure = [key for key in keys if key not in lost]
+        for remote in self.remotes:
+            lines = "".join(f"{key.text}\n" for key in unsure).encode(errors="surrogateescape")
+            command = ["git", "annex", "checkpresentkey", "--batch", remote]
+            timeout_s = self._total_timeout_s + len(unsure)
+            said = run(
+                command,
+                cwd=self.path,
+                stdin=lines,
+                timeout_s=timeout_s,
+                environment=annex_environment(),
+            ).split()
+            unsure = [key for key, has in zip(unsure, said, strict=True) if has != b"1"]
+        return lost | dict.fromkeys(unsure, "no remote answers that it has it")
+
+    def _versioned(self) -> tuple[str, list[str]]:
+        """Return the git-annex branch's ref, empty where not all trusted remotes keep versions.
+
+        Beside it, the ids of those that are not dead.
+        """
+        ref = next(iter(branch_refs(self.path)), "")
+        remotes = self._special_remotes(ref) if ref else []
+        versioned = all(remote.needs_version for remote in remotes)
+        return ref if versioned else "", [remote.uuid for remote in remotes if not remote.dead]
+
+    def _why_lost(self, key: AnnexKey) -> str:
+        """Return why no trusted remote gives a key; the branch is read once, for all keys."""
+        if self._trusts_all is None:
+            ref, living = self._versioned()
+            logs = version_logs(self.path, ref, None) if ref else {}
+            given = (name for name, log in logs.items() if recorded_versions(log, living))
+            self._proven.update(given)
+            self._trusts_all = not ref
+        if self._trusts_all or key.name in self._proven:
+            return _why_unsafe(key)
+        return self.unavailable([key]).get(key, "")
 
     def close(self) -> None:
         """End every child process of this process; fetches under way raise FetchError."""
@@ -280,7 +342,12 @@ class AnnexRepo:
         with self._counting:
             self.counts[what] += 1
 
-    def _get_from(self, children: AnnexChildren, request: TransferRequest) -> Path | TransferError:
+    def _get_from(
+        self,
+        children: AnnexChildren,
+        request: TransferRequest,
+        made: Callable[[Path], object] | None,
+    ) -> Path | TransferError:
         """Try one remote as often as each failure's policy says."""
         key = request.key
         retries = Retries(request.deadline_s)
@@ -288,17 +355,21 @@ class AnnexRepo:
             found = self.locate(key)
             if found is not None:
                 return found
-            sizes = {_file_size(self._git_folder / path) for path in key.object_paths()}
+            sizes = {file_size(self._git_folder / path) for path in key.object_paths()}
             if sizes - {None, key.size_bytes}:
-                said = "an object of another size lies where it belongs: run 'git annex fsck'"
-                return TransferError(Failure.CORRUPT, said)
+                return TransferError(Failure.SPOILT)
             self._refuse_stopped(request)
             failed = children.get(request)
+            # After a failure it may be there all the same: git-annex has nothing to say of a key
+            # that the user fetched in that instant.
+            found = self.locate(key)
+            if found is not None and failed is None and made is not None:
+                made(found)
             self._refuse_stopped(request)
-            if failed is None and self.locate(key) is not None:
-                continue
+            if found is not None:
+                return found
             failed = failed or TransferError(Failure.CORRUPT, "it is said to be there, and is not")
-            arrived = [_file_size(path) or 0 for path in self._partial_paths(key)]
+            arrived = [file_size(path) or 0 for path in self._partial_paths(key)]
             pause_s = retries.pause_s(failed.why, sum(arrived))
             if pause_s is None:
                 return failed
@@ -345,12 +416,3 @@ def _why_unsafe(key: AnnexKey) -> str:
     if not key.backend.startswith("X"):
         return ""
     return f"its backend {key.backend} is a program that git-annex would run, named by the dataset"
-
-
-def _file_size(path: Path) -> int | None:
-    """Return the size of a regular file; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None

@@ -8,9 +8,12 @@ retries: that is :mod:`tio_openneuro.annex.repo`'s.
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import shutil
+import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,8 @@ from tio_openneuro.annex.branch import git_folder
 from tio_openneuro.annex.environment import annex_environment
 from tio_openneuro.annex.messages import Failure, complaints, parse_answer
 from tio_openneuro.annex.processes import CommandError, Coprocess
-from tio_openneuro.content import AnnexKey
-from tio_openneuro.errors import FetchError
+from tio_openneuro.content import AnnexKey, StoredContent
+from tio_openneuro.errors import FetchError, NotAnAnnexError
 
 POLL_S = 0.1
 # Before the key's name in that of an unfinished download of ours: git-annex takes it for no key.
@@ -29,6 +32,8 @@ _SPACE_CHECK_S = 1.0
 _SPACE_LEFT_BYTES = 1 << 20
 _HASHED_BYTES_PER_S = 1e8
 _CRAWL_BYTES_PER_S = 1024.0
+# Of a file that may be there all the same.
+_UNSEEN = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,3 +203,74 @@ class Watch:
         if now_s >= self._request.deadline_s:
             return TransferError(Failure.STALLED, "it is past its deadline")
         return None
+
+
+# What transfers left in a clone
+
+
+def find_whole(git_folder: Path, key: AnnexKey) -> Path | None:
+    """Return the file that holds the whole content of a key, or None where it is absent."""
+    for relative in key.object_paths():
+        path = git_folder / relative
+        size_bytes = file_size(path)
+        if size_bytes is not None and key.size_bytes in {None, size_bytes}:
+            return path
+    return None
+
+
+def find_spoilt(git_folder: Path, key: AnnexKey) -> Iterator[Path]:
+    """Yield the files under a key that are not its content: cut, rotten, renamed, a second one."""
+    whole = find_whole(git_folder, key)
+    for relative in key.object_paths():
+        folder = (git_folder / relative).parent
+        with contextlib.suppress(FileNotFoundError):
+            for file in folder.iterdir():
+                size_bytes = file_size(file)
+                # It may have come just now.
+                right = file.name == key.name and size_bytes == key.size_bytes
+                odd = file.suffix != ".lck" and size_bytes is not None
+                if odd and file != whole and (whole is not None or not right):
+                    yield file
+    bad = git_folder / "annex" / "bad" / key.name
+    if bad.exists():
+        yield bad
+
+
+def find_stored(git_folder: Path) -> Iterator[StoredContent]:
+    """Yield every object and every partial download that lies in a clone."""
+    annex = git_folder / "annex"
+    # Path.glob raises where another process removes a folder meanwhile.
+    folders = sorted(glob.iglob("objects/*/*/*", root_dir=annex))  # noqa: PTH207
+    names = [Path(folder).name for folder in folders]
+    with contextlib.suppress(FileNotFoundError):
+        names += [file.name for file in (annex / "bad").iterdir()]
+    for name in dict.fromkeys(names):
+        key = AnnexKey.parse(name) or AnnexKey(name, None)
+        whole = find_whole(git_folder, key)
+        size_bytes = None if whole is None else file_size(whole)
+        if size_bytes is not None:
+            yield StoredContent(name, size_bytes, partial=False)
+        for file in find_spoilt(git_folder, key):
+            if size_bytes := file_size(file):
+                yield StoredContent(name, size_bytes, partial=True)
+    with contextlib.suppress(FileNotFoundError):
+        for file in sorted((annex / "tmp").iterdir()):
+            size_bytes = file_size(file)
+            if size_bytes is not None and file.suffix != ".lck":
+                yield StoredContent(file.name.removeprefix(OWN_PREFIX), size_bytes, partial=True)
+
+
+def file_size(path: Path) -> int | None:
+    """Return the size of a regular file; None where there is none.
+
+    Raises:
+        NotAnAnnexError: It cannot be told: permission lacks, or the disk fails.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        if error.errno in _UNSEEN:
+            message = f"Cannot look at {path}: {error.strerror}. What lies there stays charged."
+            raise NotAnAnnexError(message) from error
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None

@@ -215,11 +215,14 @@ def adopt(
 def doctor(
     root: Root,
     repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False,  # noqa: FBT002 - typer
+    adopt: Annotated[  # noqa: FBT002 - typer
+        bool, typer.Option("--adopt", help="With --repair: take what is nobody's for fetched.")
+    ] = False,
     as_json: Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Compare ledger and disk; exit with 1 where they disagree."""
     with _engine(root) as engine:
-        findings = engine.check(repair=repair)
+        findings = engine.check(repair=repair, adopt=repair and adopt)
     if as_json:
         _print_json({"findings": findings})
     else:

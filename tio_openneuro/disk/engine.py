@@ -22,9 +22,9 @@ from tio_openneuro.disk import many_units, prepared_volumes
 from tio_openneuro.disk.audit import audit
 from tio_openneuro.disk.leases import Leases, Settings
 from tio_openneuro.disk.look_ahead import is_prepared
-from tio_openneuro.disk.prepared_volumes import FOLDER, PreparedRepo
+from tio_openneuro.disk.prepared_volumes import PreparedRepo
 from tio_openneuro.disk.statistics import DiskStatistics, RootStatus
-from tio_openneuro.disk.store import OpenRepo
+from tio_openneuro.disk.store import FOLDER, OpenRepo
 from tio_openneuro.errors import DiskBudgetError, LedgerError
 from tio_openneuro.forks import at_fork
 from tio_openneuro.ledger import FLOOR_BYTES, too_large
@@ -299,12 +299,10 @@ class Engine:
 
     def status(self) -> RootStatus:
         """Return what the root holds, and who else is at work there."""
-        ledger = self._here().ledger
+        leases = self._here()
+        ledger = leases.ledger
         now, gone = ledger.holdings(), {owner.owner_id for owner in ledger.dead()}
         others = [owner for owner in ledger.other_owners() if owner.owner_id not in gone]
-        clones = dict.fromkeys(ledger.clones(), 0)
-        for row in ledger.rows().values():
-            clones[row.content.clone] += row.size_bytes
         return RootStatus(
             min((owner.budget_bytes for owner in others), default=None),
             now.used_bytes,
@@ -312,15 +310,22 @@ class Engine:
             now.leased_bytes,
             tuple(sorted({owner.pid for owner in others})),
             now.lease_pids,
-            clones,
+            {str(leases.store.path_of(c)): size for c, size in ledger.held_by_clone().items()},
+            ledger.size_bytes(),
         )
 
-    def check(self, *, repair: bool = False) -> list[str]:
-        """Return the inconsistencies between ledger and disk, after mending them if asked."""
+    def check(self, *, repair: bool = False, adopt: bool = False) -> list[str]:
+        """Return the inconsistencies between ledger and disk, after mending them if asked.
+
+        Args:
+            repair: Whether to mend them.
+            adopt: Whether to hand content of which nobody knows whose it is, since a ledger was
+                lost, to the budget, as far as a remote has it.
+        """
         leases = self._here()
-        root = Path(os.path.realpath(self._settings.root))
-        folders = (root / "clones", root / FOLDER)
-        return audit(leases.ledger, leases.store, folders, repair=repair)
+        if adopt:
+            many_units.claim(leases)
+        return audit(leases.ledger, leases.store, repair=repair)
 
     def close(self) -> None:
         """End threads, fetches, children and leases of this process, within 2 s; idempotent."""

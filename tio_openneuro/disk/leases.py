@@ -37,8 +37,9 @@ from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
 _SLOWEST_BYTES_PER_S = 50_000
+_AT_ONCE = 100
+# Fetches are bounded by the clone; these bound the wait for them a little more widely.
 _GRACE_S = 60.0
-"""Fetches are bounded by the clone; these bound the wait for them a little more widely."""
 _CLOSE_TIMEOUT_S = 2.0
 _SHRINK_TIMEOUT_S = 60.0
 
@@ -85,6 +86,7 @@ class Leases:
         self._has_floor = settings.floor_bytes > 0
         self._closed = False
         try:
+            self.store.count_again()
             self._settle()
             self._shrink()
         except BaseException:
@@ -105,18 +107,22 @@ class Leases:
     def _settle(self) -> None:
         """Finish what dead owners began: downloads that were whole, drops that were under way."""
         unfinished = self.ledger.unfinished()
-        for row in unfinished:
-            if row.state is ContentState.RESERVED and self.store.is_whole(row):
-                self.ledger.arrived(row.content)
+        self.store.settle(unfinished)
         dropping = [row.content for row in unfinished if row.state is ContentState.DROPPING]
         self.drop(dropping, "begun by a process that died")
 
     def drop(self, contents: Iterable[ContentId], reason: str) -> int:
         """Drop what of this nobody leases; return the bytes that came free."""
-        with self.ledger.transaction() as decide:
-            rows = decide.give_up(contents)
-        failed = self.store.drop([row.content for row in rows], reason)
-        return sum(row.size_bytes for row in rows if row.content not in failed)
+        left = list(contents)
+        freed_bytes = 0
+        while left:
+            # Not all at once: others want to write to the ledger meanwhile.
+            some, left = left[:_AT_ONCE], left[_AT_ONCE:]
+            with self.ledger.transaction() as decide:
+                rows = decide.give_up(some)
+            failed = self.store.drop([row.content for row in rows], reason)
+            freed_bytes += sum(row.size_bytes for row in rows if row.content not in failed)
+        return freed_bytes
 
     def _shrink(self) -> None:
         """Evict until the budget holds.
@@ -182,11 +188,10 @@ class Leases:
     def lease(self, unit: ContentUnit, timeout_s: float) -> Iterator[dict[AnnexKey, Path]]:
         """Hold a unit's content: see :meth:`Engine.lease`."""
         files = self.store.files_of(unit)
-        size_bytes = sum(file.key.size_bytes or 0 for file in files.values())
         lease = self._acquire(unit, files, timeout_s)
         fetches: dict[ContentId, Fetch] = {}
         try:
-            patience_s = timeout_s + _GRACE_S + size_bytes / _SLOWEST_BYTES_PER_S
+            patience_s = timeout_s + _GRACE_S + unit.size_bytes / _SLOWEST_BYTES_PER_S
             deadline_s = time.monotonic() + patience_s
             found = self._arrive(unit, files, lease, fetches, deadline_s)
             yield {files[content].key: path for content, path in found.items()}
@@ -221,7 +226,7 @@ class Leases:
         timeout_s: float,
     ) -> Answer:
         """Reserve and lease all or none, evicting what is used last."""
-        position = self.look_ahead.take(unit, files)
+        position, following = self.look_ahead.take(unit, files)
         kept: set[ContentId] = set()
         ticket = 0
         wants: list[Want] = []
@@ -237,6 +242,7 @@ class Leases:
                 avoid=avoid,
                 spare_bytes=self.store.spare_bytes(files.values()) if self._has_floor else None,
                 position=position,
+                following=following,
             )
             ticket = answer.ticket
             if not answer.victims:
@@ -286,7 +292,7 @@ class Leases:
     ) -> dict[ContentId, Path]:
         """Fetch what is reserved, wait for what others fetch, and return the files."""
         for content in lease.fetch:
-            fetches[content] = Fetch(content, files[content], unit.name, fresh=True)
+            fetches[content] = Fetch(content, files[content], unit.name)
             self.fetches.add(fetches[content])
         found: dict[ContentId, Path] = {}
         while True:
@@ -334,6 +340,7 @@ class Leases:
         whole = row is None or row.state is ContentState.PRESENT
         path = file.repo.locate(file.key) if whole else None
         if path is not None:
+            self.store.has_owner(row)
             return path
         if row is None:
             message = (
@@ -345,7 +352,7 @@ class Leases:
             with self.ledger.transaction() as decide:
                 claimed = decide.claim(content, absent=whole)
             if claimed:
-                fetches[content] = Fetch(content, file, unit.name, fresh=False)
+                fetches[content] = Fetch(content, file, unit.name)
                 self.fetches.add(fetches[content])
         else:
             ours = self.fetches.promote(content)
@@ -365,7 +372,8 @@ class Leases:
 
     def abandon(self) -> None:
         """Let go of what a fork carried over, without touching what is the parent's."""
-        self.ledger.lock.let_go()
+        self.ledger.abandon()
+        self.store.let_go()
 
     def close(self) -> None:
         """End threads, fetches, children and the owner; at once, and at most once."""

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentUnit, StoredContent
 from tio_openneuro.disk.leases import Leases
+from tio_openneuro.disk.store import FOLDER
 from tio_openneuro.errors import FetchError, LedgerError
 from tio_openneuro.ledger import Answer, Transaction, Want, is_worth_room
 from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
 _LATEST = 1 << 60
-FOLDER = "prepared"
 _SUFFIX = ".part"
 
 
@@ -76,6 +76,7 @@ class PreparedRepo:
         *,
         owner_fd: int | None = None,  # noqa: ARG002 - the seam's
         cancelled: Callable[[], bool] | None = None,  # noqa: ARG002 - the seam's
+        made: Callable[[Path], object] | None = None,  # noqa: ARG002 - the seam's
     ) -> Path:
         """Raise: nobody gives a prepared volume but who prepares it.
 
@@ -109,6 +110,11 @@ class PreparedRepo:
         """Return why no key can be adopted or fetched: there is no remote."""
         return dict.fromkeys(keys, "a prepared volume has no remote")
 
+    gone = unavailable
+
+    def discard_spoilt(self, key: AnnexKey) -> None:
+        """Do nothing: a file is whole or partial."""
+
     def close(self) -> None:
         """Do nothing: no child serves the folder."""
 
@@ -127,9 +133,7 @@ def lease(leases: Leases, unit: ContentUnit, file: ContentFile) -> Iterator[Path
         return
     try:
         # Only now: a use that is not begun stays in the order, for the lease of the files.
-        position = leases.look_ahead.take(unit, leases.store.files_of(unit))
-        if position is not None:
-            leases.look_ahead.reach(position)
+        leases.look_ahead.begin_use(unit, leases.store.files_of(unit))
         leases.counters.add(hit_files=1)
         yield file.repo.locate(file.key)
     finally:

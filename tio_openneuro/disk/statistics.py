@@ -55,6 +55,7 @@ class RootStatus:
         pids: Processes at work.
         lease_pids: Those of them that hold leases.
         clones: Bytes charged by clone.
+        ledger_bytes: Bytes of the ledger itself, which are not charged.
     """
 
     budget_bytes: int | None
@@ -64,6 +65,7 @@ class RootStatus:
     pids: tuple[int, ...]
     lease_pids: tuple[int, ...]
     clones: dict[str, int]
+    ledger_bytes: int
 
 
 class DiskCounters:

@@ -16,20 +16,48 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentRepo, ContentUnit
+from tio_openneuro.annex import configured_uuids, git_folder
+from tio_openneuro.content import (
+    UNCLAIMED,
+    AnnexKey,
+    ContentFile,
+    ContentId,
+    ContentRepo,
+    ContentUnit,
+    is_same_file,
+    mark_of,
+)
 from tio_openneuro.disk.statistics import DiskCounters
 from tio_openneuro.errors import (
     ContentMismatchError,
     DropRefusedError,
     FetchError,
+    LedgerError,
     NotAnAnnexError,
     TioOpenNeuroError,
 )
-from tio_openneuro.ledger import Changes, ContentRow, Ledger, Want, free_bytes
+from tio_openneuro.ledger import (
+    Changes,
+    ContentRow,
+    ContentState,
+    Ledger,
+    Want,
+    free_bytes,
+    hold_folder,
+)
 from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
 _CANCEL_POLL_S = 0.1
+_LAST_SIGN_NS = 150_000_000
+_DYING_NS = 10_000_000_000
+
+UNSEEN = (
+    "the clone {} cannot be seen: it was moved, deleted or not mounted, or permission lacks. What "
+    "it holds stays charged"
+)
+
+FOLDER = "prepared"
 
 OpenRepo = Callable[[Path, tuple[str, ...]], ContentRepo]
 
@@ -42,7 +70,6 @@ class Fetch:
         content: Whose content it is.
         file: Clone, key and path.
         unit: Name of the unit, for messages.
-        fresh: Whether the content was reserved just now, so nothing of it is ours yet.
         ahead: Whether nobody in this process waits for it.
         started: Whether a thread carries it out.
         cancel: Set to end it soon.
@@ -54,7 +81,6 @@ class Fetch:
     content: ContentId
     file: ContentFile
     unit: str
-    fresh: bool
     ahead: bool = False
     started: bool = False
     cancel: threading.Event = field(default_factory=threading.Event)
@@ -93,6 +119,8 @@ class Store:
         self._changes = changes
         self._open_repo = open_repo
         self._floor_bytes = floor
+        self._root = Path(os.path.realpath(ledger.folder.parent))
+        self._held: list[int] = []
         self._mutex = threading.Lock()
         self._repos: dict[str, ContentRepo] = {}
         self._clones: dict[int, str] = {}
@@ -104,14 +132,41 @@ class Store:
         """Return the ledger's name of a file's content, and remember its clone."""
         clone = self._clones.get(id(file.repo))
         if clone is None:
-            clone = os.path.realpath(file.repo.path)
+            clone = self._name_of(file.repo)
             with self._mutex:
                 self._repos.setdefault(clone, file.repo)
                 # Several may stand for one clone, each with children of its own.
                 self._used.setdefault(id(file.repo), (file.repo, dict(file.repo.counts)))
-            self._ledger.remember_clone(clone, file.repo.remotes)
+            here = (git_folder(file.repo.path) or file.repo.path).stat()
+            place = f"{here.st_dev}:{here.st_ino}"
+            self._ledger.remember_clone(clone, file.repo.remotes, place)
             self._clones[id(file.repo)] = clone
         return ContentId(clone, file.key.name)
+
+    def _name_of(self, repo: ContentRepo) -> str:
+        """Return the ledger's name of a clone, which no other root may use meanwhile."""
+        found = Path(os.path.realpath(git_folder(repo.path) or repo.path))
+        folder = found.parent if found.name == ".git" else found
+        descriptor = hold_folder(found, self._root)
+        if descriptor < 0:
+            message = (
+                f"Cannot use the clone {folder} under the root {self._root}: a process that runs "
+                f"uses it under another root, and two ledgers would each allow their own budget. "
+                f"Give that root, or wait until the process has ended."
+            )
+            raise LedgerError(message)
+        self._held.append(descriptor)
+        inside = folder.is_relative_to(self._root)
+        return folder.relative_to(self._root).as_posix() if inside else str(folder)
+
+    def path_of(self, clone: str) -> Path:
+        """Return the folder of a clone that the ledger names."""
+        return self._root / clone
+
+    @staticmethod
+    def is_own(clone: str) -> bool:
+        """Return whether a clone is one that this library made."""
+        return clone.partition("/")[0] in {"clones", FOLDER}
 
     def files_of(self, unit: ContentUnit) -> dict[ContentId, ContentFile]:
         """Return a unit's files by their content, each key of a clone once."""
@@ -121,6 +176,29 @@ class Store:
         """Return the content of a unit, with that of its prepared volume."""
         prepared = [] if unit.prepared is None else [self.content_of(unit.prepared)]
         return [*self.files_of(unit), *prepared]
+
+    def count_again(self) -> None:
+        """Charge all that lies in clones of ours after a loss: nobody knows whose it is."""
+        if not self._ledger.is_lost():
+            return
+        found: list[tuple[Want, str]] = []
+        for folder in (*sorted(self._root.glob("clones/[!.]*")), self._root / FOLDER):
+            clone = folder.relative_to(self._root).as_posix()
+            ours = clone == FOLDER
+            remotes = () if ours or git_folder(folder) is None else configured_uuids(folder)
+            self._ledger.remember_clone(clone, tuple(remotes))
+            repo = self.repo_of(clone)
+            sizes: Counter[str] = Counter()
+            whole = set()
+            for stored in repo.stored() if repo is not None else ():
+                sizes[stored.key_name] += stored.size_bytes
+                whole |= set() if stored.partial else {stored.key_name}
+            for name, size_bytes in sizes.items():
+                want = Want(ContentId(clone, name), size_bytes, located=name in whole)
+                found.append((want, UNCLAIMED if want.located and not ours else ""))
+        self._ledger.count_again(found)
+        charged = format_size(sum(want.size_bytes for want, _ in found))
+        _LOGGER.warning("The ledger in %s was lost: %s are counted again.", self._root, charged)
 
     def wants(self, files: Mapping[ContentId, ContentFile]) -> list[Want]:
         """Return what these files need, looking at the disk.
@@ -149,24 +227,25 @@ class Store:
 
     def repo_of(self, clone: str) -> ContentRepo | None:
         """Return the clone, opened where only the ledger knows it; None where it is gone."""
-        if not Path(clone).is_dir():
+        folder = self.path_of(clone)
+        if not folder.is_dir() or (clone != FOLDER and git_folder(folder) is None):
             return None
         with self._mutex:
             repo = self._repos.get(clone)
             if repo is None:
                 try:
-                    repo = self._open_repo(Path(clone), self._ledger.clones().get(clone, ()))
+                    repo = self._open_repo(folder, self._ledger.clones().get(clone, ()))
                 except NotAnAnnexError:
                     return None
                 self._repos[clone] = repo
                 self._used[id(repo)] = (repo, dict(repo.counts))
             return repo
 
-    def is_whole(self, row: ContentRow) -> bool:
-        """Return whether the disk has the content in its full size."""
+    def whole(self, row: ContentRow) -> Path | None:
+        """Return the file that has the content in its full size, if the disk has one."""
         repo = self.repo_of(row.content.clone)
         path = None if repo is None else repo.locate(key_of(row.content))
-        return path is not None and path.stat().st_size == row.size_bytes
+        return path if path is not None and path.stat().st_size == row.size_bytes else None
 
     def counts(self) -> Counter[str]:
         """Return what the clones count of this process's fetches."""
@@ -183,48 +262,106 @@ class Store:
             repos = [repo for repo, _ in self._used.values()]
         for repo in repos:
             repo.close()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Leave the clones to other roots, as far as this process is concerned."""
+        while self._held:
+            os.close(self._held.pop())
 
     # Fetch
 
     def carry_out(self, fetch: Fetch) -> None:
         """Fetch reserved content; on failure clear its partial download away, then return its room.
 
+        It is ours only where our own transfer put it there: the user may fetch it beside us.
+
         Raises:
             FetchError: It did not arrive; the ledger knows.
         """
         repo, key = fetch.file.repo, fetch.file.key
+        marks: list[str] = []
+        began_s = time.monotonic()
         try:
-            path = repo.locate(key)
-            if path is not None and fetch.fresh:
-                # It came between the look at the disk and the reservation, from somebody else.
-                self._ledger.disowned(fetch.content)
-                fetch.path = path
-                return
-            if path is None:
-                began_s = time.monotonic()
-                path = self._get(fetch)
-                self._counters.add(
-                    fetched_files=1,
-                    fetched_bytes=key.size_bytes or 0,
-                    fetch_s=time.monotonic() - began_s,
-                )
+            if self.is_own(fetch.content.clone):
+                # Cut by a power failure, or put aside by a check: it would take room twice.
+                repo.discard_spoilt(key)
+            path = self._get(fetch, lambda file: marks.append(mark_of(file, repo.path)))
             self._verify(fetch, path)
         except TioOpenNeuroError:
             if not fetch.cancel.is_set():
                 self._counters.add(failures=1)
-            self._ledger.failed(fetch.content, empty=self._discard(repo, key))
-            path = repo.locate(key) if fetch.cancel.is_set() else None
-            if path is not None and path.stat().st_size == key.size_bytes:
-                # It arrived in that instant. After another failure it may be the user's own.
-                self._ledger.arrived(fetch.content)
+            empty = self._discard(repo, key)
+            path_now = repo.locate(key)
+            if path_now is None or not empty:
+                self._ledger.failed(fetch.content, empty=empty)
+            else:
+                self.take_in(fetch.content, path_now, *marks)
             raise
         except BaseException:
             self._counters.add(failures=1)
             self._ledger.failed(fetch.content, empty=False)
             raise
-        self._ledger.arrived(fetch.content)
+        self.take_in(fetch.content, path, *marks)
         fetch.path = path
-        self._log("Fetched", fetch.content, key.size_bytes or 0, f"for {fetch.unit}", gained=True)
+        if marks:
+            seconds = time.monotonic() - began_s
+            size_bytes = key.size_bytes or 0
+            self._counters.add(fetched_files=1, fetched_bytes=size_bytes, fetch_s=seconds)
+            self._log("Fetched", fetch.content, size_bytes, f"for {fetch.unit}", gained=True)
+
+    def settle(self, unfinished: Iterable[ContentRow]) -> None:
+        """Record whose it is what came whole and whose owner died before it noted that."""
+        for row in unfinished:
+            path = self.whole(row) if row.state is ContentState.RESERVED else None
+            if path is not None:
+                self.take_in(row.content, path)
+
+    def take_in(self, content: ContentId, path: Path, mark: str = "") -> None:
+        """Record whose the whole file of reserved content is.
+
+        Args:
+            content: What was reserved.
+            path: The file.
+            mark: Its mark, where a transfer of this process made it; else it is told by what the
+                ledger has noted.
+        """
+        row = None if mark else self._ledger.rows([content]).get(content)
+        if row is None:
+            ours: bool | None = bool(mark)
+        elif row.mark.isdecimal():
+            # Whoever fetched it died. Its children may have lived a little longer, and nobody
+            # can tell what came then from what the user fetched.
+            later_ns = path.stat().st_ctime_ns - int(row.mark)
+            ours = True if later_ns < _LAST_SIGN_NS else False if later_ns > _DYING_NS else None
+        else:
+            ours = bool(row.mark) and self.is_ours(row, path)
+        if not ours:
+            self._discard(self._repos[content.clone], key_of(content))
+        if ours is False:
+            self._ledger.disowned(content)
+        else:
+            here = self._mark_of(content, path)
+            self._ledger.arrived(content, mark or (UNCLAIMED if ours is None else here))
+
+    def _mark_of(self, content: ContentId, path: Path) -> str:
+        return mark_of(path, self._repos[content.clone].path)
+
+    def has_owner(self, row: ContentRow | None) -> bool:
+        """Return whether what the ledger has is this library's; forget what was replaced."""
+        path = None if row is None else self.whole(row)
+        if row is None or path is None or row.state is not ContentState.PRESENT:
+            return row is not None
+        if not self.is_ours(row, path):
+            self._ledger.disowned(row.content)
+            return False
+        return row.mark != UNCLAIMED
+
+    def is_ours(self, row: ContentRow, path: Path) -> bool:
+        """Return whether a file is the one that the ledger charges, and no other in its place."""
+        if row.mark in {"", UNCLAIMED} or row.mark.isdecimal():
+            return True
+        return is_same_file(row.mark, self._mark_of(row.content, path))
 
     def is_cancelled(self, fetch: Fetch) -> bool:
         """Return whether somebody, here or in another process, wants a fetch to end."""
@@ -232,13 +369,14 @@ class Store:
             fetch.cancel.set()
         return fetch.cancel.is_set()
 
-    def _get(self, fetch: Fetch) -> Path:
+    def _get(self, fetch: Fetch, made: Callable[[Path], object]) -> Path:
         asked_s = time.monotonic()
 
         def cancelled() -> bool:
             nonlocal asked_s
             if time.monotonic() - asked_s > _CANCEL_POLL_S:
                 asked_s = time.monotonic()
+                self._ledger.lock.show_alive()
                 return self.is_cancelled(fetch)
             return fetch.cancel.is_set()
 
@@ -246,7 +384,9 @@ class Store:
             message = f"Did not fetch {fetch.file.path}: its room was needed, or the engine closes."
             raise FetchError(message, key=fetch.file.key.name, unit=fetch.unit)
         owner_fd = self._ledger.lock.inheritable
-        return fetch.file.repo.get(fetch.file.key, owner_fd=owner_fd, cancelled=cancelled)
+        return fetch.file.repo.get(
+            fetch.file.key, owner_fd=owner_fd, cancelled=cancelled, made=made
+        )
 
     def _verify(self, fetch: Fetch, path: Path) -> None:
         """Check the size, which the budget relies on; the checksum is git-annex's to check."""
@@ -265,10 +405,10 @@ class Store:
         """Remove a partial download; return whether nothing is left that must stay charged."""
         try:
             repo.discard_partial(key)
-            return repo.locate(key) is None
         except (TioOpenNeuroError, OSError) as error:
             _LOGGER.warning("Could not clear away the download of %s: %s", key, error)
             return False
+        return True
 
     # Drop
 
@@ -293,11 +433,21 @@ class Store:
     def _drop_one(self, content: ContentId, reason: str) -> bool:
         try:
             repo, key = self.repo_of(content.clone), key_of(content)
-            if repo is not None and repo.locate(key) is None:
+            if repo is None:
+                raise NotAnAnnexError(UNSEEN.format(content.clone))
+            row, path = self._ledger.rows([content]).get(content), repo.locate(key)
+            if path is not None and (row is None or not self.is_ours(row, path)):
+                _LOGGER.info("Not charged any more: %s, which somebody replaced", content.key)
+                repo.discard_partial(key)
+                self._ledger.disowned(content)
+                return False
+            if path is None:
                 # What is there in another size was put there by somebody else.
                 repo.discard_partial(key)
-            elif repo is not None:
+            else:
                 repo.drop(key)
+            if self.is_own(content.clone):
+                repo.discard_spoilt(key)
         except DropRefusedError as error:
             _LOGGER.warning("Keeping %s, which stays charged: %s", content.key, error)
             self._give_back(content, refused=True)
@@ -307,6 +457,8 @@ class Store:
             self._give_back(content, refused=False)
             return False
         size_bytes = self._ledger.dropped(content)
+        if path is None and row is not None and row.mark:
+            return False  # Somebody else removed it, so that we made no room.
         self._counters.add(evicted_files=1, evicted_bytes=size_bytes)
         self._log("Evicted", content, size_bytes, reason, gained=False)
         return True

@@ -1,20 +1,23 @@
 """The one place of disk accounting, shared by all processes under one root.
 
 Owns the SQLite database and the owners' locks. Promises that charged bytes never pass the smallest
-budget. Never touches content: callers drop and fetch, and report.
+budget, and that a step costs what its own keys do, however many rows, owners and uses there are.
+Never touches content: callers drop and fetch, and report.
 """
 
 from tio_openneuro.ledger.changes import Changes, growing_pause_s
 from tio_openneuro.ledger.eviction import is_worth_room
 from tio_openneuro.ledger.ledger import Ledger
+from tio_openneuro.ledger.owners import hold_folder
 from tio_openneuro.ledger.root import (
     FLOOR_BYTES,
     free_bytes,
     prepare_ledger_folder,
+    refuse_beside,
     too_large,
 )
 from tio_openneuro.ledger.schema import Answer, ContentRow, ContentState, Want
-from tio_openneuro.ledger.transaction import Transaction
+from tio_openneuro.ledger.transaction import Transaction, Use
 
 __all__ = [
     "FLOOR_BYTES",
@@ -24,10 +27,13 @@ __all__ = [
     "ContentState",
     "Ledger",
     "Transaction",
+    "Use",
     "Want",
     "free_bytes",
     "growing_pause_s",
+    "hold_folder",
     "is_worth_room",
     "prepare_ledger_folder",
+    "refuse_beside",
     "too_large",
 ]

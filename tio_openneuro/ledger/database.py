@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +27,25 @@ _FIRST_PAUSE_S = 0.0003
 _LONGEST_PAUSE_S = 0.003
 _NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
+_MOST_FREED_PAGES = 20_000
+
 Statement = tuple[str, Sequence[Any]]
 
 
 class LedgerDatabase:
     """One process's connection to the ledger; safe to share by threads, not by processes."""
 
-    def __init__(self, path: Path, tables: str, version: int) -> None:
-        """Open the database, made where it is missing.
+    def __init__(self, path: Path, version: int) -> None:
+        """Open the database.
 
         Args:
             path: File on a local disk.
-            tables: SQL that makes the tables, statements ended by semicolons.
             version: Of the tables; another version is refused.
 
         Raises:
             LedgerError: The database cannot be opened, or is of another version.
         """
         self._path = path
-        self._tables = tables
         self._version = version
         self._mutex = threading.RLock()
         self._closed = False
@@ -71,9 +71,19 @@ class LedgerDatabase:
     def _open(self) -> sqlite3.Connection:
         pause = threading.Event()
         for attempt in range(_OPENING_TRIES):
-            db = sqlite3.connect(
-                self._path, timeout=_LOCKED_TIMEOUT_S, isolation_level=None, check_same_thread=False
-            )
+            try:
+                # Never a new one: that is made where nobody else can have another.
+                self._inode = self._path.stat().st_ino
+                uri = f"{self._path.absolute().as_uri()}?mode=rw"
+                db = sqlite3.connect(
+                    uri,
+                    uri=True,
+                    timeout=_LOCKED_TIMEOUT_S,
+                    isolation_level=None,
+                    check_same_thread=False,
+                )
+            except (OSError, sqlite3.Error) as error:
+                raise self._broken(error) from error
             try:
                 # Switching to WAL fails at once, without waiting, while another process does it.
                 db.execute("PRAGMA journal_mode = WAL")
@@ -82,10 +92,6 @@ class LedgerDatabase:
                 db.execute("PRAGMA synchronous = NORMAL")
                 db.execute("BEGIN IMMEDIATE")
                 found = db.execute("PRAGMA user_version").fetchone()[0]
-                if found == 0:
-                    for statement in self._tables.split(";"):
-                        db.execute(statement)
-                    db.execute(f"PRAGMA user_version = {self._version}")
                 db.execute("COMMIT")
             except sqlite3.Error as error:
                 db.close()
@@ -93,15 +99,11 @@ class LedgerDatabase:
                     raise self._broken(error) from error
                 pause.wait(_OPENING_PAUSE_S)
             else:
-                if found in (0, self._version):
+                if found == self._version:
                     return db
                 db.close()
                 break
-        message = (
-            f"Cannot use the ledger {self._path}: it is of another version of this library than "
-            f"{self._version}. Use another root, or evict with the version that made it."
-        )
-        raise LedgerError(message)
+        raise self._broken(f"it is of version {found}, and this library's is {self._version}")
 
     def _disconnect(self) -> None:
         if self._db is not None:
@@ -114,12 +116,20 @@ class LedgerDatabase:
             raise LedgerError(message)
         if self._db is None:
             self._db = self._open()
+        try:
+            same = self._path.stat().st_ino == self._inode
+        except OSError as error:
+            raise self._broken(error) from error
+        if not same:
+            raise self._broken("another file took its place")
         return self._db
 
-    def _broken(self, error: sqlite3.Error) -> LedgerError:
+    def _broken(self, why: object) -> LedgerError:
         return LedgerError(
-            f"Cannot use the ledger {self._path}: {error}. Likely the disk is full, or the folder "
-            f"was changed by something else. Run `tio-openneuro doctor`."
+            f"Cannot use the ledger {self._path}: {why}. Likely the disk is full, the permission "
+            f"to write there lacks, or something else deleted or changed it. End the processes "
+            f"that use the root, then run `tio-openneuro doctor --repair`: a ledger that was lost "
+            f"is begun anew, with all that lies in the clones of this library."
         )
 
     @contextmanager
@@ -222,11 +232,63 @@ class LedgerDatabase:
         with self.reading() as db:
             return db.execute(query, values).fetchall()
 
+    def shrink(self) -> None:
+        """Give back to the disk what deleted rows took, or a bounded part of it."""
+        with self._mutex, suppress(sqlite3.Error):
+            # Run to its end, where execute() would free a single page.
+            self._connected().executescript(f"PRAGMA incremental_vacuum({_MOST_FREED_PAGES})")
+
     def close(self) -> None:
         """Close the connection for good."""
         with self._mutex:
             self._closed = True
             self._disconnect()
+
+
+def why_lost(path: Path, version: int) -> str:
+    """Return why a file is no ledger of that version; empty where it is one.
+
+    Raises:
+        sqlite3.Error: It cannot be looked at.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return "it is not there, or empty"
+    with closing(sqlite3.connect(path, timeout=_LOCKED_TIMEOUT_S)) as db:
+        try:
+            (found,) = db.execute("PRAGMA user_version").fetchone()
+            (damage,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode not in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
+                raise
+            return str(error)
+    if found != version:
+        return f"it is of version {found}"
+    return "" if damage == "ok" else str(damage)
+
+
+def make_database(path: Path, tables: Sequence[str], version: int) -> bool:
+    """Make a database in the place of one that was lost; return whether there was one.
+
+    The caller keeps others away. What was there is kept beside it.
+
+    Args:
+        path: File on a local disk.
+        tables: Statements that make the tables.
+        version: Of the tables.
+    """
+    lost = False
+    for old in path.parent.glob(f"{path.name}*"):
+        lost = True
+        old.replace(old.with_name(f"lost-{old.name}"))
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        # A step changes a few bytes of each of many pages, which go whole to the log (4.1 MB with
+        # the usual 4096); what is deleted can be given back.
+        db.execute("PRAGMA page_size = 1024")
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        db.execute("PRAGMA journal_mode = WAL")
+        for statement in ("BEGIN", *tables, f"PRAGMA user_version = {version}", "COMMIT"):
+            db.execute(statement)
+    return lost
 
 
 def _is_full(error: BaseException | None) -> bool:

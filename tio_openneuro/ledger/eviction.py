@@ -1,11 +1,19 @@
-"""Which content to give up for room. Pure; owns no state and touches no disk."""
+"""Which content to give up for room. Owns no state and touches no disk, but reads the ledger."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import heapq
+import itertools
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tio_openneuro.content import ContentId
+from tio_openneuro.ledger.schema import EVICTABLE, FARTHEST, ID, UNUSED, USED_LAST
+
+# A turn after all others.
+EVER = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +24,15 @@ class Resident:
         content: Whose content it is.
         size_bytes: Bytes that it is charged.
         last_use: Rises with every use; the smallest was used longest ago.
+        fetching: Whether it is being fetched ahead.
+        steps: How many steps ahead it is used next; None where that is not known.
     """
 
     content: ContentId
     size_bytes: int
     last_use: int
+    fetching: bool = False
+    steps: int | None = None
 
 
 _WINDOW_UNITS = 2
@@ -95,6 +107,79 @@ def choose_victims(
             chosen.remove(item)
             spare_bytes -= item.size_bytes
     return chosen
+
+
+def pick(
+    found: Iterator[Resident], needed_bytes: int, spared: Collection[ContentId]
+) -> list[Resident]:
+    """Choose victims from what :func:`evictable` yields, read no further than that takes.
+
+    Args:
+        found: What may be given up, the first to go first.
+        needed_bytes: Bytes that must come free.
+        spared: What is not given up in any case.
+    """
+    enough: list[Resident] = []
+    left_bytes = needed_bytes
+    while left_bytes > 0 and (item := next(found, None)) is not None:
+        if item.content not in spared:
+            enough.append(item)
+            left_bytes -= item.size_bytes
+    next_use = {item.content: item.steps for item in enough if item.steps is not None}
+    return choose_victims(enough, needed_bytes, next_use)
+
+
+def evictable(
+    db: sqlite3.Connection,
+    *,
+    since: int = EVER,
+    steps: int | None = -EVER,
+    first: Iterable[ContentId] = (),
+) -> Iterator[Resident]:
+    """Yield what may be given up, in the order in which it is; each one costs one row.
+
+    Args:
+        db: The ledger.
+        since: Turn since when what was used stays, where no next use is known.
+        steps: Of what is known to be used only what is used later than that; None: nothing.
+        first: What goes as if no use of it were known.
+    """
+    chosen = set()
+    for content in first:
+        for row in db.execute(f"{EVICTABLE} content.id = {ID}", content):
+            chosen.add(content)
+            yield _resident(row)
+    rest = _by_next_use(db, since, steps)
+    yield from (item for item in rest if item.content not in chosen)
+
+
+def _by_next_use(db: sqlite3.Connection, since: int, steps: int | None) -> Iterator[Resident]:
+    yield from (_resident(row) for row in db.execute(UNUSED, (since,)))
+    # The farthest use of each owner; its others are read once it is the farthest of all.
+    farthest = [] if steps is None else db.execute(FARTHEST).fetchall()
+    heap: list[tuple[int, int, Resident | None]] = [
+        (reached - last, owner, None) for owner, reached, last in farthest if last is not None
+    ]
+    heapq.heapify(heap)
+    positions = {owner: reached for owner, reached, _ in farthest}
+    uses: dict[int, Iterator[Resident]] = {}
+    while heap and steps is not None and -heap[0][0] > steps:
+        _, owner, item = heapq.heappop(heap)
+        if item is None:
+            rows = db.execute(USED_LAST, (owner,))
+            uses[owner] = map(_resident, rows, itertools.repeat(positions[owner]))
+            item = next(uses[owner])
+        yield item
+        item = next(uses[owner], None)
+        if item is not None:
+            heapq.heappush(heap, (-(item.steps or 0), owner, item))
+
+
+def _resident(row: tuple[Any, ...], reached: int | None = None) -> Resident:
+    """Return what a query gave; ``reached`` is the position of the owner that uses it next."""
+    clone, key, size_bytes, last_use, fetching, position = row
+    steps = None if reached is None else position - reached
+    return Resident(ContentId(clone, key), size_bytes, last_use, bool(fetching), steps)
 
 
 def is_worth_room(raw_bytes: int, prepared_bytes: int, *, fetch_s: float, prepare_s: float) -> bool:

@@ -10,35 +10,46 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from tio_openneuro.content import ContentId
+from tio_openneuro.content import UNCLAIMED, ContentId
 from tio_openneuro.errors import LedgerError
-from tio_openneuro.ledger.database import LedgerDatabase
+from tio_openneuro.ledger.database import LedgerDatabase, make_database, why_lost
 from tio_openneuro.ledger.owners import OwnerLock, OwnerRecord, runs, take_if_dead, this_process
-from tio_openneuro.ledger.root import automatic_budget, free_bytes, prepare_ledger_folder
+from tio_openneuro.ledger.root import (
+    automatic_budget,
+    free_bytes,
+    hold_root,
+    prepare_ledger_folder,
+)
 from tio_openneuro.ledger.schema import (
     BUDGET,
+    COUNTED,
     FETCH_PIDS,
     FORGET_EMPTY,
+    HELD,
+    HELD_AFTER,
     HERE,
+    ID,
     LEASE_PIDS,
-    LEASED_BYTES,
-    PEAK,
+    RECOUNT,
     ROWS,
     SCHEMA_VERSION,
+    SUMS,
     TABLES,
-    USED,
+    UNCLAIMED_BYTES,
     ContentRow,
     Holdings,
+    Want,
 )
 from tio_openneuro.ledger.transaction import Transaction
 
-_OWNERS = "SELECT id, pid, created_s, budget_bytes FROM owner WHERE id <> ?"
+_OWNERS = "SELECT name, pid, created_s, budget_bytes FROM owner WHERE name <> ?"
 _NO_BUDGET_BYTES = 10**18
 """The smallest budget of a root holds; this one never is."""
 
@@ -68,19 +79,67 @@ class Ledger:
             LedgerError: The database cannot be opened, or is of another version.
         """
         self.folder = folder
-        self._db = LedgerDatabase(folder / "ledger.sqlite", TABLES, SCHEMA_VERSION)
+        path = folder / "ledger.sqlite"
+        try:
+            self._root = hold_root(
+                folder, lambda: why_lost(path, SCHEMA_VERSION), lambda: self._begin_anew(path)
+            )
+            self._db = LedgerDatabase(path, SCHEMA_VERSION)
+        except (sqlite3.Error, OSError) as error:
+            message = f"Cannot use the ledger {path}: {error}. May you read and write it?"
+            raise LedgerError(message) from error
         self.changes = self._db.changes
         self.owner_id = uuid.uuid4().hex
-        pid, created_s = this_process()
         self.reap()
-        # Inside the transaction, so that nobody who reaps sees the file before it is locked.
         with self._db.writing() as db:
             self.budget_bytes = self.shared_budget(free) if budget_bytes is None else budget_bytes
-            self.lock = OwnerLock.create(self._lock_path(self.owner_id))
-            row = (self.owner_id, pid, created_s, self.budget_bytes, budget_bytes is None)
-            db.execute(
-                "INSERT INTO owner (id, pid, created_s, budget_bytes, auto) VALUES (?,?,?,?,?)", row
-            )
+            self._enter(db, auto=budget_bytes is None)
+
+    @staticmethod
+    def _begin_anew(path: Path) -> None:
+        """Make a ledger where there is none, or none any more: what lies there is counted next."""
+        witness = path.parent.parent / ".ledger"
+        lost = make_database(path, TABLES, SCHEMA_VERSION) or witness.exists()
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("INSERT INTO loss SELECT 1 WHERE ?", (lost,))
+        witness.touch()
+
+    def is_lost(self) -> bool:
+        """Return whether an earlier ledger was lost, and what it charged is not counted yet."""
+        return bool(self._db.read("SELECT * FROM loss"))
+
+    def count_again(self, found: Iterable[tuple[Want, str]]) -> None:
+        """Charge what lies in clones of ours after a loss, whatever the budget, marked."""
+        with self._db.writing() as db:
+            for want, mark in found:
+                row = (want.content.clone, want.content.key, want.size_bytes)
+                state = "present" if want.located else "reserved"
+                db.execute(
+                    "INSERT OR IGNORE INTO content (clone, key, size_bytes, state, refused, mark) "
+                    "VALUES ((SELECT id FROM clone WHERE path = ?),?,?,?,?,?)",
+                    (*row, state, mark == UNCLAIMED, mark),
+                )
+            db.execute("DELETE FROM loss")
+
+    def unclaimed_bytes(self) -> int:
+        """Return the bytes of content of which nobody knows whose it is."""
+        return int(self._db.read(UNCLAIMED_BYTES)[0][0] or 0)
+
+    def abandon(self) -> None:
+        """Let go of what a fork carried over, without touching what is the parent's."""
+        self.lock.let_go()
+        if self._root >= 0:
+            os.close(self._root)
+            self._root = -1
+
+    def _enter(self, db: sqlite3.Connection, *, auto: bool) -> None:
+        """Enter the owner, in a transaction: nobody who reaps sees the file before it is locked."""
+        self.lock = OwnerLock.create(self._lock_path(self.owner_id))
+        row = (self.owner_id, *this_process(), self.budget_bytes, auto)
+        cursor = db.execute(
+            "INSERT INTO owner (name, pid, created_s, budget_bytes, auto) VALUES (?,?,?,?,?)", row
+        )
+        self._number = cursor.lastrowid or 0
 
     @classmethod
     def planned_budget(cls, root: Path) -> int:
@@ -101,7 +160,7 @@ class Ledger:
     def shared_budget(self, free: int) -> int:
         """Return the budget of live owners who state none, or of the first one to be."""
         found = self._db.read("SELECT budget_bytes FROM owner WHERE auto LIMIT 1")
-        used_bytes = self._db.read(USED)[0][0]
+        used_bytes = self._db.read(SUMS)[0][0]
         return int(found[0][0]) if found else automatic_budget(free, used_bytes)
 
     def _lock_path(self, owner_id: str) -> Path:
@@ -114,7 +173,7 @@ class Ledger:
         What it reserved outlives a power failure once the block has ended; else it is taken back.
         """
         with self._db.writing() as db:
-            transaction = Transaction(db, self.owner_id)
+            transaction = Transaction(db, self._number)
             yield transaction
         answer = transaction.granted
         if answer is None or not answer.fetch:
@@ -140,8 +199,8 @@ class Ledger:
         self._db.report(
             (
                 (
-                    "UPDATE content SET last_use = ? WHERE EXISTS (SELECT 1 FROM leased WHERE "
-                    "lease = ? AND leased.clone = content.clone AND leased.key = content.key)"
+                    "UPDATE content SET last_use = ? "
+                    "WHERE id IN (SELECT content FROM leased WHERE lease = ?)"
                 ),
                 (lease_id, lease_id),
             ),
@@ -151,15 +210,15 @@ class Ledger:
 
     # What became of content
 
-    def arrived(self, content: ContentId) -> None:
-        """Note that reserved content is whole on disk."""
+    def arrived(self, content: ContentId, mark: str = "") -> None:
+        """Note that content is whole on disk, and which file it is."""
         self._db.report(
             (
                 (
                     "UPDATE content SET state = 'present', owner = NULL, prefetch = 0, "
-                    f"cancel = 0, refused = 0 {HERE}"
+                    f"cancel = 0, refused = ?, mark = ? {HERE}"
                 ),
-                content,
+                (mark == UNCLAIMED, mark, *content),
             )
         )
 
@@ -217,7 +276,7 @@ class Ledger:
         """Return what the ledger has of this content, or of all."""
         if contents is not None:
             with self._db.reading() as db:
-                return Transaction(db, self.owner_id).rows(contents)
+                return Transaction(db, self._number).rows(contents)
         found = [ContentRow.read(values) for values in self._db.read(ROWS)]
         return {row.content: row for row in found}
 
@@ -228,27 +287,57 @@ class Ledger:
 
     def needed_by_others(self, content: ContentId, unit: str) -> bool:
         """Return whether a unit of another name is known to use it next."""
-        query = f"SELECT 1 FROM upcoming {HERE} AND unit <> ? LIMIT 1"
+        query = f"SELECT 1 FROM upcoming WHERE content = {ID} AND unit <> ? LIMIT 1"
         return bool(self._db.read(query, (*content, unit)))
+
+    def held_after(self, number: int, most: int) -> list[tuple[int, ContentId, int | None]]:
+        """Return what is held, in the order in which it came, with this owner's next use of it.
+
+        Args:
+            number: Of the last one that is known.
+            most: How many to return at most.
+        """
+        found = self._db.read(HELD_AFTER, (self._number, number, most))
+        return [(each, ContentId(clone, key), use) for each, clone, key, use in found]
 
     def holdings(self) -> Holdings:
         """Return what is held, and by whom."""
         with self._db.reading() as db:
+            used_bytes, _, _, leased_bytes, peak_bytes = db.execute(SUMS).fetchone()
             return Holdings(
                 db.execute(BUDGET).fetchone()[0],
-                db.execute(USED).fetchone()[0],
-                db.execute(PEAK).fetchone()[0],
-                db.execute(LEASED_BYTES).fetchone()[0],
+                used_bytes,
+                peak_bytes,
+                leased_bytes,
                 tuple(row[0] for row in db.execute(LEASE_PIDS)),
                 tuple(row[0] for row in db.execute(FETCH_PIDS)),
             )
 
+    def held_by_clone(self) -> dict[str, int]:
+        """Return the bytes charged, by clone."""
+        return dict.fromkeys(self.clones(), 0) | dict(self._db.read(HELD))
+
+    def size_bytes(self) -> int:
+        """Return the bytes of the database's own files."""
+        return sum(path.stat().st_size for path in self.folder.glob("ledger.sqlite*"))
+
+    def miscounted(self, *, repair: bool) -> list[str]:
+        """Return whether the sums differ from those of the rows; count them anew if asked."""
+        with self._db.writing() as db:
+            for statement in RECOUNT if repair else ():
+                db.execute(statement)
+            *kept, _ = db.execute(SUMS).fetchone()
+            counted = [*db.execute(COUNTED).fetchone()]
+        says = "the ledger's sums of bytes charged, reserved, about to come free and leased"
+        return [] if kept == counted else [f"{says} are {kept}, those of its rows {counted}"]
+
     def binding(self) -> tuple[int, str]:
         """Return the budget that binds; and who states it since when, unless this owner does."""
-        self.reap()
         owner = min(self.other_owners(), key=lambda owner: owner.budget_bytes, default=None)
         if owner is None or owner.budget_bytes >= self.budget_bytes:
             return self.budget_bytes, ""
+        if self.reap([owner]):
+            return self.binding()
         since_s = owner.created_s
         with suppress(OSError):  # It has left just now.
             since_s = self._lock_path(owner.owner_id).stat().st_mtime
@@ -256,16 +345,27 @@ class Ledger:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since_s))
         return owner.budget_bytes, f", stated by process {who} since {since}"
 
-    def remember_clone(self, path: str, remotes: Sequence[str]) -> None:
-        """Keep which remotes a clone's content comes from, for whoever evicts it."""
+    def remember_clone(self, path: str, remotes: Sequence[str], place: str = "") -> None:
+        """Keep which remotes a clone's content comes from, for whoever evicts it.
+
+        Args:
+            path: From the root, or absolute where it lies elsewhere.
+            remotes: Their names.
+            place: Device and inode of its git folder: what was known under another path is it.
+        """
         with self._db.writing() as db:
-            db.execute("REPLACE INTO clone VALUES (?, ?)", (path, json.dumps(list(remotes))))
+            moved = "UPDATE OR IGNORE clone SET path = ? WHERE place = ? AND place <> ''"
+            db.execute(moved, (path, place))
+            db.execute(
+                "INSERT INTO clone (path, remotes, place) VALUES (?, ?, ?) ON CONFLICT "
+                "DO UPDATE SET remotes = excluded.remotes, place = excluded.place",
+                (path, json.dumps(list(remotes)), place),
+            )
 
     def clones(self) -> dict[str, tuple[str, ...]]:
         """Return the clones ever used, with their remotes."""
-        return {
-            path: tuple(json.loads(text)) for path, text in self._db.read("SELECT * FROM clone")
-        }
+        found = self._db.read("SELECT path, remotes FROM clone")
+        return {path: tuple(json.loads(text)) for path, text in found}
 
     # Owners
 
@@ -273,20 +373,30 @@ class Ledger:
         """Return the other owners."""
         return [OwnerRecord(*row) for row in self._db.read(_OWNERS, (self.owner_id,))]
 
-    def reap(self) -> list[OwnerRecord]:
-        """Forget dead owners, their orphans ended; their content stays counted."""
-        if all(runs(owner) for owner in self.other_owners()):
+    def reap(self, among: Iterable[OwnerRecord] | None = None) -> list[OwnerRecord]:
+        """Forget dead owners, their orphans ended; their content stays counted.
+
+        Args:
+            among: Whom to look at; default: all others.
+        """
+        suspects = [o for o in (self.other_owners() if among is None else among) if not runs(o)]
+        if not suspects:
             return []
         locks: list[OwnerLock] = []
         dead = []
         with self._db.writing() as db:
-            for row in db.execute(_OWNERS, (self.owner_id,)).fetchall():
-                owner = OwnerRecord(*row)
-                lock = None if runs(owner) else take_if_dead(self._lock_path(owner.owner_id), owner)
+            for owner in suspects:
+                lock = take_if_dead(self._lock_path(owner.owner_id), owner)
                 if lock is not None:
-                    db.execute("DELETE FROM owner WHERE id = ?", (owner.owner_id,))
                     locks.append(lock)
-                    dead.append(owner)
+                    db.execute(
+                        "UPDATE content SET mark = ? WHERE state = 'reserved' AND "
+                        "owner = (SELECT id FROM owner WHERE name = ?)",
+                        (str(lock.lived_until_ns()), owner.owner_id),
+                    )
+                    forget = db.execute("DELETE FROM owner WHERE name = ?", (owner.owner_id,))
+                    # Else somebody else has forgotten it meanwhile.
+                    dead += [owner] * forget.rowcount
             db.execute(FORGET_EMPTY)
         for lock in locks:
             lock.remove()
@@ -299,7 +409,7 @@ class Ledger:
     def stray_locks(self, *, remove: bool) -> list[str]:
         """Return the files of owners that the ledger does not know; remove them if asked."""
         with self._db.writing() as db:
-            known = {row[0] for row in db.execute("SELECT id FROM owner")}
+            known = {row[0] for row in db.execute("SELECT name FROM owner")}
             files = (self.folder / "owners").glob("*.lock")
             stray = [path for path in files if path.stem not in known]
             for path in stray if remove else ():
@@ -312,10 +422,17 @@ class Ledger:
         """End this owner and its leases; what it reserved stays counted, to be resumed."""
         if self.lock.descriptor < 0:
             return
-        self._db.report(("DELETE FROM owner WHERE id = ?", (self.owner_id,)), (FORGET_EMPTY, ()))
-        if self._db.settle():
+        settled = False
+        with suppress(LedgerError):  # It was lost meanwhile, and the next one is begun anew.
+            self._db.report(
+                ("DELETE FROM owner WHERE name = ?", (self.owner_id,)), (FORGET_EMPTY, ())
+            )
+            settled = self._db.settle()
+        if settled:
+            self._db.shrink()
             self.lock.remove()
         else:
             # The next owner finds the lock free, once this process has ended, and forgets us.
             self.lock.let_go()
         self._db.close()
+        self.abandon()

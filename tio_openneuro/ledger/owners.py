@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,19 +26,42 @@ if sys.platform == "win32":  # pragma: no cover
         except OSError:
             return False
         return True
+
+    def lock_shared(descriptor: int) -> bool:
+        """Return true: a folder has no lock on this system."""
+        return descriptor >= 0
+
+    lock_alone = lock_shared
+
+    def unlock(descriptor: int) -> None:
+        """Do nothing."""
+        del descriptor
 else:
     import fcntl
 
-    def _try_lock(descriptor: int) -> bool:
+    def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
 
+    def lock_shared(descriptor: int) -> bool:
+        """Share a folder's lock with others who do; return whether nobody has it alone."""
+        return _try_lock(descriptor, fcntl.LOCK_SH)
+
+    def lock_alone(descriptor: int) -> bool:
+        """Take a folder's lock alone; return whether nobody else has it."""
+        return _try_lock(descriptor)
+
+    def unlock(descriptor: int) -> None:
+        """Let go of a folder's lock."""
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
 
 _CLOCK_TOLERANCE_S = 2.0
 _ORPHAN_TIMEOUT_S = 5.0
+_MOST_OFFSET = (1 << 62) - 1
 # An orphan may have started a child of its own between being listed and being killed.
 _ROUNDS = 3
 
@@ -99,6 +124,15 @@ class OwnerLock:
         """Descriptor for children to inherit, or None where the system has no such thing."""
         return None if sys.platform == "win32" else self.descriptor
 
+    def show_alive(self) -> None:
+        """Note in the file that the owner lives; the time since when it does stays."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path, ns=(time.time_ns(), self.path.stat().st_mtime_ns))
+
+    def lived_until_ns(self) -> int:
+        """Return when the owner last noted that it lives."""
+        return os.fstat(self.descriptor).st_atime_ns
+
     def let_go(self) -> None:
         """Close the descriptor; in a forked child this leaves the parent's lock as it is."""
         if self.descriptor >= 0:
@@ -111,6 +145,61 @@ class OwnerLock:
             self.let_go()
         self.path.unlink(missing_ok=True)
         self.let_go()
+
+
+def locked_owners(folder: Path) -> list[Path]:
+    """Return the files of owners that somebody holds: a child may outlive its owner."""
+    held = []
+    for path in folder.glob("*.lock"):
+        lock = OwnerLock.try_take(path)
+        if lock is None:
+            held.append(path)
+        else:
+            lock.let_go()
+    return held
+
+
+def holding_pids(folder: Path) -> list[int]:
+    """Return the processes that hold a root or an owner's file, where the system tells."""
+    files = [folder.parent, *folder.glob("owners/*.lock")]
+    wanted = {f":{path.stat().st_ino}" for path in files}
+    pids = set()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            words = line.split()
+            if "FLOCK" in words and any(word.endswith(tuple(wanted)) for word in words[5:6]):
+                pids.add(int(words[4]))
+    return sorted(pids)
+
+
+def hold_folder(folder: Path, root: Path) -> int:
+    """Hold a clone's git folder for one root, as long as the descriptor is open; write nothing.
+
+    Each root has a byte of its own, which its processes share; who holds another one is seen.
+
+    Args:
+        folder: The git folder.
+        root: Folder of clones and ledger.
+
+    Returns:
+        The descriptor; -1 where a process of another root holds the folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    own = root.stat().st_ino & _MOST_OFFSET
+    with contextlib.suppress(AttributeError, OSError):  # Not there on this system, or on NFS.
+        _ask_range(descriptor, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, own, 1)
+        for start, length in ((0, own), (own + 1, 0)):
+            if _ask_range(descriptor, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length):
+                os.close(descriptor)
+                return -1
+    return descriptor
+
+
+def _ask_range(descriptor: int, act: int, kind: int, start: int, length: int) -> bool:
+    """Lock bytes of a file, or return whether somebody else has any of them locked."""
+    asked = struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0)
+    answer: int = struct.unpack("hhqqi4x", fcntl.fcntl(descriptor, act, asked))[0]
+    return answer != fcntl.F_UNLCK
 
 
 def this_process() -> tuple[int, float]:

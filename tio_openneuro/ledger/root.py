@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 
 from tio_openneuro.errors import DiskBudgetError, LedgerError
+from tio_openneuro.ledger.owners import (
+    holding_pids,
+    lock_alone,
+    lock_shared,
+    locked_owners,
+    unlock,
+)
 from tio_openneuro.sizes import ask_unit, format_size
 
 FLOOR_BYTES = 5_000_000_000
 """Free space that an automatic budget never uses."""
 
+_ALONE_TIMEOUT_S = 3.0
+_ALONE_PAUSE_S = 0.02
 _NETWORK_TYPES = {
     "afs", "beegfs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.rclone",
     "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "pvfs2",
@@ -66,6 +77,67 @@ def prepare_ledger_folder(root: Path) -> Path:
         )
         raise LedgerError(message) from error
     return folder
+
+
+def hold_root(folder: Path, why_lost: Callable[[], str], begin_anew: Callable[[], None]) -> int:
+    """Hold a root, as all of its owners do; begin its ledger anew where it is lost, alone.
+
+    Args:
+        folder: ``root/ledger``.
+        why_lost: Returns why the ledger cannot be used; empty where it can.
+        begin_anew: Makes one; called while no other owner holds the root.
+
+    Returns:
+        The root's descriptor, which holds it until it is closed.
+
+    Raises:
+        LedgerError: The ledger is lost, and others hold the root.
+    """
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    deadline_s = time.monotonic() + _ALONE_TIMEOUT_S
+    pause = threading.Event()
+    try:
+        while True:
+            why = ""
+            if lock_shared(descriptor) and not (why := why_lost()):
+                return descriptor
+            if lock_alone(descriptor) and not locked_owners(folder / "owners"):
+                if why_lost():
+                    begin_anew()
+                lock_shared(descriptor)
+                return descriptor
+            if time.monotonic() > deadline_s:
+                pids = ", ".join(map(str, holding_pids(folder))) or "others"
+                message = (
+                    f"Cannot use the ledger in {folder}: {why or 'it is lost'}, and it cannot be "
+                    f"begun anew while processes that run use the root ({pids}): what they fetch "
+                    f"would not be counted. End them, and run `tio-openneuro doctor --repair`."
+                )
+                raise LedgerError(message)  # noqa: TRY301 - the descriptor is closed below
+            unlock(descriptor)
+            pause.wait(_ALONE_PAUSE_S)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def refuse_beside(unclaimed_bytes: int, unit: str, needed_bytes: int, budget: int) -> None:
+    """Refuse a unit that does not fit beside content that nobody may drop.
+
+    Raises:
+        DiskBudgetError: It does not.
+    """
+    if not unclaimed_bytes or unclaimed_bytes + needed_bytes <= budget:
+        return
+    message = (
+        f"Cannot fetch {unit}: it needs {needed_bytes} bytes ({format_size(needed_bytes)}) of the "
+        f"disk budget of {budget} ({format_size(budget)}), and {unclaimed_bytes} "
+        f"({format_size(unclaimed_bytes)}) lie in clones of this library of which nobody knows "
+        f"whether it or you fetched them: its ledger was lost, or a process died. They may be "
+        f"used, and are not evicted. Hand them to the budget with `tio-openneuro doctor --repair "
+        f"--adopt`, or those of one dataset with `tio-openneuro adopt`, or raise disk_budget."
+    )
+    raise DiskBudgetError(message, unit=unit)
 
 
 def automatic_budget(free: int, used_bytes: int) -> int:

@@ -1,6 +1,12 @@
 """What the ledger records: its tables, its states, and the records that cross its seam.
 
-Pure; the SQL is here as text and run in this room alone.
+Pure; the SQL is here as text and run in this room alone. What one step costs depends on its own
+keys, on neither the rows nor the order: ids are integers, rows are found by clone and key, sums
+are kept by triggers in the transaction that changes a row, and who gives way is read from an index
+that holds the content that may, in the order in which it does. Of an owner's known order only
+the next use of each content that is held is kept (``upcoming``); the order itself stays in the
+owner's memory. Each content names the nearest of these uses, which a trigger chooses anew when
+one of them changes. A new fact about a file or a clone is a column of ``content`` or ``clone``.
 """
 
 from __future__ import annotations
@@ -11,7 +17,7 @@ from typing import Any
 
 from tio_openneuro.content import ContentId
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class ContentState(StrEnum):
@@ -59,6 +65,9 @@ class ContentRow:
         state: Its state.
         owner_id: Who fetches or drops it, or an empty string.
         leased: Whether anybody leases it.
+        mark: Of the file that is charged, :func:`~tio_openneuro.content.mark_of`, or
+            :data:`~tio_openneuro.content.UNCLAIMED`. Of what a process fetched when it died, until
+            when it is known to have lived, in nanoseconds.
     """
 
     content: ContentId
@@ -66,14 +75,14 @@ class ContentRow:
     state: ContentState
     owner_id: str
     leased: bool
+    mark: str
 
     @classmethod
     def read(cls, values: tuple[Any, ...]) -> ContentRow:
         """Return the row that a query of :data:`ROWS` gave."""
-        clone, key, size_bytes, state, owner_id, leased = values
-        return cls(
-            ContentId(clone, key), size_bytes, ContentState(state), owner_id, leased=bool(leased)
-        )
+        clone, key, size_bytes, state, owner_id, leased, mark = values
+        content = ContentId(clone, key)
+        return cls(content, size_bytes, ContentState(state), owner_id, bool(leased), mark)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,96 +137,158 @@ class Holdings:
     fetch_pids: tuple[int, ...]
 
 
-HERE = "WHERE clone = ? AND key = ?"
-TABLES = """
-CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT OR IGNORE INTO meta VALUES ('peak_bytes', 0);
-CREATE TABLE IF NOT EXISTS clone (path TEXT PRIMARY KEY, remotes TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS owner (
-    id TEXT PRIMARY KEY,
-    pid INTEGER NOT NULL,
-    created_s REAL NOT NULL,
-    budget_bytes INTEGER NOT NULL,
-    auto INTEGER NOT NULL,
+HERE = "WHERE clone = (SELECT id FROM clone WHERE path = ?) AND key = ?"
+ID = f"(SELECT id FROM content {HERE})"
+_TABLES = """
+CREATE TABLE sums (
+    used_bytes DEFAULT 0, reserved_bytes DEFAULT 0, pending_bytes DEFAULT 0,
+    leased_bytes DEFAULT 0, peak_bytes DEFAULT 0
+);
+INSERT INTO sums DEFAULT VALUES;
+CREATE TABLE loss (noted);
+CREATE TABLE clone (
+    id INTEGER PRIMARY KEY,
+    path TEXT NOT NULL UNIQUE,
+    remotes TEXT NOT NULL DEFAULT '[]',
+    place TEXT NOT NULL DEFAULT ''
+);
+CREATE TABLE owner (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL UNIQUE,
+    pid INTEGER NOT NULL, created_s REAL NOT NULL,
+    budget_bytes INTEGER NOT NULL, auto INTEGER NOT NULL,
+    ordered INTEGER NOT NULL DEFAULT 0,
     position INTEGER NOT NULL DEFAULT 0,
     turn INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS content (
-    clone TEXT NOT NULL,
+);
+CREATE TABLE content (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    clone INTEGER NOT NULL REFERENCES clone (id),
     key TEXT NOT NULL,
     size_bytes INTEGER NOT NULL CHECK (size_bytes >= 0),
     state TEXT NOT NULL CHECK (state IN ('reserved', 'present', 'dropping')),
-    owner TEXT REFERENCES owner (id) ON DELETE SET NULL,
-    prefetch INTEGER NOT NULL DEFAULT 0,
-    cancel INTEGER NOT NULL DEFAULT 0,
-    empty INTEGER NOT NULL DEFAULT 0,
-    refused INTEGER NOT NULL DEFAULT 0,
+    owner INTEGER REFERENCES owner (id) ON DELETE SET NULL,
+    prefetch INTEGER NOT NULL DEFAULT 0, cancel INTEGER NOT NULL DEFAULT 0,
+    empty INTEGER NOT NULL DEFAULT 0, refused INTEGER NOT NULL DEFAULT 0,
     last_use INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (clone, key)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS content_owner ON content (owner);
-CREATE TABLE IF NOT EXISTS lease (
+    leases INTEGER NOT NULL DEFAULT 0,
+    next_owner INTEGER, next_position INTEGER,
+    mark TEXT NOT NULL DEFAULT '',
+    used_bytes AS (size_bytes),
+    reserved_bytes AS (size_bytes * (state = 'reserved')),
+    pending_bytes AS (size_bytes * (
+        owner IS NOT NULL AND (state = 'dropping' OR (state = 'reserved' AND cancel))
+    )),
+    leased_bytes AS (size_bytes * (leases > 0)),
+    fetching AS (owner IS NOT NULL AND state = 'reserved'),
+    evictable AS (NOT refused AND leases = 0 AND (
+        state = 'present' OR owner IS NULL OR (state = 'reserved' AND prefetch AND NOT cancel)
+    )),
+    UNIQUE (clone, key)
+);
+CREATE INDEX content_owner ON content (owner) WHERE owner IS NOT NULL;
+CREATE INDEX content_unfinished ON content (id) WHERE state <> 'present';
+CREATE INDEX content_unclaimed ON content (mark, size_bytes) WHERE mark = '?';
+CREATE INDEX content_empty ON content (id) WHERE empty;
+CREATE INDEX content_victim ON content (next_owner, next_position DESC, last_use) WHERE evictable;
+CREATE TABLE lease (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    owner TEXT NOT NULL REFERENCES owner (id) ON DELETE CASCADE,
+    owner INTEGER NOT NULL REFERENCES owner (id) ON DELETE CASCADE,
     unit TEXT NOT NULL
 );
-CREATE INDEX IF NOT EXISTS lease_owner ON lease (owner);
-CREATE TABLE IF NOT EXISTS leased (
+CREATE INDEX lease_owner ON lease (owner);
+CREATE TABLE leased (
     lease INTEGER NOT NULL REFERENCES lease (id) ON DELETE CASCADE,
-    clone TEXT NOT NULL,
-    key TEXT NOT NULL,
-    PRIMARY KEY (lease, clone, key)
+    content INTEGER NOT NULL REFERENCES content (id) ON DELETE CASCADE,
+    PRIMARY KEY (lease, content)
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS leased_content ON leased (clone, key);
-CREATE TABLE IF NOT EXISTS ticket (
+CREATE INDEX leased_content ON leased (content);
+CREATE TABLE ticket (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
-    owner TEXT NOT NULL REFERENCES owner (id) ON DELETE CASCADE,
+    owner INTEGER NOT NULL REFERENCES owner (id) ON DELETE CASCADE,
     unit TEXT NOT NULL,
     overtaken INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX IF NOT EXISTS ticket_owner ON ticket (owner);
-CREATE TABLE IF NOT EXISTS upcoming (
-    owner TEXT NOT NULL REFERENCES owner (id) ON DELETE CASCADE,
-    position INTEGER NOT NULL,
-    clone TEXT NOT NULL,
-    key TEXT NOT NULL,
-    unit TEXT NOT NULL,
-    PRIMARY KEY (owner, position, clone, key)
+CREATE TABLE upcoming (
+    content INTEGER NOT NULL REFERENCES content (id) ON DELETE CASCADE,
+    owner INTEGER NOT NULL REFERENCES owner (id) ON DELETE CASCADE,
+    position INTEGER NOT NULL, unit TEXT NOT NULL,
+    PRIMARY KEY (content, owner)
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS upcoming_content ON upcoming (clone, key);
+CREATE INDEX upcoming_owner ON upcoming (owner)
 """
-
-_LEASED = (
-    "EXISTS (SELECT 1 FROM leased WHERE leased.clone = content.clone AND leased.key = content.key)"
+_SUMS = ("used_bytes", "reserved_bytes", "pending_bytes", "leased_bytes")
+_ADD, _TAKE = (
+    "UPDATE sums SET " + ", ".join(f"{name} = {name} {sign} {row}.{name}" for name in _SUMS)
+    for sign, row in (("+", "NEW"), ("-", "OLD"))
 )
-USED = "SELECT COALESCE(SUM(size_bytes), 0) FROM content"
+_RECORD_PEAK = "UPDATE sums SET peak_bytes = used_bytes WHERE used_bytes > peak_bytes"
+_LEASES = "UPDATE content SET leases = leases {} 1 WHERE id = {}.content"
+_NEXT_USE = """
+UPDATE content SET (next_owner, next_position) = (
+    SELECT owner.id, upcoming.position FROM upcoming JOIN owner ON owner.id = upcoming.owner
+    WHERE upcoming.content = content.id ORDER BY upcoming.position - owner.position LIMIT 1
+) WHERE id = {}.content
+"""
+_NEXT_OWNER = "(SELECT next_owner FROM content WHERE id = OLD.content)"
+_TRIGGERS = {
+    "INSERT ON content": (_ADD, _RECORD_PEAK),
+    "UPDATE OF size_bytes, state, owner, cancel, leases ON content": (_TAKE, _ADD, _RECORD_PEAK),
+    "DELETE ON content": (_TAKE,),
+    "INSERT ON leased": (_LEASES.format("+", "NEW"),),
+    "DELETE ON leased": (_LEASES.format("-", "OLD"),),
+    "INSERT ON upcoming": (_NEXT_USE.format("NEW"),),
+    "UPDATE ON upcoming": (_NEXT_USE.format("NEW"),),
+    # With its owner or by itself; not with the content, whose uses can be many.
+    f"DELETE ON upcoming WHEN OLD.owner = {_NEXT_OWNER}": (_NEXT_USE.format("OLD"),),
+}
+TABLES = (
+    *_TABLES.split(";"),
+    *(
+        f"CREATE TRIGGER trigger_{number} AFTER {event} BEGIN {'; '.join(acts)}; END"
+        for number, (event, acts) in enumerate(_TRIGGERS.items())
+    ),
+)
 BUDGET = "SELECT budget_bytes, pid FROM owner ORDER BY budget_bytes LIMIT 1"
-RESERVED = "SELECT COALESCE(SUM(size_bytes), 0) FROM content WHERE state = 'reserved'"
-RECORD_PEAK = f"UPDATE meta SET value = MAX(value, ({USED})) WHERE name = 'peak_bytes'"
-PENDING = (
-    "SELECT COALESCE(SUM(size_bytes), 0) FROM content "
-    "WHERE owner IS NOT NULL AND (state = 'dropping' OR (state = 'reserved' AND cancel))"
+SUMS = "SELECT used_bytes, reserved_bytes, pending_bytes, leased_bytes, peak_bytes FROM sums"
+COUNTED = f"SELECT {', '.join(f'COALESCE(SUM({name}), 0)' for name in _SUMS)} FROM content"
+RECOUNT = (
+    "UPDATE content SET leases = (SELECT COUNT(*) FROM leased WHERE content = content.id)",
+    f"UPDATE sums SET ({', '.join(_SUMS)}) = ({COUNTED})",
 )
-EVICTABLE = f"""
-SELECT clone, key, size_bytes, last_use, state = 'reserved' AND owner IS NOT NULL, (
-    SELECT MIN(upcoming.position - owner.position)
-    FROM upcoming JOIN owner ON owner.id = upcoming.owner
-    WHERE upcoming.clone = content.clone AND upcoming.key = content.key
-) AS next_use
-FROM content
-WHERE NOT refused AND NOT {_LEASED} AND (
-    state = 'present' OR owner IS NULL OR (state = 'reserved' AND prefetch AND NOT cancel)
-)
+HELD = "SELECT path, SUM(size_bytes) FROM content JOIN clone ON clone.id = clone GROUP BY path"
+# The number of the last lease: what was used or reserved since then has a higher one.
+TURN = "COALESCE((SELECT seq FROM sqlite_sequence WHERE name = 'lease'), 0)"
+EVICTABLE = """
+SELECT path, key, size_bytes, last_use, fetching, next_position
+FROM content CROSS JOIN clone ON clone.id = content.clone WHERE evictable AND
 """
-ORDERS = (
-    "SELECT COUNT(*) FROM owner WHERE EXISTS "
-    "(SELECT 1 FROM upcoming WHERE upcoming.owner = owner.id)"
+UNUSED = (
+    f"{EVICTABLE} next_owner IS NULL AND next_position IS NULL AND last_use <= ? ORDER BY last_use"
 )
-ROWS = f"SELECT clone, key, size_bytes, state, COALESCE(owner, ''), {_LEASED} FROM content"
+USED_LAST = f"{EVICTABLE} next_owner = ? ORDER BY next_position DESC"
+FARTHEST = """
+SELECT id, position, (
+    SELECT MAX(next_position) FROM content WHERE evictable AND next_owner = owner.id
+) FROM owner
+"""
+ORDERS = "SELECT COUNT(*) FROM owner WHERE ordered"
+ROWS = """
+SELECT path, key, size_bytes, state,
+    COALESCE((SELECT name FROM owner WHERE owner.id = content.owner), ''), leases > 0, mark
+FROM content CROSS JOIN clone ON clone.id = content.clone
+"""
+HELD_AFTER = """
+SELECT content.id, path, key, position FROM content CROSS JOIN clone ON clone.id = content.clone
+LEFT JOIN upcoming ON upcoming.content = content.id AND upcoming.owner = ?
+WHERE content.id > ? ORDER BY content.id LIMIT ?
+"""
+UNCLAIMED_BYTES = "SELECT SUM(size_bytes) FROM content WHERE mark = '?'"
 FORGET_EMPTY = (
-    f"DELETE FROM content WHERE state = 'reserved' AND owner IS NULL AND empty AND NOT {_LEASED}"
+    "DELETE FROM content WHERE empty AND state = 'reserved' AND owner IS NULL AND leases = 0"
 )
 LEASE_PIDS = "SELECT DISTINCT pid FROM owner JOIN lease ON lease.owner = owner.id ORDER BY pid"
-LEASED_BYTES = f"SELECT COALESCE(SUM(size_bytes), 0) FROM content WHERE {_LEASED}"
-FETCH_PIDS = "SELECT DISTINCT pid FROM owner JOIN content ON content.owner = owner.id ORDER BY pid"
-PEAK = "SELECT value FROM meta WHERE name = 'peak_bytes'"
+FETCH_PIDS = (
+    "SELECT DISTINCT pid FROM owner "
+    "WHERE EXISTS (SELECT 1 FROM content WHERE owner = owner.id) ORDER BY pid"
+)

@@ -6,23 +6,27 @@ Owns no state but what the transaction granted.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tio_openneuro.content import ContentId
-from tio_openneuro.ledger.eviction import Resident, choose_victims, prefetch_window
-from tio_openneuro.ledger.root import too_large
+from tio_openneuro.content import UNCLAIMED, ContentId
+from tio_openneuro.ledger.eviction import (
+    EVER,
+    Resident,
+    evictable,
+    pick,
+    prefetch_window,
+)
+from tio_openneuro.ledger.root import refuse_beside, too_large
 from tio_openneuro.ledger.schema import (
     BUDGET,
-    EVICTABLE,
     HERE,
+    ID,
     ORDERS,
-    PENDING,
-    RECORD_PEAK,
-    RESERVED,
     ROWS,
-    USED,
+    TURN,
+    UNCLAIMED_BYTES,
     Answer,
     ContentRow,
     ContentState,
@@ -33,7 +37,8 @@ OVERTAKES = 64
 """Requests without need of room that may pass the first in the queue before it blocks them."""
 
 
-Use = tuple[int, str, ContentId]
+# Position of the next use of content in an owner's order, None without one; its unit; whose use.
+Use = tuple[int | None, str, ContentId]
 
 
 @dataclass
@@ -45,7 +50,7 @@ class Transaction:
     """
 
     _db: sqlite3.Connection
-    _owner_id: str
+    _owner: int
     granted: Answer | None = None
 
     def request(
@@ -57,6 +62,7 @@ class Transaction:
         avoid: frozenset[ContentId] = frozenset(),
         spare_bytes: int | None = None,
         position: int | None = None,
+        following: Sequence[Use] = (),
     ) -> Answer:
         """Reserve and lease a unit's content, all or none, in the order of the queue.
 
@@ -70,6 +76,7 @@ class Transaction:
             avoid: Content that could not be dropped.
             spare_bytes: Free bytes of the disk above its floor, or None where none is kept.
             position: Place of the unit in this owner's order, now reached.
+            following: The next use of each content after that one.
 
         Raises:
             DiskBudgetError: The unit alone exceeds the budget.
@@ -95,16 +102,18 @@ class Transaction:
             return self._queued(unit, ticket, self._orphaned(rows), "its content is being dropped")
         short_bytes = needed_bytes - self._room(spare_bytes)
         if needed_bytes and short_bytes > 0:
-            spared = avoid | {want.content for want in wants}
-            victims = self._make_room(short_bytes, spared)
+            used = (row.size_bytes for row in rows.values() if row.mark == UNCLAIMED)
+            needed_bytes = sum((want.size_bytes for want in own), -sum(used))
+            refuse_beside(self._number(UNCLAIMED_BYTES), unit, needed_bytes, budget_bytes)
+            victims = self._make_room(short_bytes, avoid.union(want.content for want in wants))
             return self._queued(unit, ticket, victims, "room")
-        self._reserve(missing, prefetch=False)
+        self._insert(missing, ContentState.RESERVED, self._owner)
         for row in rows.values():
             self._db.execute(f"UPDATE content SET prefetch = 0, cancel = 0 {HERE}", row.content)
-        lease_id = self._lease(unit, [want.content for want in own])
+        lease_id = self.lease(unit, [want.content for want in own])
         self._db.execute("DELETE FROM ticket WHERE number = ?", (ticket,))
         if position is not None:
-            self.reach(position)
+            self.reach(position, following or [(None, unit, want.content) for want in own])
         fetch = frozenset(want.content for want in missing)
         return self._grant(lease_id=lease_id, fetch=fetch, foreign=frozenset(foreign))
 
@@ -117,6 +126,8 @@ class Transaction:
         largest_bytes: int = 0,
         keep: frozenset[ContentId] = frozenset(),
         spare_bytes: int | None = None,
+        uses: Iterable[Use] = (),
+        since: int | None = None,
     ) -> Answer:
         """Reserve a unit's content without a lease, in room that nobody needs sooner.
 
@@ -128,6 +139,8 @@ class Transaction:
             largest_bytes: Bytes of the largest unit of its order.
             keep: Content that does not give way in any case.
             spare_bytes: Free bytes of the disk above its floor, or None where none is kept.
+            uses: The next use of the content that is reserved.
+            since: Turn since when what was used or reserved stays; default: this owner's last.
 
         Returns:
             Not granted and without victims where there is no such room now.
@@ -146,15 +159,14 @@ class Transaction:
             )
             # One unit may always come ahead, or a small share of the window would end prefetching.
             full = ahead_bytes > 0 and ahead_bytes + needed_bytes > window_bytes
-            later, next_use = self._evictable(keep | {w.content for w in wants}, idle=True)
-            since = self._number("SELECT turn FROM owner WHERE id = ?", (self._owner_id,))
-            # What was leased out of order since this owner's last step stays until the next one:
-            # else scoring between epochs and this prefetch evict each other's content in turn
-            # (one epoch of the demo fetched 23.6 MB, now 18.9, 2026-11-20).
-            later = [r for r in later if r.content in next_use or r.last_use <= since]
-            later = [r for r in later if not full or r.content not in next_use]
-            return self._give_way(short_bytes, later, next_use, steps)
-        self._reserve(missing, prefetch=True)
+            if since is None:
+                # What was leased out of order since this owner's last step stays until the next
+                # one: else scoring between epochs and this prefetch evict each other's content in
+                # turn (one epoch of the demo fetched 23.6 MB, now 18.9, 2026-11-20).
+                since = self._number("SELECT turn FROM owner WHERE id = ?", (self._owner,))
+            later = evictable(self._db, since=since, steps=None if full else steps)
+            return self._give_way(short_bytes, later, keep.union(want.content for want in wants))
+        self._insert(missing, ContentState.RESERVED, self._owner, prefetch=True)
         resumed = [
             row.content
             for row in rows.values()
@@ -162,6 +174,7 @@ class Transaction:
         ]
         self._mark(resumed, ContentState.RESERVED, prefetch=True)
         fetch = frozenset([*resumed, *(want.content for want in missing)])
+        self._note_uses(use for use in uses if use[-1] in fetch)
         return self._grant(fetch=fetch, resumed=frozenset(resumed))
 
     def request_prepared(
@@ -198,32 +211,34 @@ class Transaction:
         if short_bytes > 0:
             if steps is None:
                 return Answer(refused=True)
-            resident, next_use = self._evictable(kept | {want.content}, idle=True)
-            for content in instead:
-                next_use.pop(content, None)
-            return self._give_way(short_bytes, resident, next_use, steps)
-        self._reserve([want], prefetch=False)
+            later = evictable(self._db, steps=steps, first=instead)
+            return self._give_way(short_bytes, later, kept | {want.content})
+        self._insert([want], ContentState.RESERVED, self._owner)
         return self._grant(fetch=frozenset({want.content}))
 
     def try_lease(self, unit: str, content: ContentId) -> int:
         """Lease content that is present, and return the lease; zero where it is not."""
         row = self.rows([content]).get(content)
         present = row is not None and row.state is ContentState.PRESENT
-        return self._lease(unit, [content]) if present else 0
+        return self.lease(unit, [content]) if present else 0
 
-    def request_adoption(self, kept: frozenset[ContentId], want: Want) -> Answer:
-        """Charge what was on disk before, making room for it; ``kept`` does not give way."""
-        return Answer(granted=True) if self.adopt(want) else self.make_room(want.size_bytes, kept)
+    def request_adoption(self, kept: frozenset[ContentId], want: Want, since: int) -> Answer:
+        """Charge what was on disk before, making room for it.
+
+        Args:
+            kept: What does not give way.
+            want: The content.
+            since: Turn since when what was used or adopted stays, where no use of it is known.
+        """
+        if want.content in self.rows([want.content]) or self.adopt(want):
+            return Answer(granted=True)
+        return self.make_room(want.size_bytes, kept, since)
 
     def adopt(self, want: Want) -> bool:
         """Charge what was on disk before, whole or partial; return whether it fits."""
         if self._room(None) < want.size_bytes:
             return False
-        self._db.execute(
-            "INSERT OR IGNORE INTO content (clone, key, size_bytes, state) VALUES (?,?,?,?)",
-            (*want.content, want.size_bytes, "present" if want.located else "reserved"),
-        )
-        self._db.execute(RECORD_PEAK)
+        self._insert([want], "present" if want.located else "reserved", None)
         return True
 
     def claim(self, content: ContentId, *, absent: bool) -> bool:
@@ -237,14 +252,18 @@ class Transaction:
             "UPDATE content SET state = 'reserved', owner = ?, prefetch = 0, cancel = 0, "
             f"empty = 0 {HERE} AND owner IS NULL AND (state = 'reserved' OR "
             "(state = 'present' AND ?))",
-            (self._owner_id, *content, absent),
+            (self._owner, *content, absent),
         )
         return cursor.rowcount == 1
 
-    def make_room(self, needed_bytes: int, spared: Iterable[ContentId] = ()) -> Answer:
+    def make_room(
+        self, needed_bytes: int, spared: frozenset[ContentId] = frozenset(), since: int = EVER
+    ) -> Answer:
         """Answer whether that many bytes are free, and what the caller must drop for them."""
         short_bytes = needed_bytes - self._room(None)
-        victims = self._make_room(short_bytes, spared) if short_bytes > 0 else []
+        if not needed_bytes:  # What nobody may drop is no reason not to open.
+            short_bytes = min(short_bytes, self._sum("used_bytes") - self._number(UNCLAIMED_BYTES))
+        victims = self._make_room(short_bytes, spared, since) if short_bytes > 0 else []
         return Answer(granted=short_bytes <= 0, victims=tuple(victims), short_bytes=short_bytes)
 
     def _grant(self, **what: Any) -> Answer:  # noqa: ANN401 - fields of an answer
@@ -258,16 +277,12 @@ class Transaction:
         return tuple(row.content for row in found)
 
     def _give_way(
-        self,
-        short_bytes: int,
-        resident: list[Resident],
-        next_use: Mapping[ContentId, int],
-        steps: int,
+        self, short_bytes: int, later: Iterator[Resident], spared: frozenset[ContentId]
     ) -> Answer:
-        """Mark what is used later than so many steps ahead, if that frees enough."""
-        short_bytes -= self._number(PENDING)
-        later = [r for r in resident if next_use.get(r.content, steps + 1) > steps]
-        victims = choose_victims(later, short_bytes, next_use)
+        """Mark what may give way and is not being fetched, if that frees enough."""
+        short_bytes -= self._sum("pending_bytes")
+        later = (item for item in later if not item.fetching)
+        victims = pick(later, short_bytes, spared)
         if sum(victim.size_bytes for victim in victims) < short_bytes:
             return Answer(refused=True)
         self._mark([victim.content for victim in victims], ContentState.DROPPING)
@@ -284,55 +299,37 @@ class Transaction:
         if not ticket:
             ticket = self._number(
                 "INSERT INTO ticket (owner, unit) VALUES (?,?) RETURNING number",
-                (self._owner_id, unit),
+                (self._owner, unit),
             )
-        head, used_bytes = self._number("SELECT MIN(number) FROM ticket"), self._number(USED)
+        head, used_bytes = self._number("SELECT MIN(number) FROM ticket"), self._sum("used_bytes")
         last = self._db.execute("SELECT COALESCE(MAX(id), 0), COUNT(*) FROM lease").fetchone()
         progress = (head, used_bytes, *last)
         return Answer(ticket=ticket, victims=tuple(victims), progress=progress, why=why)
 
     def _room(self, spare_bytes: int | None) -> int:
-        room_bytes = self._number(BUDGET) - self._number(USED)
+        room_bytes = self._number(BUDGET) - self._sum("used_bytes")
         if spare_bytes is not None:
             # What is reserved may still have to be written, so it is not free.
-            room_bytes = min(room_bytes, spare_bytes - self._number(RESERVED))
+            room_bytes = min(room_bytes, spare_bytes - self._sum("reserved_bytes"))
         return room_bytes
+
+    def _sum(self, name: str) -> int:
+        return self._number(f"SELECT {name} FROM sums")
 
     def _number(self, query: str, values: Sequence[Any] = ()) -> int:
         """Return the first value of a query; zero where there is none."""
         row = self._db.execute(query, values).fetchone()
         return int(row[0] or 0) if row else 0
 
-    def _evictable(
-        self, spared: Iterable[ContentId], *, idle: bool
-    ) -> tuple[list[Resident], dict[ContentId, int]]:
-        """Return what nobody leases, and its next use; ``idle``: nor is fetching."""
-        spared = set(spared)
-        resident: list[Resident] = []
-        next_use: dict[ContentId, int] = {}
-        for clone, key, size_bytes, last_use, fetching, steps in self._db.execute(EVICTABLE):
-            content = ContentId(clone, key)
-            if content in spared or (idle and fetching):
-                continue
-            resident.append(Resident(content, size_bytes, last_use))
-            if steps is not None:
-                next_use[content] = steps
-        return resident, next_use
-
-    def _make_room(self, short_bytes: int, spared: Iterable[ContentId]) -> list[ContentId]:
+    def _make_room(
+        self, short_bytes: int, spared: frozenset[ContentId], since: int = EVER
+    ) -> list[ContentId]:
         """Mark what gives way; return what is to be dropped, prefetches are told to end."""
-        short_bytes -= self._number(PENDING)
-        resident, next_use = self._evictable(spared, idle=False)
-        victims = [victim.content for victim in choose_victims(resident, short_bytes, next_use)]
-        drop = []
-        for victim in victims:
-            cancelled = self._db.execute(
-                f"UPDATE content SET cancel = 1 {HERE} AND state = 'reserved' "
-                "AND owner IS NOT NULL",
-                victim,
-            )
-            if not cancelled.rowcount:
-                drop.append(victim)
+        short_bytes -= self._sum("pending_bytes")
+        victims = pick(evictable(self._db, since=since), short_bytes, spared)
+        ending = [victim.content for victim in victims if victim.fetching]
+        self._db.executemany(f"UPDATE content SET cancel = 1 {HERE}", ending)
+        drop = [victim.content for victim in victims if not victim.fetching]
         self._mark(drop, ContentState.DROPPING)
         return drop
 
@@ -346,54 +343,76 @@ class Transaction:
         """Put content into a state in which this owner acts on it."""
         self._db.executemany(
             f"UPDATE content SET state = ?, owner = ?, prefetch = ?, cancel = 0, empty = 0 {HERE}",
-            [(state, self._owner_id, prefetch, *content) for content in contents],
+            [(state, self._owner, prefetch, *content) for content in contents],
         )
 
-    def _reserve(self, wants: Sequence[Want], *, prefetch: bool) -> None:
+    def _insert(
+        self, wants: Sequence[Want], state: str, owner: int | None, *, prefetch: bool = False
+    ) -> None:
+        clones = {(want.content.clone,) for want in wants}
+        self._db.executemany("INSERT OR IGNORE INTO clone (path) VALUES (?)", clones)
         self._db.executemany(
-            "INSERT INTO content (clone, key, size_bytes, state, owner, prefetch) "
-            "VALUES (?,?,?,'reserved',?,?)",
-            [(*want.content, want.size_bytes, self._owner_id, prefetch) for want in wants],
+            "INSERT OR IGNORE INTO content "
+            "(clone, key, size_bytes, state, owner, prefetch, last_use) "
+            f"SELECT id, ?, ?, ?, ?, ?, {TURN} FROM clone WHERE path = ?",
+            [(w.content.key, w.size_bytes, state, owner, prefetch, w.content.clone) for w in wants],
         )
-        self._db.execute(RECORD_PEAK)
 
-    def _lease(self, unit: str, contents: Iterable[ContentId]) -> int:
+    def lease(self, unit: str, contents: Iterable[ContentId]) -> int:
+        """Lease what the ledger has of this content, and return the lease."""
         lease_id = self._number(
-            "INSERT INTO lease (owner, unit) VALUES (?,?) RETURNING id", (self._owner_id, unit)
+            "INSERT INTO lease (owner, unit) VALUES (?,?) RETURNING id", (self._owner, unit)
         )
         rows = [(lease_id, *content) for content in contents]
-        self._db.executemany("INSERT INTO leased VALUES (?,?,?)", rows)
+        self._db.executemany(f"INSERT OR IGNORE INTO leased SELECT ?, id FROM content {HERE}", rows)
         return lease_id
 
     def set_order(
-        self, uses: Iterable[Use], *, replace: bool, reached: int, gone: Iterable[int] = ()
+        self, uses: Iterable[Use], *, replace: bool, reached: int, ordered: bool = True
     ) -> None:
-        """Publish which content this owner uses next.
+        """Publish when this owner uses the content that is held next.
 
         Args:
-            uses: Position, unit and content of each use.
-            replace: Whether they replace what was published before, or follow it.
+            uses: Of each content; of several the nearest counts.
+            replace: Whether they replace what was published before, or add to it.
             reached: Position that this owner has come to.
-            gone: Positions whose uses are replaced, in any case.
+            ordered: Whether it knows an order.
         """
-        rows = [(self._owner_id, position, *content, unit) for position, unit, content in uses]
         if replace:
-            self._db.execute("DELETE FROM upcoming WHERE owner = ?", (self._owner_id,))
-        old = [(self._owner_id, position) for position in gone]
-        self._db.executemany("DELETE FROM upcoming WHERE owner = ? AND position = ?", old)
-        self._db.execute("UPDATE owner SET position = ? WHERE id = ?", (reached, self._owner_id))
-        self._db.executemany("INSERT OR IGNORE INTO upcoming VALUES (?,?,?,?,?)", rows)
+            self._db.execute("DELETE FROM upcoming WHERE owner = ?", (self._owner,))
+        values = (reached, ordered, self._owner)
+        self._db.execute("UPDATE owner SET position = ?, ordered = ? WHERE id = ?", values)
+        self._note_uses(uses)
 
-    def reach(self, position: int) -> None:
-        """Note how far this owner has come in its order; what lies before is no future use."""
-        values = (position, self._owner_id)
-        self._db.execute("UPDATE owner SET position = MAX(position, ?) WHERE id = ?", values)
-        self._db.execute("DELETE FROM upcoming WHERE position = ? AND owner = ?", values)
+    def reach(self, position: int, following: Iterable[Use] = ()) -> None:
+        """Note how far this owner has come in its order.
+
+        Args:
+            position: Where it is.
+            following: The next use of each content that it uses there.
+        """
         self._db.execute(
-            "UPDATE owner SET turn = COALESCE((SELECT seq FROM sqlite_sequence "
-            "WHERE name = 'lease'), 0) WHERE id = ?",
-            (self._owner_id,),
+            f"UPDATE owner SET position = MAX(position, ?), turn = {TURN} WHERE id = ?",
+            (position, self._owner),
         )
+        self._note_uses(following)
+
+    def _note_uses(self, uses: Iterable[Use]) -> None:
+        """Record the next use of what is held."""
+        # The nearest comes last, and stays.
+        for position, unit, content in sorted(uses, key=lambda use: use[0] or 0, reverse=True):
+            if position is None:
+                self._db.execute(
+                    f"DELETE FROM upcoming WHERE owner = ? AND content = {ID}",
+                    (self._owner, *content),
+                )
+            else:
+                self._db.execute(
+                    "INSERT INTO upcoming (content, owner, position, unit) "
+                    f"SELECT id, ?, ?, ? FROM content {HERE} ON CONFLICT DO UPDATE "
+                    "SET position = excluded.position, unit = excluded.unit",
+                    (self._owner, position, unit, *content),
+                )
 
     def give_up(self, contents: Iterable[ContentId]) -> list[ContentRow]:
         """Mark for the caller to drop what of this is there and leased by nobody."""
@@ -402,6 +421,7 @@ class Transaction:
             row
             for row in rows
             if not row.leased and (not row.owner_id or row.state is ContentState.PRESENT)
+            if row.mark != UNCLAIMED
         ]
         self._mark([row.content for row in idle], ContentState.DROPPING)
         return idle

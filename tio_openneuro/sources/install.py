@@ -17,7 +17,15 @@ from pathlib import Path
 
 import filelock
 
-from tio_openneuro.annex import CommandError, branch_refs, git_config, git_folder, object_facts, run
+from tio_openneuro.annex import (
+    CommandError,
+    branch_refs,
+    git_config,
+    git_folder,
+    is_tuned,
+    object_facts,
+    run,
+)
 from tio_openneuro.errors import NotAnAnnexError, TioOpenNeuroError
 from tio_openneuro.sources.clones import clone_into, fetch, hide_password, initialise
 from tio_openneuro.sources.remotes import already_enabled, enable
@@ -173,6 +181,12 @@ def _described(
     version: str | None,
     remotes: tuple[str, ...],
 ) -> InstalledDataset:
+    if is_tuned(clone):
+        raise NotAnAnnexError(
+            f"Cannot use {dataset_id}: its annex keeps content in a layout of its own "
+            f"(annex.tune), where what {clone} holds could not be counted. Use a clone of it that "
+            f"was made without, or another dataset."
+        )
     if found is None:
         tags = _tags(clone)
         known = f"its tags are {', '.join(tags[:12])}" if tags else "it has no tags"
