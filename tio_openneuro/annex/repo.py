@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tio_openneuro.annex.branch import (
     SpecialRemote,
-    branch_refs,
+    branch_tips,
     configured_uuids,
     exported_keys,
     git_folder,
@@ -243,16 +243,16 @@ class AnnexRepo:
             keys: Keys to look for.
         """
         unsafe = {key: why for key in keys if (why := _why_unsafe(key))}
-        ref = next(iter(branch_refs(self.path)), "")
-        remotes = self._special_remotes(ref) if ref else []
-        if not ref or not all(remote.needs_version for remote in remotes):
+        tips = branch_tips(self.path)
+        remotes = self._special_remotes(tips)
+        if not tips or not all(remote.needs_version for remote in remotes):
             return unsafe
         living = [remote.uuid for remote in remotes if not remote.dead]
-        logs = version_logs(self.path, ref, keys)
+        logs = version_logs(self.path, tips, keys)
         self._logs.update({key.name: logs.get(key.name, b"") for key in keys})
         versioned = {name for name, log in logs.items() if recorded_versions(log, living)}
         lacking = [key for key in keys if key.name not in versioned]
-        exported = exported_keys(self.path, ref, living) if lacking else set()
+        exported = exported_keys(self.path, tips, living) if lacking else set()
         return {key: _NO_VERSION for key in lacking if key not in exported} | unsafe
 
     def close(self) -> None:
@@ -325,10 +325,10 @@ class AnnexRepo:
     def _object_exists(self, key: AnnexKey) -> bool:
         return any((self._git_folder / path).exists() for path in key.object_paths())
 
-    def _special_remotes(self, ref: str) -> list[SpecialRemote]:
+    def _special_remotes(self, tips: Sequence[str]) -> list[SpecialRemote]:
         """Return the records of the trusted remotes, an empty one where there is none."""
         uuids = configured_uuids(self.path)
-        known = special_remotes(self.path, ref)
+        known = special_remotes(self.path, tips)
         chosen: list[SpecialRemote] = []
         for name in self.remotes:
             uuid = uuids.get(name)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tio_openneuro.annex import CommandError, branch_refs, clone_error, run
+from tio_openneuro.annex import CommandError, branch_tips, clone_error, run
 from tio_openneuro.errors import NotAnAnnexError
 
 _CLONE_TIMEOUT_S = 3600.0
@@ -66,7 +66,7 @@ def clone_into(url: str, target: Path, *, title: str) -> None:
     try:
         clone = work / "clone"
         _clone(url, clone, title)
-        if not branch_refs(clone):
+        if not branch_tips(clone):
             raise NotAnAnnexError(
                 f"Cannot use {title}: the repository at {hide_password(url)} has no git-annex "
                 f"branch, so that its content is nowhere on record. Choose another dataset."

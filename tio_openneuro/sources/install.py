@@ -17,7 +17,7 @@ from pathlib import Path
 
 import filelock
 
-from tio_openneuro.annex import CommandError, branch_refs, git_config, git_folder, object_facts, run
+from tio_openneuro.annex import CommandError, branch_tips, git_config, git_folder, object_facts, run
 from tio_openneuro.errors import NotAnAnnexError, TioOpenNeuroError
 from tio_openneuro.sources.clones import clone_into, fetch, hide_password, initialise
 from tio_openneuro.sources.remotes import already_enabled, enable
@@ -124,7 +124,7 @@ def _use_where_it_is(
             f"clone, an accession, or a BIDS folder."
         )
     try:
-        refs = branch_refs(folder)
+        refs = branch_tips(folder)
     except CommandError as error:
         message = f"Cannot use {folder}: git cannot read it. git said: {error.stderr[:500]}"
         raise NotAnAnnexError(message) from error

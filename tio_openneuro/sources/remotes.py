@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from tio_openneuro.annex import (
     CommandError,
     SpecialRemote,
-    branch_refs,
+    branch_tips,
     configured_uuids,
     is_amazon,
     run,
@@ -37,7 +37,7 @@ def public_remote(clone: Path) -> SpecialRemote | None:
     """Return the record of OpenNeuro's public bucket; None where the dataset has none.
 
     Args:
-        clone: The clone's folder; its own git-annex branch and its origin's are both read.
+        clone: The clone's folder; its own git-annex branch and its remotes' are all read.
 
     Raises:
         UnsafeDatasetError: A remote bears the name, and none that does is what it should be.
@@ -204,9 +204,7 @@ def _enable_named(clone: Path, name: str) -> None:
 
 
 def _records(clone: Path, name: str | None = None) -> list[SpecialRemote]:
-    """Return the special remotes on record, dead ones too, all or those of a name.
-
-    Of the clone's own git-annex branch and of its origin's: one that is in both is there twice.
-    """
-    records = (each for ref in branch_refs(clone) for each in special_remotes(clone, ref))
-    return [each for each in records if name in {None, each.name}]
+    """Return the special remotes on record, dead ones too, all or those of a name."""
+    return [
+        each for each in special_remotes(clone, branch_tips(clone)) if name in {None, each.name}
+    ]
