@@ -265,8 +265,9 @@ def _why_git_annex(clone: Path, config: Mapping[str, str], remote: str, url: str
         known = _SETTINGS.fullmatch(name.replace(f"remote.{remote}.", "REMOTE.", 1))
         if known and value not in _OFF:
             yield f"{name} is set"
-    if config.get("annex.version") not in _VERSIONS:
-        yield "its annex is of another version"
+    poor = "annex.uuid" not in config and config.get("core.symlinks") == "false"
+    if poor or config.get("annex.version", "10") not in _VERSIONS:
+        yield "its annex is of another version, or its file system has no links"
     if (folder / "HEAD").read_text().startswith("ref: refs/heads/adjusted/"):
         yield "it is on an adjusted branch"
     tips = branch_tips(clone)
@@ -288,13 +289,17 @@ class PublicUrls:
         config: git's settings in the clone.
     """
 
-    def __init__(self, clone: Path, logs: dict[str, bytes]) -> None:
+    def __init__(
+        self, clone: Path, logs: dict[str, bytes], uuids: Mapping[str, str] | None = None
+    ) -> None:
         """Read nothing yet.
 
         Args:
             clone: The clone's folder.
             logs: What is known of :func:`version_logs`; more is added.
+            uuids: Ids of remotes that are trusted, and not enabled in the clone.
         """
+        self._uuids = uuids or {}
         self.config: Mapping[str, str] = {}
         self._clone = clone
         self._tips: list[str] = []
@@ -326,7 +331,7 @@ class PublicUrls:
     def _find(self, remote: str) -> tuple[str, str]:
         """Return a remote's id, and its public URL if content may be fetched from there."""
         self.config = git_config(self._clone, ".")
-        uuid = self.config.get(f"remote.{remote}.annex-uuid", "")
+        uuid = self.config.get(f"remote.{remote}.annex-uuid") or self._uuids.get(remote, "")
         self._tips = branch_tips(self._clone)
         known = special_remotes(self._clone, self._tips)
         url = next((each.public_url for each in known if each.uuid == uuid), "")

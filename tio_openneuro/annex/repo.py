@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import logging
 import os
 import shutil
@@ -18,7 +19,7 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tio_openneuro.annex.branch import (
@@ -59,6 +60,7 @@ class AnnexRepo:
     Attributes:
         path: Absolute folder of the clone.
         remotes: Names of the trusted remotes.
+        beside: Folder of ours from which git-annex works on a clone of the user's; else None.
         counts: Of this process: ``retries`` of transfers, waits for another process's left out,
             and ``http_files``, those that came over HTTP.
     """
@@ -68,6 +70,8 @@ class AnnexRepo:
         path: Path,
         *,
         remotes: Sequence[str] = ("s3-PUBLIC",),
+        root: Path | None = None,
+        uuids: Mapping[str, str] | None = None,
         stall_timeout_s: float = 30.0,
         total_timeout_s: float = 600.0,
     ) -> None:
@@ -76,6 +80,9 @@ class AnnexRepo:
         Args:
             path: The clone's folder.
             remotes: Annex remotes to fetch from, in this order, and trusted to keep content.
+            root: Where it is used. A clone that is not among those there is the user's: nothing
+                is written into it but content.
+            uuids: Ids of remotes that are perhaps not enabled in a clone of the user's.
             stall_timeout_s: Seconds without progress after which a transfer is begun anew.
             total_timeout_s: Seconds for one fetch with all its retries, and as many more as
                 its bytes take at 50 kB/s.
@@ -92,6 +99,14 @@ class AnnexRepo:
             message = f"Cannot use {self.path} as an annex: it is not a git repository."
             raise NotAnAnnexError(message)
         self._git_folder = folder
+        self._uuids = uuids
+        self._tmp = folder / "annex" / "tmp"
+        self.beside: Path | None = None
+        if root is not None and not folder.resolve().is_relative_to(root.resolve() / "clones"):
+            digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
+            self.beside = root.resolve() / "git-annex" / digest[:16]
+            # git-annex's own is the user's, whose downloads may be under way there.
+            self._tmp = folder / "annex" / "tmp.tio-openneuro"
         self._by_process: dict[int, AnnexChildren] = {}
         self._proven: set[str] = set()
         self._logs: dict[str, bytes] = {}
@@ -225,8 +240,8 @@ class AnnexRepo:
             size_bytes = _file_size(folder / folder.name)
             if size_bytes is not None:
                 yield StoredContent(folder.name, size_bytes, partial=False)
-        with contextlib.suppress(FileNotFoundError):
-            for file in sorted((self._git_folder / "annex" / "tmp").iterdir()):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for file in sorted(self._tmp.iterdir()):
                 size_bytes = _file_size(file)
                 if size_bytes is not None and file.suffix != ".lck":
                     name = file.name.removeprefix(OWN_PREFIX)
@@ -273,7 +288,12 @@ class AnnexRepo:
                 inherited.abandon()
             # A thread that does not exist here may have held it.
             self._counting = threading.Lock()
-        fresh = AnnexChildren(self.path, self.remotes, self._count, self._logs)
+        fresh = AnnexChildren(
+            *(self.path, self.remotes, self._count, self._logs),
+            tmp=self._tmp,
+            beside=self.beside,
+            uuids=self._trusted_uuids(),
+        )
         return self._by_process.setdefault(pid, fresh)
 
     def _count(self, what: str) -> None:
@@ -319,15 +339,21 @@ class AnnexRepo:
 
     def _partial_paths(self, key: AnnexKey) -> tuple[Path, Path]:
         """Return where an unfinished download of git-annex's may be, and one of ours."""
-        folder = self._git_folder / "annex" / "tmp"
-        return folder / key.name, folder / f"{OWN_PREFIX}{key.name}"
+        return self._tmp / key.name, self._tmp / f"{OWN_PREFIX}{key.name}"
 
     def _object_exists(self, key: AnnexKey) -> bool:
         return any((self._git_folder / path).exists() for path in key.object_paths())
 
+    def _trusted_uuids(self) -> Mapping[str, str]:
+        """Return the ids of remotes as they were given, or as far as the branch makes them sure."""
+        if self._uuids is None and self.beside is not None:
+            known = special_remotes(self.path, branch_tips(self.path))
+            self._uuids = {each.name: each.uuid for each in known if each.public_url}
+        return self._uuids or {}
+
     def _special_remotes(self, tips: Sequence[str]) -> list[SpecialRemote]:
         """Return the records of the trusted remotes, an empty one where there is none."""
-        uuids = configured_uuids(self.path)
+        uuids = {**self._trusted_uuids(), **configured_uuids(self.path)}
         known = special_remotes(self.path, tips)
         chosen: list[SpecialRemote] = []
         for name in self.remotes:

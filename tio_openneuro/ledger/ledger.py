@@ -261,6 +261,12 @@ class Ledger:
         with self._db.writing() as db:
             db.execute("REPLACE INTO clone VALUES (?, ?)", (path, json.dumps(list(remotes))))
 
+    def forget_clone(self, path: str) -> None:
+        """Forget a clone, and what is left of it: that is the user's from now on."""
+        for content in [content for content in self.rows() if content.clone == path]:
+            self.disowned(content)
+        self._db.report(("DELETE FROM clone WHERE path = ?", (path,)))
+
     def clones(self) -> dict[str, tuple[str, ...]]:
         """Return the clones ever used, with their remotes."""
         return {
