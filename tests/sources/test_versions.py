@@ -115,6 +115,7 @@ class TestChanges:
         assert "is not there any more" in caplog.text
         assert f"main, which was {withdrawn.commit}" in caplog.text
         assert install("ds900422", root, version="1.2.0").commit == withdrawn.commit
+        assert "was withdrawn by its owners" in caplog.text
         assert install("ds900422", root).version == "2.0.0"
         assert subjects("ds900422", "1.2.0", root) == subjects("ds900422", None, root)
 

@@ -223,14 +223,13 @@ class AnnexChildren:
 
     def _workplace(self) -> Workplace:
         with self._lock:
-            if self._place is None and self._beside is not None:
-                known = (self._clone, self._beside, self._tmp, self._uuids, self._remotes)
-                self._place = Workplace.beside(*known)
-            elif self._place is None:
-                self._place = Workplace(self._clone, self._clone)
-            else:
-                return self._place
-            self._place.merge()
+            if self._place is None:
+                place = Workplace(self._clone, self._clone)
+                if self._beside is not None:
+                    known = (self._clone, self._beside, self._tmp, self._uuids, self._remotes)
+                    place = Workplace.beside(*known)
+                place.merge()
+                self._place = place
             return self._place
 
     def _start_dropper(self) -> Coprocess:

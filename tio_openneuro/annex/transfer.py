@@ -124,37 +124,34 @@ class Workplace:
         for number, tip in enumerate(branch_tips(clone)):
             ref = f"refs/remotes/{number}/git-annex" if number else "refs/heads/git-annex"
             run(["git", "update-ref", ref, tip], cwd=folder)
-        settings = [
-            ("include", "path", str(theirs / "config")),
-            ("core", "repositoryformatversion", "0"),
-            ("core", "bare", str(bare).lower()),
-            ("annex", "dbdir", str(own / "annex")),
-            ("annex", "private", "true"),
-            ("annex", "merge-annex-branches", "true"),
-            ("annex", "version", config.get("annex.version", "10")),
-            (
-                "annex",
-                "uuid",
-                config.get("annex.uuid", str(uuid.uuid5(uuid.NAMESPACE_URL, str(own)))),
-            ),
-        ]
-        if not bare:
-            settings.append(("core", "worktree", str(folder)))
+        own_uuid = config.get("annex.uuid", str(uuid.uuid5(uuid.NAMESPACE_URL, str(own))))
+        text = f"""
+            [include]
+                path = {_quoted(theirs / "config")}
+            [core]
+                repositoryformatversion = 0
+                bare = {str(bare).lower()}
+            [annex]
+                dbdir = {_quoted(own / "annex")}
+                private = true
+                merge-annex-branches = true
+                version = {config.get("annex.version", "10")}
+                uuid = {own_uuid}
+            """
+        text += "" if bare else f"[core]\nworktree = {_quoted(folder)}\n"
         for name, value in uuids.items():
             if value and f"remote.{name}.annex-uuid" not in config:
-                section = f"remote {_quoted(name)}"
-                settings += [(section, "annex-uuid", value), (section, "annex-s3", "true")]
+                text += f"[remote {_quoted(name)}]\nannex-uuid = {value}\nannex-s3 = true\n"
         options: list[str] = []
         for name in {match[1] for each in config if (match := _REMOTE_URL.fullmatch(each))}:
             url = config[f"remote.{name}.url"]
             if name not in trusted:
                 options += ["-c", f"remote.{name}.annex-ignore=true"]
             elif not _ABSOLUTE.match(url):
-                settings.append((f"remote {_quoted(name)}", "url", str(clone / url)))
+                text += f"[remote {_quoted(name)}]\nurl = {_quoted(clone / url)}\n"
         # In a file: what is told by options, git-annex tells the remotes on this machine too.
-        lines = [f"[{section}]\n\t{name} = {_quoted(value)}\n" for section, name, value in settings]
         with tempfile.NamedTemporaryFile(dir=own, delete=False) as file:
-            file.write("".join(lines).encode(errors="surrogateescape"))
+            file.write(text.encode(errors="surrogateescape"))
         Path(file.name).replace(own / "config")
         return cls(clone, folder, tuple(options))
 
@@ -165,9 +162,9 @@ class Workplace:
             run(["git", *self.options, "annex", "merge", "--quiet"], cwd=self.folder)
 
 
-def _quoted(text: str) -> str:
+def _quoted(text: str | Path) -> str:
     """Return a name or value as git's configuration has it."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(str(text), ensure_ascii=False)
 
 
 class Transfer(Coprocess):
@@ -182,9 +179,17 @@ class Transfer(Coprocess):
             keep_fds: Descriptors that the child inherits.
         """
         self._clone = place.clone
+        options, environment = list(place.options), annex_environment()
+        if place.folder == place.clone:
+            # With an index and databases of our own git-annex knows of no unlocked file in the
+            # work tree, and does not put a second copy of the content there.
+            own = (git_folder(place.clone) or place.clone) / "annex" / "tio-openneuro"
+            own.mkdir(exist_ok=True)
+            options += ["-c", f"annex.dbdir={own}"]
+            environment["GIT_INDEX_FILE"] = str(own / "index")
         super().__init__(
             [
-                *("git", *place.options),
+                *("git", *options),
                 *("-c", "annex.verify=true", "-c", f"remote.{remote}.annex-verify=true"),
                 # The floor of free space is the engine's; git-annex's own reserve is 100 MB.
                 *("-c", "annex.diskreserve=0"),
@@ -196,7 +201,7 @@ class Transfer(Coprocess):
                 *("--json", "--json-progress", "--json-error-messages"),
             ],
             cwd=place.folder,
-            environment=annex_environment(),
+            environment=environment,
             keep_fds=keep_fds,
         )
 

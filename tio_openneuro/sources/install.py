@@ -255,8 +255,10 @@ def _resolve(clone: Path, version: str | None) -> tuple[str, str] | None:
         default = _default_branch(clone)
         names += [(ref, ref.removeprefix("refs/").partition("/")[2]) for ref in default]
     asked = [f"{ref}^{{commit}}" for ref, _ in names]
-    for commit, (_, name) in zip(object_facts(clone, "objectname", asked), names, strict=True):
+    for commit, (ref, name) in zip(object_facts(clone, "objectname", asked), names, strict=True):
         if commit is not None:
+            if ref.startswith("refs/gone/"):
+                _LOG.warning("%s of %s was withdrawn by its owners.", name, clone)
             return commit.decode(), name.removeprefix("origin/") or commit.decode()
     return None
 
