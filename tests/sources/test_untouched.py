@@ -3,12 +3,14 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import heads
-from faulty import LoopbackOpenNeuro
+from faulty import Fault, FaultKind, LoopbackOpenNeuro
 from hostile import enable_public
 from typer.testing import CliRunner
 
@@ -222,3 +224,34 @@ class TestFolders:
         with pytest.raises(TioOpenNeuroError):
             tno.DataladSubjectsDataset(source, T1, root=root)
         assert (root / "clones").is_dir()
+
+
+def test_killed_in_the_middle_of_a_fetch(
+    openneuro: LoopbackOpenNeuro, tmp_path: Path, way: str
+) -> None:
+    """What a killed process leaves of a download is charged, taken up, and gone in the end."""
+    clone = annexed(openneuro, tmp_path)
+    before = snapshot(clone)
+    openneuro.set_faults(Fault(FaultKind.HANG, seconds=60, pattern="ds900001/*"))
+    code = "import tio_openneuro as tno; "
+    code += f"tno.DataladSubjectsDataset({str(clone)!r}, {T1!r}).fetch()".replace(
+        "Scalar(", "tno.Scalar("
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    partials = clone / ".git/annex/tmp.tio-openneuro"
+    try:
+        while not (partials.is_dir() and any(partials.iterdir())):
+            assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
+    openneuro.clear_faults()
+    with tno.DataladSubjectsDataset(clone, T1) as dataset:
+        left = sum(path.stat().st_size for path in partials.iterdir())
+        assert left <= dataset.statistics().used_bytes
+        assert dataset.fetch() > 0
+        assert dataset.check() == []
+    command("evict")
+    command("doctor", "--repair")
+    assert not any(path.is_file() for path in clone.rglob(".git/annex/**/*.nii.gz"))
+    assert {path: what for path, what in snapshot(clone).items() if path in before} == before

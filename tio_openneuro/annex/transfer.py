@@ -99,7 +99,7 @@ class Workplace:
     def beside(
         cls, clone: Path, folder: Path, tmp: Path, uuids: Mapping[str, str], trusted: Sequence[str]
     ) -> Workplace:
-        """Make or renew the repository beside a clone of the user's; 15 ms.
+        """Make or renew the repository beside a clone of the user's; 45 ms.
 
         Args:
             clone: The clone.
