@@ -84,7 +84,7 @@ def bare(openneuro: LoopbackOpenNeuro, folder: Path) -> Path:
 
 def old(openneuro: LoopbackOpenNeuro, folder: Path) -> Path:
     """Make a clone in which git-annex did not merge yet what was fetched."""
-    accession = f"ds90043{os.environ['TIO_OPENNEURO_FETCH'] == 'http':d}"
+    accession = f"ds90044{os.environ['TIO_OPENNEURO_FETCH'] == 'http':d}"
     openneuro.publish(accession, heads(1))
     git(folder, "clone", "-q", openneuro.url(accession), "mine")
     git(folder / "mine", "annex", "init", "-q", "--no-autoenable", "user")

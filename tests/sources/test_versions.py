@@ -67,7 +67,7 @@ class TestExistingClone:
         self, openneuro: LoopbackOpenNeuro, tmp_path: Path, root: Path, name: str
     ) -> None:
         """What the user's own ``git fetch`` brought is read, though git-annex did not merge it."""
-        accession = f"ds90042{len(name)}"
+        accession = f"ds90045{len(name)}"
         grow(openneuro, accession, 1)
         mine = tmp_path / "mine"
         git(tmp_path, "clone", "-q", "-o", name, openneuro.url(accession), "mine")
