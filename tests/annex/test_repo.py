@@ -175,7 +175,7 @@ class TestBranch:
         for log in (lines, lines[::-1]):
             trust = "a timestamp=9s\nb X timestamp=1s\ntimestamp=7s\n"
             ref = self.commit(own, {"remote.log": "".join(log), "trust.log": trust})
-            (remote,) = special_remotes(own, ref)
+            (remote,) = special_remotes(own, [ref])
             assert (remote.uuid, remote.name, remote.dead) == ("a", "new", False)
             assert remote.fields["type"] == "S3"
 
@@ -187,8 +187,8 @@ class TestBranch:
         lines = (f"9.5s x:a {whole}\n", f"8s x:a {none}\n")
         for log in (lines, lines[::-1]):
             ref = self.commit(own, {"export.log": "".join(log)})
-            assert exported_keys(own, ref, {"a"}) == keys
-            assert exported_keys(own, ref, {"x"}) == set()
+            assert exported_keys(own, [ref], {"a"}) == keys
+            assert exported_keys(own, [ref], {"x"}) == set()
 
 
 class TestGet:

@@ -552,7 +552,7 @@ def test_s3_versions_are_read_in_any_form(log: str, available: bool, tmp_path: P
     run(["git", "init", "-q", "--bare", "."], cwd=tmp_path)
     run(["git", "fast-import", "--quiet"], cwd=tmp_path, stdin=stream)
     for keys in ([key], [key] * 51, None):
-        logs = version_logs(tmp_path, "refs/heads/git-annex", keys)
+        logs = version_logs(tmp_path, ["refs/heads/git-annex"], keys)
         assert bool(recorded_versions(logs[key.name], {uuid})) == available
 
 

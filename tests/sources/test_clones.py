@@ -22,7 +22,6 @@ from tio_openneuro.errors import (
     DiskBudgetError,
     DropRefusedError,
     FetchError,
-    NotAnAnnexError,
     RemoteUnavailableError,
 )
 from tio_openneuro.sources.install import install
@@ -283,27 +282,27 @@ class TestFileSystems:
 class TestShapes:
     """Clones that are laid out otherwise."""
 
-    def test_clone_that_plain_git_made_becomes_an_annex(
-        self, openneuro: LoopbackOpenNeuro, tmp_path: Path
-    ) -> None:
-        """Content goes into it; the branch does not tell of it, and only the bucket is enabled."""
+    def test_clone_that_plain_git_made(self, openneuro: LoopbackOpenNeuro, tmp_path: Path) -> None:
+        """Content goes into it; it stays what plain git made, with no remote enabled."""
         git(tmp_path, "clone", "-q", openneuro.url("ds900001"), "plain")
         plain = tmp_path / "plain"
+        before = (plain / ".git/config").read_bytes(), git(plain, "for-each-ref")
         with tno.DataladSubjectsDataset(plain, T1) as dataset:
             assert dataset[0].t1.data.numel() > 0
             assert disk_bytes(plain) == charged(dataset) > 0
-        assert git(plain, "config", "annex.uuid") not in git(plain, "grep", "-h", ".", "git-annex")
-        named = git(plain, "config", "--get-regexp", r"remote\..*\.annex-uuid").split()[::2]
-        assert named == ["remote.s3-PUBLIC.annex-uuid"]
+        assert ((plain / ".git/config").read_bytes(), git(plain, "for-each-ref")) == before
 
-    def test_clone_that_cannot_become_an_annex(
-        self, openneuro: LoopbackOpenNeuro, tmp_path: Path
+    def test_clone_that_cannot_take_content(
+        self, openneuro: LoopbackOpenNeuro, tmp_path: Path, way: str
     ) -> None:
-        """One message says what fails, and what to do."""
+        """It can be looked at; a fetch names the file that is in the way."""
         git(tmp_path, "clone", "-q", openneuro.url("ds900001"), "plain")
         (tmp_path / "plain/.git/annex").write_text("in the way")
-        with pytest.raises(NotAnAnnexError, match=r"(?s)git annex init' fails: .*accession or URL"):
-            tno.DataladSubjectsDataset(tmp_path / "plain", T1)
+        with (
+            tno.DataladSubjectsDataset(tmp_path / "plain", T1) as dataset,
+            pytest.raises(FetchError, match=r"plain/\.git/annex"),
+        ):
+            dataset[0]
 
     def test_linked_worktree(self, clone: Path, tmp_path: Path) -> None:
         """Content goes into the common annex, and is found there by the main clone."""

@@ -6,7 +6,7 @@ wait is bounded. Never decides what is fetched, and keeps no account.
 
 from tio_openneuro.annex.branch import (
     SpecialRemote,
-    branch_refs,
+    branch_tips,
     configured_uuids,
     git_config,
     git_folder,
@@ -25,7 +25,7 @@ __all__ = [
     "CommandError",
     "Coprocess",
     "SpecialRemote",
-    "branch_refs",
+    "branch_tips",
     "child_environment",
     "clone_error",
     "configured_uuids",

@@ -16,7 +16,7 @@ import posixpath
 import re
 import sys
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -27,7 +27,7 @@ from tio_openneuro.content import AnnexKey
 
 _LOG = logging.getLogger(__name__)
 
-_BRANCH_REFS = ("refs/heads/git-annex", "refs/remotes/origin/git-annex")
+_BRANCHES = ("refs/heads/git-annex", "refs/remotes/*/git-annex")
 _ESCAPED = re.compile(r"&(\d{1,7});")
 _DEAD = "X"
 _RMET = ".log.rmet"
@@ -105,34 +105,40 @@ def git_folder(clone: Path) -> Path | None:
     return None
 
 
-def branch_refs(clone: Path) -> list[str]:
-    """Return the refs of the clone's git-annex branch and of its origin's, as far as there."""
-    command = ["git", "for-each-ref", "--format=%(refname)", *_BRANCH_REFS]
-    found = run(command, cwd=clone).decode().split()
-    return [ref for ref in _BRANCH_REFS if ref in found]
+def branch_tips(clone: Path) -> list[str]:
+    """Return the commits of the clone's git-annex branch and its remotes', no one twice.
+
+    What was fetched is not in the clone's own branch before git-annex merges it; so both are read,
+    and what they say is united, as git-annex would.
+    """
+    command = ["git", "for-each-ref", "--format=%(objectname)", *_BRANCHES]
+    found = dict.fromkeys(run(command, cwd=clone).decode().split())
+    if len(found) > 1:
+        command = ["git", "merge-base", "--independent", *found]
+        return run(command, cwd=clone).decode().split()
+    return list(found)
 
 
 def is_tuned(clone: Path) -> bool:
     """Return whether the annex was made with a layout of its own, where we would not look."""
-    logs = read_blobs_if_present(clone, [f"{ref}:difference.log" for ref in _BRANCH_REFS])
+    logs = read_blobs_if_present(clone, [f"{tip}:difference.log" for tip in branch_tips(clone)])
     return any(logs) or bool(git_config(clone, r"^annex\.tune\."))
 
 
-def special_remotes(clone: Path, ref: str) -> list[SpecialRemote]:
-    """Return the special remotes that a git-annex branch records, the dead ones too.
+def special_remotes(clone: Path, tips: Sequence[str]) -> list[SpecialRemote]:
+    """Return the special remotes that the git-annex branch records, the dead ones too.
 
     Args:
         clone: The clone's folder.
-        ref: The branch, of :func:`branch_refs`.
+        tips: The branch, of :func:`branch_tips`.
     """
-    logs = read_blobs_if_present(clone, [f"{ref}:remote.log", f"{ref}:trust.log"])
     remote_log, trust_log = (
         _newest(
             (words[-1].removeprefix("timestamp="), uuid, words[:-1])
-            for uuid, *words in _lines(log)
+            for uuid, *words in _lines(_read(clone, tips, path))
             if words and words[-1].startswith("timestamp=")
         )
-        for log in logs
+        for path in ("remote.log", "trust.log")
     )
     remotes = []
     for uuid, words in remote_log.items():
@@ -142,23 +148,32 @@ def special_remotes(clone: Path, ref: str) -> list[SpecialRemote]:
     return remotes
 
 
-def version_logs(clone: Path, ref: str, keys: Collection[AnnexKey] | None) -> dict[str, bytes]:
-    """Return what a git-annex branch records of remotes' versions of keys, by the keys' names.
+def version_logs(
+    clone: Path, tips: Sequence[str], keys: Collection[AnnexKey] | None
+) -> dict[str, bytes]:
+    """Return what the git-annex branch records of remotes' versions of keys, by the keys' names.
 
     Args:
         clone: The clone's folder.
-        ref: The branch, of :func:`branch_refs`.
+        tips: The branch, of :func:`branch_tips`.
         keys: Keys to look for; None: all that have such a log.
     """
-    if keys is not None and len(keys) <= _FEW_KEYS:
-        blobs = {key.name: f"{ref}:{_log_path(key)}" for key in keys}
-    else:
-        # git finds one path after another in 0.6 ms each; the whole branch takes it 20 ms.
-        listed = {path: blob for _, blob, path in list_files(clone, ref) if path.endswith(_RMET)}
-        wanted = listed if keys is None else listed.keys() & map(_log_path, keys)
-        blobs = {posixpath.basename(path).removesuffix(_RMET): listed[path] for path in wanted}
-    logs = read_blobs_if_present(clone, list(blobs.values()))
-    return {name: log for name, log in zip(blobs, logs, strict=True) if log is not None}
+    found: dict[str, bytes] = {}
+    for tip in tips:
+        if keys is not None and len(keys) <= _FEW_KEYS:
+            blobs = {key.name: f"{tip}:{_log_path(key)}" for key in keys}
+        else:
+            # git finds one path after another in 0.6 ms each; the whole branch takes it 20 ms.
+            listed = {
+                path: blob for _, blob, path in list_files(clone, tip) if path.endswith(_RMET)
+            }
+            wanted = listed if keys is None else listed.keys() & map(_log_path, keys)
+            blobs = {posixpath.basename(path).removesuffix(_RMET): listed[path] for path in wanted}
+        logs = read_blobs_if_present(clone, list(blobs.values()))
+        for name, log in zip(blobs, logs, strict=True):
+            if log is not None:
+                found[name] = found[name] + b"\n" + log if name in found else log
+    return found
 
 
 def recorded_versions(log: bytes, uuids: Collection[str]) -> list[str]:
@@ -190,20 +205,19 @@ def recorded_versions(log: bytes, uuids: Collection[str]) -> list[str]:
     return [_decoded(value) for value in reversed(values)]
 
 
-def exported_keys(clone: Path, ref: str, uuids: Collection[str]) -> set[AnnexKey]:
+def exported_keys(clone: Path, tips: Sequence[str], uuids: Collection[str]) -> set[AnnexKey]:
     """Return the keys of the trees that were last exported to the remotes.
 
     Without a version git-annex asks for them by their path, and so gets what is there now.
 
     Args:
         clone: The clone's folder.
-        ref: The branch, of :func:`branch_refs`.
+        tips: The branch, of :func:`branch_tips`.
         uuids: Ids of the remotes.
     """
-    (log,) = read_blobs_if_present(clone, [f"{ref}:export.log"])
     exports = _newest(
         (words[0], words[1], words[2:])
-        for words in _lines(log)
+        for words in _lines(_read(clone, tips, "export.log"))
         if len(words) >= _EXPORT_WORDS and words[1].partition(":")[2] in uuids
     )
     keys: set[AnnexKey] = set()
@@ -257,13 +271,14 @@ def _why_git_annex(clone: Path, config: Mapping[str, str], remote: str, url: str
         known = _SETTINGS.fullmatch(name.replace(f"remote.{remote}.", "REMOTE.", 1))
         if known and value not in _OFF:
             yield f"{name} is set"
-    if config.get("annex.version") not in _VERSIONS:
-        yield "its annex is of another version"
+    poor = "annex.uuid" not in config and config.get("core.symlinks") == "false"
+    if poor or config.get("annex.version", "10") not in _VERSIONS:
+        yield "its annex is of another version, or its file system has no links"
     if (folder / "HEAD").read_text().startswith("ref: refs/heads/adjusted/"):
         yield "it is on an adjusted branch"
-    names = [f"{ref}:{log}" for log in ("difference.log", "config.log") for ref in _BRANCH_REFS]
-    *tunings, mine, theirs = read_blobs_if_present(clone, names)
-    if any(tunings) or b"annex.securehashesonly" in (mine or b"") + (theirs or b""):
+    tips = branch_tips(clone)
+    secure = b"annex.securehashesonly" in _read(clone, tips, "config.log")
+    if secure or _read(clone, tips, "difference.log"):
         yield "its git-annex branch sets where or what content may be"
     indexed = (folder / "index").exists()
     if indexed and _found(clone, "grep", "--cached", "-l", "-E", "^/annex/objects/"):
@@ -280,16 +295,20 @@ class PublicUrls:
         config: git's settings in the clone.
     """
 
-    def __init__(self, clone: Path, logs: dict[str, bytes]) -> None:
+    def __init__(
+        self, clone: Path, logs: dict[str, bytes], uuids: Mapping[str, str] | None = None
+    ) -> None:
         """Read nothing yet.
 
         Args:
             clone: The clone's folder.
             logs: What is known of :func:`version_logs`; more is added.
+            uuids: Ids of remotes that are trusted, and not enabled in the clone.
         """
+        self._uuids = uuids or {}
         self.config: Mapping[str, str] = {}
         self._clone = clone
-        self._ref = ""
+        self._tips: list[str] = []
         self._lock = threading.Lock()
         self._bases: dict[str, tuple[str, str]] = {}
         self._logs = logs
@@ -318,9 +337,9 @@ class PublicUrls:
     def _find(self, remote: str) -> tuple[str, str]:
         """Return a remote's id, and its public URL if content may be fetched from there."""
         self.config = git_config(self._clone, ".")
-        uuid = self.config.get(f"remote.{remote}.annex-uuid", "")
-        self._ref = next(iter(branch_refs(self._clone)), _BRANCH_REFS[0])
-        known = special_remotes(self._clone, self._ref)
+        uuid = self.config.get(f"remote.{remote}.annex-uuid") or self._uuids.get(remote, "")
+        self._tips = branch_tips(self._clone)
+        known = special_remotes(self._clone, self._tips)
         url = next((each.public_url for each in known if each.uuid == uuid), "")
         why = next(_why_git_annex(self._clone, self.config, remote, url), "")
         how = f"through git-annex: {why}" if why else f"over HTTP, from {url}"
@@ -332,7 +351,7 @@ class PublicUrls:
         if key.name not in self._logs and not self._all_logs:
             self._all_logs = len(self._logs) >= _FEW_LOOKUPS
             keys = None if self._all_logs else [key]
-            self._logs.update(version_logs(self._clone, self._ref, keys))
+            self._logs.update(version_logs(self._clone, self._tips, keys))
         return self._logs.setdefault(key.name, b"")
 
 
@@ -353,9 +372,15 @@ def journal_name(key: AnnexKey) -> str:
     return _log_path(key).removesuffix(".rmet").replace("_", "__").replace("/", "_")
 
 
-def _lines(log: bytes | None) -> list[list[str]]:
-    """Return the words of each line of a log that may not be there."""
-    return [line.split(" ") for line in (log or b"").decode(errors="replace").splitlines()]
+def _read(clone: Path, tips: Sequence[str], path: str) -> bytes:
+    """Return a file of the git-annex branch, united over all that was fetched of it."""
+    logs = read_blobs_if_present(clone, [f"{tip}:{path}" for tip in tips])
+    return b"\n".join(log for log in logs if log)
+
+
+def _lines(log: bytes) -> list[list[str]]:
+    """Return the words of each line of a log."""
+    return [line.split(" ") for line in log.decode(errors="replace").splitlines()]
 
 
 def _newest(entries: Iterable[tuple[str, str, list[str]]]) -> dict[str, list[str]]:

@@ -10,14 +10,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tio_openneuro.annex.branch import PublicUrls, git_folder
+from tio_openneuro.annex.branch import PublicUrls
 from tio_openneuro.annex.environment import annex_environment
 from tio_openneuro.annex.messages import Failure, complaints, parse_answer
-from tio_openneuro.annex.processes import GATE, CommandError, Coprocess
+from tio_openneuro.annex.processes import GATE, CommandError, Coprocess, run
 from tio_openneuro.annex.transfer import (
     OWN_PREFIX,
     NotOverHttpError,
@@ -25,8 +25,10 @@ from tio_openneuro.annex.transfer import (
     TransferError,
     TransferRequest,
     Watch,
+    Workplace,
 )
 from tio_openneuro.content import AnnexKey
+from tio_openneuro.errors import FetchError
 
 if TYPE_CHECKING:
     from tio_openneuro.annex.download import Downloads
@@ -46,6 +48,10 @@ class AnnexChildren:
         remotes: Sequence[str],
         count: Callable[[str], None],
         logs: dict[str, bytes],
+        *,
+        tmp: Path,
+        beside: Path | None = None,
+        uuids: Mapping[str, str] | None = None,
     ) -> None:
         """Start nothing yet.
 
@@ -54,7 +60,13 @@ class AnnexChildren:
             remotes: Remotes that drops trust.
             count: Told that one more ``"http_files"`` came.
             logs: What is known of keys' versions.
+            tmp: Where unfinished downloads lie.
+            beside: Folder from which git-annex works on a clone of the user's; None: on ours.
+            uuids: Ids of remotes that are perhaps not enabled in the clone.
         """
+        self._beside = beside
+        self._uuids = uuids or {}
+        self._place: Workplace | None = None
         self._clone = clone
         self._remotes = tuple(remotes)
         self._count = count
@@ -63,8 +75,8 @@ class AnnexChildren:
         self._transfers: set[Transfer] = set()
         self._drop_lock = threading.Lock()
         self._dropper: Coprocess | None = None
-        self._tmp = (git_folder(clone) or clone) / "annex" / "tmp"
-        self._public = PublicUrls(clone, logs)
+        self._tmp = tmp
+        self._public = PublicUrls(clone, logs, uuids)
         self._downloads: Downloads | None = None
         self._failed = False
         self._watched = False
@@ -108,9 +120,15 @@ class AnnexChildren:
         with self._lock:
             idle = self._idle.setdefault((request.remote, request.keep_fds), [])
             transfer = idle.pop() if idle else None
+        try:
+            for folder in (self._tmp, self._tmp.with_name("objects")):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"Cannot fetch into {self._clone}: it cannot be written to ({error})."
+            raise FetchError(message) from error
         if transfer is None or not transfer.alive:
             self._end(transfer)
-            transfer = Transfer(self._clone, request.remote, request.keep_fds)
+            transfer = Transfer(self._workplace(), request.remote, request.keep_fds)
             with self._lock:
                 self._transfers.add(transfer)
             self._watch()
@@ -150,6 +168,18 @@ class AnnexChildren:
                 return dropper.stderr or "git-annex ended, or did not answer"
         return complaints(parse_answer(line))
 
+    def ask_remote(self, remote: str, keys: Sequence[AnnexKey], timeout_s: float) -> list[bool]:
+        """Return of each key whether a remote answers that it has it."""
+        place = self._workplace()
+        said = run(
+            ["git", *place.options, "annex", "checkpresentkey", "--batch", remote],
+            cwd=place.folder,
+            stdin="".join(f"{key.text}\n" for key in keys).encode(errors="surrogateescape"),
+            timeout_s=timeout_s,
+            environment=annex_environment(),
+        )
+        return [answer == b"1" for answer in said.split()]
+
     def close(self) -> None:
         """Kill all children; a request under way fails."""
         self.closing.set()
@@ -159,6 +189,9 @@ class AnnexChildren:
         for child in (*transfers, self._dropper):
             if child is not None:
                 child.kill()
+        if self._beside is not None:
+            with contextlib.suppress(OSError):
+                self._tmp.rmdir()
 
     def abandon(self) -> None:
         """Let go of children that belong to the process that this one was forked from."""
@@ -200,15 +233,27 @@ class AnnexChildren:
             with self._lock:
                 self._watched = bool(self._transfers or self._dropper)
 
+    def _workplace(self) -> Workplace:
+        with self._lock:
+            if self._place is None:
+                place = Workplace(self._clone, self._clone)
+                if self._beside is not None:
+                    known = (self._clone, self._beside, self._tmp, self._uuids, self._remotes)
+                    place = Workplace.beside(*known)
+                place.merge()
+                self._place = place
+            return self._place
+
     def _start_dropper(self) -> Coprocess:
+        place = self._workplace()
         trusted = [f"remote.{name}.annex-trustlevel=trusted" for name in self._remotes]
         options = [word for setting in trusted for word in ("-c", setting)]
         return Coprocess(
             [
-                *("git", *options, "-c", "annex.alwayscommit=false"),
+                *("git", *place.options, *options, "-c", "annex.alwayscommit=false"),
                 *("annex", "drop", "--batch-keys", "--json", "--json-error-messages"),
                 *("--numcopies=1", "--mincopies=1"),
             ],
-            cwd=self._clone,
+            cwd=place.folder,
             environment=annex_environment(),
         )

@@ -10,18 +10,19 @@ Never uses ``--force``, and never initialises a clone or enables a remote.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tio_openneuro.annex.branch import (
     SpecialRemote,
-    branch_refs,
+    branch_tips,
     configured_uuids,
     exported_keys,
     git_folder,
@@ -30,9 +31,7 @@ from tio_openneuro.annex.branch import (
     version_logs,
 )
 from tio_openneuro.annex.children import AnnexChildren
-from tio_openneuro.annex.environment import annex_environment
 from tio_openneuro.annex.messages import Failure, Retries
-from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.transfer import (
     OWN_PREFIX,
     POLL_S,
@@ -68,6 +67,7 @@ class AnnexRepo:
     Attributes:
         path: Absolute folder of the clone.
         remotes: Names of the trusted remotes.
+        beside: Folder of ours from which git-annex works on a clone of the user's; else None.
         counts: Of this process: ``retries`` of transfers, waits for another process's left out,
             and ``http_files``, those that came over HTTP.
     """
@@ -77,6 +77,8 @@ class AnnexRepo:
         path: Path,
         *,
         remotes: Sequence[str] = ("s3-PUBLIC",),
+        root: Path | None = None,
+        uuids: Mapping[str, str] | None = None,
         stall_timeout_s: float = 30.0,
         total_timeout_s: float = 600.0,
     ) -> None:
@@ -85,6 +87,9 @@ class AnnexRepo:
         Args:
             path: The clone's folder.
             remotes: Annex remotes to fetch from, in this order, and trusted to keep content.
+            root: Where it is used. A clone that is not among those there is the user's: nothing
+                is written into it but content.
+            uuids: Ids of remotes that are perhaps not enabled in a clone of the user's.
             stall_timeout_s: Seconds without progress after which a transfer is begun anew.
             total_timeout_s: Seconds for one fetch with all its retries, and as many more as
                 its bytes take at 50 kB/s.
@@ -101,6 +106,14 @@ class AnnexRepo:
             message = f"Cannot use {self.path} as an annex: it is not a git repository."
             raise NotAnAnnexError(message)
         self._git_folder = folder
+        self._uuids = uuids
+        self._tmp = folder / "annex" / "tmp"
+        self.beside: Path | None = None
+        if root is not None and not folder.resolve().is_relative_to(root.resolve() / "clones"):
+            digest = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
+            self.beside = root.resolve() / "git-annex" / digest[:16]
+            # git-annex's own is the user's, whose downloads may be under way there.
+            self._tmp = folder / "annex" / "tmp.tio-openneuro"
         self._by_process: dict[int, AnnexChildren] = {}
         self._proven: set[str] = set()
         self._trusts_all: bool | None = None
@@ -250,7 +263,7 @@ class AnnexRepo:
 
     def stored(self) -> Iterator[StoredContent]:
         """Yield every object and every partial download that lies in the clone."""
-        return find_stored(self._git_folder)
+        return find_stored(self._git_folder, self._tmp)
 
     def unavailable(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
         """Return the keys that no trusted remote can give, each with the reason.
@@ -263,14 +276,14 @@ class AnnexRepo:
             keys: Keys to look for.
         """
         unsafe = {key: why for key in keys if (why := _why_unsafe(key))}
-        ref, living = self._versioned()
-        if not ref:
+        tips, living = self._versioned()
+        if not tips:
             return unsafe
-        logs = version_logs(self.path, ref, keys)
+        logs = version_logs(self.path, tips, keys)
         self._logs.update({key.name: logs.get(key.name, b"") for key in keys})
         versioned = {name for name, log in logs.items() if recorded_versions(log, living)}
         lacking = [key for key in keys if key.name not in versioned]
-        exported = exported_keys(self.path, ref, living) if lacking else set()
+        exported = exported_keys(self.path, tips, living) if lacking else set()
         return {key: _NO_VERSION for key in lacking if key not in exported} | unsafe
 
     def gone(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
@@ -282,37 +295,29 @@ class AnnexRepo:
         lost = self.unavailable(keys)
         unsure = [key for key in keys if key not in lost]
         for remote in self.remotes:
-            lines = "".join(f"{key.text}\n" for key in unsure).encode(errors="surrogateescape")
-            command = ["git", "annex", "checkpresentkey", "--batch", remote]
             timeout_s = self._total_timeout_s + len(unsure)
-            said = run(
-                command,
-                cwd=self.path,
-                stdin=lines,
-                timeout_s=timeout_s,
-                environment=annex_environment(),
-            ).split()
-            unsure = [key for key, has in zip(unsure, said, strict=True) if has != b"1"]
+            said = self._children().ask_remote(remote, unsure, timeout_s)
+            unsure = [key for key, has in zip(unsure, said, strict=True) if not has]
         return lost | dict.fromkeys(unsure, "no remote answers that it has it")
 
-    def _versioned(self) -> tuple[str, list[str]]:
-        """Return the git-annex branch's ref, empty where not all trusted remotes keep versions.
+    def _versioned(self) -> tuple[list[str], list[str]]:
+        """Return the git-annex branch's tips, none where not all trusted remotes keep versions.
 
         Beside it, the ids of those that are not dead.
         """
-        ref = next(iter(branch_refs(self.path)), "")
-        remotes = self._special_remotes(ref) if ref else []
+        tips = branch_tips(self.path)
+        remotes = self._special_remotes(tips)
         versioned = all(remote.needs_version for remote in remotes)
-        return ref if versioned else "", [remote.uuid for remote in remotes if not remote.dead]
+        return tips if versioned else [], [remote.uuid for remote in remotes if not remote.dead]
 
     def _why_lost(self, key: AnnexKey) -> str:
         """Return why no trusted remote gives a key; the branch is read once, for all keys."""
         if self._trusts_all is None:
-            ref, living = self._versioned()
-            logs = version_logs(self.path, ref, None) if ref else {}
+            tips, living = self._versioned()
+            logs = version_logs(self.path, tips, None) if tips else {}
             given = (name for name, log in logs.items() if recorded_versions(log, living))
             self._proven.update(given)
-            self._trusts_all = not ref
+            self._trusts_all = not tips
         if self._trusts_all or key.name in self._proven:
             return _why_unsafe(key)
         return self.unavailable([key]).get(key, "")
@@ -335,7 +340,12 @@ class AnnexRepo:
                 inherited.abandon()
             # A thread that does not exist here may have held it.
             self._counting = threading.Lock()
-        fresh = AnnexChildren(self.path, self.remotes, self._count, self._logs)
+        fresh = AnnexChildren(
+            *(self.path, self.remotes, self._count, self._logs),
+            tmp=self._tmp,
+            beside=self.beside,
+            uuids=self._trusted_uuids(),
+        )
         return self._by_process.setdefault(pid, fresh)
 
     def _count(self, what: str) -> None:
@@ -390,16 +400,22 @@ class AnnexRepo:
 
     def _partial_paths(self, key: AnnexKey) -> tuple[Path, Path]:
         """Return where an unfinished download of git-annex's may be, and one of ours."""
-        folder = self._git_folder / "annex" / "tmp"
-        return folder / key.name, folder / f"{OWN_PREFIX}{key.name}"
+        return self._tmp / key.name, self._tmp / f"{OWN_PREFIX}{key.name}"
 
     def _object_exists(self, key: AnnexKey) -> bool:
         return any((self._git_folder / path).exists() for path in key.object_paths())
 
-    def _special_remotes(self, ref: str) -> list[SpecialRemote]:
+    def _trusted_uuids(self) -> Mapping[str, str]:
+        """Return the ids of remotes as they were given, or as far as the branch makes them sure."""
+        if self._uuids is None and self.beside is not None:
+            known = special_remotes(self.path, branch_tips(self.path))
+            self._uuids = {each.name: each.uuid for each in known if each.public_url}
+        return self._uuids or {}
+
+    def _special_remotes(self, tips: Sequence[str]) -> list[SpecialRemote]:
         """Return the records of the trusted remotes, an empty one where there is none."""
-        uuids = configured_uuids(self.path)
-        known = special_remotes(self.path, ref)
+        uuids = {**self._trusted_uuids(), **configured_uuids(self.path)}
+        known = special_remotes(self.path, tips)
         chosen: list[SpecialRemote] = []
         for name in self.remotes:
             uuid = uuids.get(name)

@@ -10,20 +10,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import json
+import re
 import shutil
 import stat
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tio_openneuro.annex.branch import git_folder
+from tio_openneuro.annex.branch import branch_tips, git_config, git_folder
 from tio_openneuro.annex.environment import annex_environment
 from tio_openneuro.annex.messages import Failure, complaints, parse_answer
-from tio_openneuro.annex.processes import CommandError, Coprocess
+from tio_openneuro.annex.processes import CommandError, Coprocess, run
 from tio_openneuro.content import AnnexKey, StoredContent
-from tio_openneuro.errors import FetchError, NotAnAnnexError
+from tio_openneuro.errors import NotAnAnnexError
 
 POLL_S = 0.1
 # Before the key's name in that of an unfinished download of ours: git-annex takes it for no key.
@@ -34,6 +38,8 @@ _HASHED_BYTES_PER_S = 1e8
 _CRAWL_BYTES_PER_S = 1024.0
 # Of a file that may be there all the same.
 _UNSEEN = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+_REMOTE_URL = re.compile(r"remote\.(.*)\.url", re.DOTALL)
+_ABSOLUTE = re.compile(r"/|[^/]*:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,45 +82,132 @@ class NotOverHttpError(Exception):
     """Content cannot come over HTTP here: it is git-annex's to fetch."""
 
 
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """Where git-annex works on a clone: in it, or beside it where it is the user's.
+
+    Beside it is a repository of ours, which has the clone's content, settings and what it fetched
+    of the git-annex branch for its own. What git-annex writes but content, it writes there.
+    Rejected: in the clone with ``-c annex.private=true`` and more, git-annex 10.20261026 writes
+    ``config``, its branch, an index, a journal and databases all the same.
+
+    Attributes:
+        clone: The clone.
+        folder: Where git-annex is started.
+        options: What git is told before the command.
+    """
+
+    clone: Path
+    folder: Path
+    options: tuple[str, ...] = ()
+
+    @classmethod
+    def beside(
+        cls, clone: Path, folder: Path, tmp: Path, uuids: Mapping[str, str], trusted: Sequence[str]
+    ) -> Workplace:
+        """Make or renew the repository beside a clone of the user's; 45 ms.
+
+        Args:
+            clone: The clone.
+            folder: Where the repository is, or comes to be.
+            tmp: Where unfinished downloads lie, on the clone's disk.
+            uuids: Ids of remotes that are trusted and perhaps not enabled in the clone.
+            trusted: Names of the remotes that git-annex may use.
+        """
+        theirs = (git_folder(clone) or clone).absolute()
+        config = git_config(clone, ".")
+        bare = config.get("core.bare") == "true"
+        run(["git", "init", "--quiet", "--template=", *["--bare"][:bare], str(folder)])
+        own = folder if bare else folder / ".git"
+        (own / "objects" / "info").mkdir(exist_ok=True)
+        (own / "objects" / "info" / "alternates").write_text(f"{theirs / 'objects'}\n")
+        (own / "annex").mkdir(exist_ok=True)
+        for name, target in (("objects", None), ("tmp", tmp), ("creds", None)):
+            with contextlib.suppress(FileExistsError):
+                (own / "annex" / name).symlink_to(target or theirs / "annex" / name)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy(theirs / "annex" / "verified-remote.log", own / "annex")
+        for number, tip in enumerate(branch_tips(clone)):
+            ref = f"refs/remotes/{number}/git-annex" if number else "refs/heads/git-annex"
+            run(["git", "update-ref", ref, tip], cwd=folder)
+        own_uuid = config.get("annex.uuid", str(uuid.uuid5(uuid.NAMESPACE_URL, str(own))))
+        text = f"""
+            [include]
+                path = {_quoted(theirs / "config")}
+            [core]
+                repositoryformatversion = 0
+                bare = {str(bare).lower()}
+            [annex]
+                dbdir = {_quoted(own / "annex")}
+                private = true
+                merge-annex-branches = true
+                version = {config.get("annex.version", "10")}
+                uuid = {own_uuid}
+            """
+        text += "" if bare else f"[core]\nworktree = {_quoted(folder)}\n"
+        for name, value in uuids.items():
+            if value and f"remote.{name}.annex-uuid" not in config:
+                text += f"[remote {_quoted(name)}]\nannex-uuid = {value}\nannex-s3 = true\n"
+        options: list[str] = []
+        for name in {match[1] for each in config if (match := _REMOTE_URL.fullmatch(each))}:
+            url = config[f"remote.{name}.url"]
+            if name not in trusted:
+                options += ["-c", f"remote.{name}.annex-ignore=true"]
+            elif not _ABSOLUTE.match(url):
+                text += f"[remote {_quoted(name)}]\nurl = {_quoted(clone / url)}\n"
+        # In a file: what is told by options, git-annex tells the remotes on this machine too.
+        with tempfile.NamedTemporaryFile(dir=own, delete=False) as file:
+            file.write(text.encode(errors="surrogateescape"))
+        Path(file.name).replace(own / "config")
+        return cls(clone, folder, tuple(options))
+
+    def merge(self) -> None:
+        """Have git-annex merge what was fetched of its branch: ``drop --batch-keys`` does not."""
+        command = ["git", "for-each-ref", "--format=%(objectname)", "refs/heads/git-annex"]
+        if run(command, cwd=self.folder).decode().split() != branch_tips(self.folder):
+            run(["git", *self.options, "annex", "merge", "--quiet"], cwd=self.folder)
+
+
+def _quoted(text: str | Path) -> str:
+    """Return a name or value as git's configuration has it."""
+    return json.dumps(str(text), ensure_ascii=False)
+
+
 class Transfer(Coprocess):
     """A coprocess that gets keys from one remote. Used by one thread at a time."""
 
-    def __init__(self, clone: Path, remote: str, keep_fds: tuple[int, ...]) -> None:
+    def __init__(self, place: Workplace, remote: str, keep_fds: tuple[int, ...]) -> None:
         """Start the child.
 
         Args:
-            clone: The clone's folder.
+            place: Where git-annex works.
             remote: Name of the annex remote.
             keep_fds: Descriptors that the child inherits.
-
-        Raises:
-            FetchError: The clone cannot be written to.
         """
-        self._clone = clone
-        own = (git_folder(clone) or clone) / "annex" / "tio-openneuro"
-        try:
-            own.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            message = f"Cannot fetch into {clone}: it cannot be written to ({error})."
-            raise FetchError(message) from error
+        self._clone = place.clone
+        options, environment = list(place.options), annex_environment()
+        if place.folder == place.clone:
+            # With an index and databases of our own git-annex knows of no unlocked file in the
+            # work tree, and does not put a second copy of the content there.
+            own = (git_folder(place.clone) or place.clone) / "annex" / "tio-openneuro"
+            own.mkdir(exist_ok=True)
+            options += ["-c", f"annex.dbdir={own}"]
+            environment["GIT_INDEX_FILE"] = str(own / "index")
         super().__init__(
             [
-                "git",
-                # With an index and databases of our own git-annex knows of no unlocked file in
-                # the work tree, and does not put a second copy of the content there.
-                *("-c", f"annex.dbdir={own}"),
+                *("git", *options),
                 *("-c", "annex.verify=true", "-c", f"remote.{remote}.annex-verify=true"),
                 # The floor of free space is the engine's; git-annex's own reserve is 100 MB.
                 *("-c", "annex.diskreserve=0"),
-                # In a user's clone: no commit of ours, none in the middle of an epoch.
+                # No commit in the middle of an epoch.
                 *("-c", "annex.alwayscommit=false"),
                 # It leaves an orphan that holds the transfer lock: the watchdog is here.
                 *("-c", "annex.stalldetection=false"),
                 *("annex", "get", "--batch-keys", "--from", remote),
                 *("--json", "--json-progress", "--json-error-messages"),
             ],
-            cwd=clone,
-            environment=annex_environment({"GIT_INDEX_FILE": str(own / "index")}),
+            cwd=place.folder,
+            environment=environment,
             keep_fds=keep_fds,
         )
 
@@ -236,8 +329,8 @@ def find_spoilt(git_folder: Path, key: AnnexKey) -> Iterator[Path]:
         yield bad
 
 
-def find_stored(git_folder: Path) -> Iterator[StoredContent]:
-    """Yield every object and every partial download that lies in a clone."""
+def find_stored(git_folder: Path, tmp: Path) -> Iterator[StoredContent]:
+    """Yield every object in a clone, and every partial download in ``tmp``."""
     annex = git_folder / "annex"
     # Path.glob raises where another process removes a folder meanwhile.
     folders = sorted(glob.iglob("objects/*/*/*", root_dir=annex))  # noqa: PTH207
@@ -253,8 +346,8 @@ def find_stored(git_folder: Path) -> Iterator[StoredContent]:
         for file in find_spoilt(git_folder, key):
             if size_bytes := file_size(file):
                 yield StoredContent(name, size_bytes, partial=True)
-    with contextlib.suppress(FileNotFoundError):
-        for file in sorted((annex / "tmp").iterdir()):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for file in sorted(tmp.iterdir()):
             size_bytes = file_size(file)
             if size_bytes is not None and file.suffix != ".lck":
                 yield StoredContent(file.name.removeprefix(OWN_PREFIX), size_bytes, partial=True)

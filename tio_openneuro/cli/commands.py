@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from tio_openneuro.errors import TioOpenNeuroError
+from tio_openneuro.errors import SelectionError, TioOpenNeuroError
 from tio_openneuro.ledger import Ledger
 from tio_openneuro.select import Label, Scalar, Unit
 from tio_openneuro.sizes import format_size, parse_size
@@ -47,10 +48,15 @@ Root = Annotated[
     ),
 ]
 Images = Annotated[
-    list[str], typer.Option("--image", metavar="NAME=GLOB", help="An intensity image; repeatable.")
+    list[str],
+    typer.Option(
+        "--image",
+        metavar="NAME=GLOB",
+        help="An intensity image; repeatable; also NAME:ENTITY=VALUE,….",
+    ),
 ]
 Labels = Annotated[
-    list[str], typer.Option("--label", metavar="NAME=GLOB", help="A label map; repeatable.")
+    list[str], typer.Option("--label", metavar="NAME=GLOB", help="A label map; the same.")
 ]
 Version = Annotated[str | None, typer.Option(help="Tag or commit; default: the newest snapshot.")]
 UnitOf = Annotated[str, typer.Option("--unit", help="What one unit is: subject, session or run.")]
@@ -212,6 +218,18 @@ def adopt(
 
 
 @app.command()
+def forget(source: Source, root: Root, as_json: Json = False) -> None:  # noqa: FBT002 - typer
+    """Remove the clone of a dataset, and what this library fetched of it; what is yours stays."""
+    from tio_openneuro.sources import forget as forget_clone
+
+    if not root.is_dir():
+        raise TioOpenNeuroError(f"Cannot forget {source}: there is no root {root}. Look at --root.")
+    with _engine(root) as engine:
+        record = dataclasses.asdict(forget_clone(source, root, engine.forget))
+    _report(f"Forgot {source}", record, as_json=as_json)
+
+
+@app.command()
 def doctor(
     root: Root,
     repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False,  # noqa: FBT002 - typer
@@ -264,10 +282,19 @@ def _patterns(image: list[str], label: list[str]) -> dict[str, Scalar | Label]:
     patterns: dict[str, Scalar | Label] = {}
     for kind, texts in ((Scalar, image), (Label, label)):
         for text in texts:
-            name, _, glob = text.partition("=")
-            if not name or not glob:
-                raise typer.BadParameter(f"{text!r} is not NAME=GLOB, as in t1='sub-*/anat/*_T1w*'")
-            patterns[name] = kind(glob)
+            match = re.fullmatch(r"([^=:]+)([=:])(.+)", text)
+            name, sign, wanted = match.groups() if match else ("", "", "")
+            pairs = [pair.partition("=") for pair in wanted.split(",")]
+            entities: dict[str, Any] = {entity: value for entity, _, value in pairs if value}
+            if not match or (sign == ":" and len(entities.keys() - {"required"}) < len(pairs)):
+                raise typer.BadParameter(
+                    f"{text!r} is neither NAME=GLOB, as in t1='sub-*/anat/*_T1w*', nor "
+                    f"NAME:ENTITY=VALUE,…, as in t1:suffix=T1w,acq=mprage"
+                )
+            try:
+                patterns[name] = kind(wanted) if sign == "=" else kind(**entities)
+            except SelectionError as error:
+                raise typer.BadParameter(f"{text!r}: {error}") from error
     return patterns
 
 

@@ -7,6 +7,7 @@ process, and that content under a lease stays. Knows nothing of images or of tor
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -33,11 +34,11 @@ from tio_openneuro.sizes import ask_unit, parse_size
 __all__ = ["DiskStatistics", "Engine", "open_annex"]
 
 
-def open_annex(path: Path, remotes: tuple[str, ...]) -> ContentRepo:
+def open_annex(path: Path, remotes: tuple[str, ...], root: Path | None = None) -> ContentRepo:
     """Open a clone that the ledger knows, or the folder of prepared volumes, to evict from it."""
     if path.name == FOLDER and not (path / ".git").exists():
         return PreparedRepo(path.parent)
-    return AnnexRepo(path, remotes=remotes) if remotes else AnnexRepo(path)
+    return AnnexRepo(path, remotes=remotes or ("s3-PUBLIC",), root=root)
 
 
 class Engine:
@@ -58,7 +59,7 @@ class Engine:
         *,
         disk_budget: int | str = "auto",
         jobs: int = 8,
-        open_repo: OpenRepo = open_annex,
+        open_repo: OpenRepo | None = None,
     ) -> None:
         """Open the root's ledger, and make way for the budget.
 
@@ -84,6 +85,7 @@ class Engine:
             message = f"Cannot keep to disk_budget={disk_budget!r}: no image is so small.{question}"
             raise DiskBudgetError(message)
         floor_bytes = FLOOR_BYTES if auto else 0
+        open_repo = open_repo or functools.partial(open_annex, root=Path(root).absolute())
         self._settings = Settings(Path(root).absolute(), budget_bytes, floor_bytes, jobs, open_repo)
         self._begin()
         self._budget_bytes = self._here().ledger.budget_bytes
@@ -281,6 +283,27 @@ class Engine:
         """Drop what the root holds and nobody leases, of every dataset; return the bytes."""
         leases = self._here()
         return leases.drop(leases.ledger.rows(), "as asked")
+
+    def forget(self, clone: Path) -> int:
+        """Drop what this library fetched into a clone, and forget the clone; return the bytes.
+
+        Raises:
+            LedgerError: Another process is at work under the root.
+        """
+        leases = self._here()
+        leases.ledger.reap()
+        pids = sorted({owner.pid for owner in leases.ledger.other_owners()})
+        if pids:
+            message = (
+                f"Cannot forget {clone}: processes {', '.join(map(str, pids))} are at work under "
+                f"{self.root}. Wait until they have ended, or end them."
+            )
+            raise LedgerError(message)
+        name = os.path.realpath(clone)
+        held = [content for content in leases.ledger.rows() if content.clone == name]
+        dropped_bytes = leases.drop(held, "as asked")
+        leases.ledger.forget_clone(name)
+        return dropped_bytes
 
     def adopt(self, units: Sequence[ContentUnit]) -> int:
         """Hand content that was there before to the budget, as far as it fits; return the bytes.

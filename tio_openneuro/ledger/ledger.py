@@ -362,6 +362,12 @@ class Ledger:
                 (path, json.dumps(list(remotes)), place),
             )
 
+    def forget_clone(self, path: str) -> None:
+        """Forget a clone, and what is left of it: that is the user's from now on."""
+        for content in [content for content in self.rows() if content.clone == path]:
+            self.disowned(content)
+        self._db.report(("DELETE FROM clone WHERE path = ?", (path,)))
+
     def clones(self) -> dict[str, tuple[str, ...]]:
         """Return the clones ever used, with their remotes."""
         found = self._db.read("SELECT path, remotes FROM clone")

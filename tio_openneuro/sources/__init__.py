@@ -5,10 +5,12 @@ nothing. Never fetches image content.
 """
 
 from tio_openneuro.sources.catalog import Catalog, open_catalog, read_file
+from tio_openneuro.sources.install import forget
 from tio_openneuro.sources.progress import showing
 
 __all__ = [
     "Catalog",
+    "forget",
     "open_catalog",
     "read_file",
     "showing",

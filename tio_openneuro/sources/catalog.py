@@ -94,7 +94,12 @@ def open_catalog(
         installed.commit,
         installed.version,
         tuple(index_tree(installed.path, installed.commit)),
-        AnnexRepo(installed.path, remotes=installed.remotes),
+        AnnexRepo(
+            installed.path,
+            remotes=installed.remotes,
+            root=Path(root).expanduser(),
+            uuids=installed.uuids,
+        ),
     )
 
 

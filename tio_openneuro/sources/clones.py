@@ -7,14 +7,18 @@ hook, filter, procedure or submodule, and git-annex sees the clone only once tha
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from tio_openneuro.annex import CommandError, branch_refs, clone_error, run
+from tio_openneuro.annex import CommandError, branch_tips, clone_error, run
 from tio_openneuro.errors import NotAnAnnexError
+
+_LOG = logging.getLogger(__name__)
 
 _CLONE_TIMEOUT_S = 3600.0
 _INIT_TIMEOUT_S = 300.0
@@ -61,37 +65,81 @@ def clone_into(url: str, target: Path, *, title: str) -> None:
     """
     prefix = f"{_PARTIAL_PREFIX}{target.name}-"
     for stale in target.parent.glob(f"{prefix}*"):
-        _remove(stale)
+        # Another source's name may begin with this one's; mkdtemp adds no hyphen.
+        if "-" not in stale.name.removeprefix(prefix):
+            _remove(stale)
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         clone = work / "clone"
         _clone(url, clone, title)
-        if not branch_refs(clone):
+        if not branch_tips(clone):
             raise NotAnAnnexError(
                 f"Cannot use {title}: the repository at {hide_password(url)} has no git-annex "
                 f"branch, so that its content is nowhere on record. Choose another dataset."
             )
-        initialise(clone)
+        command = ["git", "annex", "init", "--quiet", "--no-autoenable", "tio-openneuro"]
+        run(command, cwd=clone, timeout_s=_INIT_TIMEOUT_S)
         run(["git", "config", "tio-openneuro.url", hide_password(url)], cwd=clone)
         clone.rename(target)
     finally:
         _remove(work)
 
 
-def initialise(clone: Path) -> None:
-    """Make a clone an annex, enabling no remote."""
-    command = ["git", "annex", "init", "--quiet", "--no-autoenable", "tio-openneuro"]
-    run(command, cwd=clone, timeout_s=_INIT_TIMEOUT_S)
+def fetch(clone: Path, *, title: str, version: str) -> None:
+    """Make a clone of ours what a new one would be, and say what is not as it was.
 
+    Nothing is lost: what moved stays as a commit, what is gone under its name in ``refs/gone``.
 
-def fetch(clone: Path, *, title: str) -> None:
-    """Fetch new commits and tags into a clone of ours, and let git-annex take them in.
+    Args:
+        clone: The clone's folder.
+        title: How messages name the dataset.
+        version: What is wanted; a commit is also asked for alone, as no tag may lead to it.
 
     Raises:
         RemoteUnavailableError: The dataset cannot be reached.
     """
-    command = ["git", "fetch", "--quiet", "--tags", "--no-recurse-submodules", "origin"]
-    _reach(command, clone, f"fetch new versions of {title}")
+    before = _refs(clone)
+    asked = ["git", "-c", "gc.auto=0", "fetch", "--quiet", "--no-recurse-submodules"]
+    refs = ("+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
+    _reach([*asked, "--prune", "origin", *refs], clone, f"fetch new versions of {title}")
+    now = _refs(clone)
+    for ref, old in before.items():
+        new, name = now.get(ref, ""), ref.split("/")[-1]
+        if old == new or (new and "/tags/" not in ref and _contains(clone, new, old)):
+            continue
+        run(["git", "update-ref", f"refs/gone/{old if new else name}", old], cwd=clone)
+        _LOG.warning(
+            "%s was changed by its owners: %s, which was %s, %s. Give version=%r for what it was.",
+            *(title, name, old, f"is {new} now" if new else "is not there any more"),
+            old if new else name,
+        )
+    if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", version):
+        with contextlib.suppress(CommandError):
+            run([*asked, "origin", version], cwd=clone, timeout_s=_CLONE_TIMEOUT_S)
+
+
+def _refs(clone: Path) -> dict[str, str]:
+    """Return the commits of what was fetched, by the refs' names."""
+    command = ["git", "for-each-ref", "--format=%(refname) %(objectname) %(*objectname)"]
+    listed = run([*command, "refs/tags", "refs/remotes/origin"], cwd=clone).decode()
+    words = [line.split() for line in listed.splitlines() if "/origin/HEAD " not in line]
+    return {name: commits[-1] for name, *commits in words}
+
+
+def _contains(clone: Path, new: str, old: str) -> bool:
+    with contextlib.suppress(CommandError):
+        run(["git", "merge-base", "--is-ancestor", old, new], cwd=clone)
+        return True
+    return False
+
+
+def remove(clone: Path) -> None:
+    """Remove a folder of ours at once, as far as others can see; what a kill leaves, later."""
+    prefix = f"{_PARTIAL_PREFIX}{clone.name}-"
+    work = Path(tempfile.mkdtemp(prefix=prefix, dir=clone.parent))
+    with contextlib.suppress(FileNotFoundError):
+        clone.rename(work / "clone")
+    _remove(work)
 
 
 def _clone(url: str, clone: Path, title: str) -> None:

@@ -2,7 +2,7 @@
 
 Owns the clones under the root: made once, through DataLad, shared by every process, reused
 offline, and fetched only for a version that they do not have. Clones of the user's are used where
-they are, and not changed, but that one which plain git made becomes an annex. Fetches no content.
+they are, and nothing is written there. Fetches no content.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import filelock
 
 from tio_openneuro.annex import (
+    AnnexRepo,
     CommandError,
-    branch_refs,
-    git_config,
+    branch_tips,
     git_folder,
     is_tuned,
     object_facts,
     run,
 )
 from tio_openneuro.errors import NotAnAnnexError, TioOpenNeuroError
-from tio_openneuro.sources.clones import clone_into, fetch, hide_password, initialise
-from tio_openneuro.sources.remotes import already_enabled, enable
+from tio_openneuro.sources.clones import clone_into, fetch, hide_password, remove
+from tio_openneuro.sources.remotes import enable, usable
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ _ACCESSION_URL = "https://github.com/OpenNeuroDatasets/{}.git"
 _URL = re.compile(r"(https?|ssh|git|file)://.+|[\w.-]+@[\w.-]+:.+")
 _LOCK_TIMEOUT_S = 3600.0
 _TAG_FORMAT = "%(creatordate:unix) %(refname:short)"
+_OLD_S = 30 * 86400.0
 _SNAPSHOT = re.compile(r"\d+(\.\d+)+")
 
 
@@ -50,6 +52,7 @@ class InstalledDataset:
         commit: The commit, 40 hex digits.
         version: Tag or branch that led to it; the commit where neither did.
         remotes: Annex remotes that may be used, in order.
+        uuids: Their ids, of those that are perhaps not enabled in a clone of the user's.
     """
 
     dataset_id: str
@@ -57,6 +60,24 @@ class InstalledDataset:
     commit: str
     version: str
     remotes: tuple[str, ...]
+    uuids: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What became of a clone that was to be forgotten.
+
+    Attributes:
+        clone: Its folder.
+        dropped_bytes: Bytes of content dropped.
+        removed: Whether it was removed.
+        kept: What of the user's it holds, for which it stays.
+    """
+
+    clone: Path
+    dropped_bytes: int
+    removed: bool
+    kept: tuple[str, ...] = ()
 
 
 def install(
@@ -93,7 +114,7 @@ def install(
     if isinstance(source, str) and _URL.fullmatch(source):
         return _install_own(_Origin.of_url(source), clones, version, names)
     if folder.is_dir():
-        return _use_where_it_is(folder.resolve(), clones, version, names)
+        return _use_where_it_is(folder.resolve(), version, names)
     if folder.is_file():
         return _install_own(_Origin.of_url(str(folder.resolve())), clones, version, names)
     raise NotAnAnnexError(
@@ -117,22 +138,27 @@ def _install_own(
             clone_into(origin.url, clone, title=title)
         found = _resolve(clone, version)
         if found is None:
-            fetch(clone, title=title)
+            try:
+                fetch(clone, title=title, version=version or "")
+            except TioOpenNeuroError as error:
+                known = ", ".join(_tags(clone)[:12]) or "no tags"
+                message = f"{error} Its clone in {clone} has {known}, and works without."
+                raise type(error)(message) from error
             found = _resolve(clone, version)
-        usable = enable(clone, names)
-    return _described(title, clone, found, version, usable)
+        elif re.fullmatch(r"[0-9a-f]+", found[1]) is None:
+            _warn_of_age(clone, title, found[1])
+        enabled = enable(clone, names)
+    return _described(title, clone, found, version, enabled)
 
 
-def _use_where_it_is(
-    folder: Path, clones: Path, version: str | None, names: tuple[str, ...]
-) -> InstalledDataset:
+def _use_where_it_is(folder: Path, version: str | None, names: tuple[str, ...]) -> InstalledDataset:
     if git_folder(folder) is None:
         raise NotAnAnnexError(
             f"Cannot use {folder}: it is not the root of a git repository. Give the root of a "
             f"clone, an accession, or a BIDS folder."
         )
     try:
-        refs = branch_refs(folder)
+        refs = branch_tips(folder)
     except CommandError as error:
         message = f"Cannot use {folder}: git cannot read it. git said: {error.stderr[:500]}"
         raise NotAnAnnexError(message) from error
@@ -141,37 +167,67 @@ def _use_where_it_is(
             f"Cannot use {folder}: it is a git repository without a git-annex branch, so that "
             f"nothing in it is annexed. Give a clone of a DataLad or git-annex dataset."
         )
-    if not _is_annex(folder):
-        _begin_annex(folder, clones, names)
-    usable = already_enabled(folder, names)
-    return _described(folder.name, folder, _resolve(folder, version), version, usable)
+    uuids = usable(folder, names)
+    found = _resolve(folder, version)
+    return _described(folder.name, folder, found, version, tuple(uuids), uuids)
 
 
-def _is_annex(folder: Path) -> bool:
-    return bool(git_config(folder, r"^annex\.uuid$", "--local"))
+def _warn_of_age(clone: Path, title: str, version: str) -> None:
+    """Say that what is used may be old, where its clone did not ask for a long time."""
+    files = [clone / ".git" / name for name in ("HEAD", "FETCH_HEAD")]
+    asked_s = max(file.stat().st_mtime for file in files if file.exists())
+    if time.time() - asked_s > _OLD_S:
+        _LOG.warning(
+            "%s is used at %s, the newest that its clone knew on %s; it may be old. Name a newer "
+            "one with version=, or run 'tio-openneuro forget' to have it cloned anew.",
+            *(title, version, time.strftime("%Y-%m-%d", time.localtime(asked_s))),
+        )
 
 
-def _begin_annex(folder: Path, clones: Path, names: tuple[str, ...]) -> None:
-    """Initialise a clone that plain git made, as git-annex would at its first use there.
+def forget(source: str | Path, root: Path, drop: Callable[[Path], int]) -> Forgotten:
+    """Remove the clone of a source, unless it is the user's or holds anything of theirs.
 
-    Unlike git-annex we enable no remote but those that may be used, and record nothing of the
-    clone in its git-annex branch.
+    Args:
+        source: As for :func:`install`.
+        root: Folder under which clones are kept.
+        drop: Drops what is held of a clone and forgets it, or raises; returns the bytes.
+
+    Raises:
+        NotAnAnnexError: There is no such clone.
     """
-    digest = hashlib.sha256(str(folder).encode()).hexdigest()
-    with _locked(clones / f".{digest[:16]}.lock", folder, folder.name):
-        if _is_annex(folder):
-            return
-        try:
-            run(["git", "config", "annex.private", "true"], cwd=folder)
-            initialise(folder)
-        except CommandError as error:
-            raise NotAnAnnexError(
-                f"Cannot use {folder}: git-annex was never initialised there, and 'git annex "
-                f"init' fails: {error.stderr[:500] or error}. Look whether you may write there, "
-                f"or give the accession or URL instead."
-            ) from error
-        enable(folder, names)
-        _LOG.info("Initialised git-annex in %s, for its first use there", folder)
+    root = Path(root).expanduser().absolute()
+    folder = Path(source).expanduser()
+    if git_folder(folder) is not None:
+        dropped_bytes = drop(folder.resolve())
+        beside = AnnexRepo(folder.resolve(), root=root).beside
+        if beside is not None and beside.exists():
+            remove(beside)
+        return Forgotten(folder.resolve(), dropped_bytes, removed=False)
+    known = isinstance(source, str) and _ACCESSION.fullmatch(source)
+    origin = _Origin(str(source), str(source), "") if known else _Origin.of_url(str(source))
+    clone = root / "clones" / origin.folder_name
+    if not clone.is_dir():
+        raise NotAnAnnexError(
+            f"Cannot forget {source}: there is no clone of it in {clone.parent}. Look at the "
+            f"spelling and at --root."
+        )
+    with _locked(clone.parent / f".{origin.folder_name}.lock", clone, origin.dataset_id):
+        dropped_bytes = drop(clone)
+        kept = _of_the_user(clone)
+        if not kept:
+            remove(clone)
+    return Forgotten(clone, dropped_bytes, removed=not kept, kept=tuple(kept))
+
+
+def _of_the_user(clone: Path) -> list[str]:
+    """Return what is not this library's in a clone of ours: content, files, commits."""
+    if git_folder(clone) is None:
+        return []
+    stored = [each.key_name for each in AnnexRepo(clone).stored() if not each.partial]
+    files = [path.name for path in clone.iterdir() if path.name != ".git"]
+    fetched = ["--not", "--remotes", "--tags", "--glob=refs/gone"]
+    command = ["git", "rev-list", "--max-count=1", "--exclude=git-annex", "--branches", *fetched]
+    return stored + files + run(command, cwd=clone).decode().split()
 
 
 def _described(
@@ -180,6 +236,7 @@ def _described(
     found: tuple[str, str] | None,
     version: str | None,
     remotes: tuple[str, ...],
+    uuids: Mapping[str, str] | None = None,
 ) -> InstalledDataset:
     if is_tuned(clone):
         raise NotAnAnnexError(
@@ -190,11 +247,11 @@ def _described(
     if found is None:
         tags = _tags(clone)
         known = f"its tags are {', '.join(tags[:12])}" if tags else "it has no tags"
+        how = "or a commit" if uuids is None else f"a commit, or run 'git fetch --tags' in {clone}"
         raise TioOpenNeuroError(
-            f"Cannot find version {version!r} of {dataset_id}: {known}. Give one of them, or a "
-            f"commit."
+            f"Cannot find version {version!r} of {dataset_id}: {known}. Give one of them, {how}."
         )
-    return InstalledDataset(dataset_id, clone, *found, remotes)
+    return InstalledDataset(dataset_id, clone, *found, remotes, uuids or {})
 
 
 def _resolve(clone: Path, version: str | None) -> tuple[str, str] | None:
@@ -202,7 +259,8 @@ def _resolve(clone: Path, version: str | None) -> tuple[str, str] | None:
     if version is not None:
         if "\n" in version:
             return None
-        refs = (f"refs/tags/{version}", f"refs/remotes/origin/{version}", f"refs/heads/{version}")
+        kinds = ("tags", "remotes/origin", "heads", "gone")
+        refs = [f"refs/{kind}/{version}" for kind in kinds]
         names = [(ref, version) for ref in refs]
         if re.fullmatch(r"[0-9a-fA-F]{4,64}", version):
             names.append((version, ""))
@@ -211,8 +269,10 @@ def _resolve(clone: Path, version: str | None) -> tuple[str, str] | None:
         default = _default_branch(clone)
         names += [(ref, ref.removeprefix("refs/").partition("/")[2]) for ref in default]
     asked = [f"{ref}^{{commit}}" for ref, _ in names]
-    for commit, (_, name) in zip(object_facts(clone, "objectname", asked), names, strict=True):
+    for commit, (ref, name) in zip(object_facts(clone, "objectname", asked), names, strict=True):
         if commit is not None:
+            if ref.startswith("refs/gone/"):
+                _LOG.warning("%s of %s was withdrawn by its owners.", name, clone)
             return commit.decode(), name.removeprefix("origin/") or commit.decode()
     return None
 
@@ -259,7 +319,11 @@ class _Origin:
 
 @contextlib.contextmanager
 def _locked(path: Path, clone: Path, title: str) -> Iterator[None]:
-    """Hold the lock of one clone, among all processes; no lock stays where no clone came to be."""
+    """Hold the lock of one clone, among all processes; no lock stays where no clone came to be.
+
+    Nor does a folder that was not there before; one that was there is the user's.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = filelock.FileLock(path, timeout=_LOCK_TIMEOUT_S)
     try:
@@ -276,6 +340,6 @@ def _locked(path: Path, clone: Path, title: str) -> Iterator[None]:
             # Who waits for this lock sees that its file is gone, and makes a new one.
             with contextlib.suppress(OSError):
                 path.unlink()
-                clone.parent.rmdir()
-                clone.parent.parent.rmdir()
+                for folder in made:
+                    folder.rmdir()
         lock.release()

@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 from tio_openneuro.annex import (
     CommandError,
     SpecialRemote,
-    branch_refs,
+    branch_tips,
     configured_uuids,
+    git_config,
     is_amazon,
     run,
     special_remotes,
@@ -37,7 +38,7 @@ def public_remote(clone: Path) -> SpecialRemote | None:
     """Return the record of OpenNeuro's public bucket; None where the dataset has none.
 
     Args:
-        clone: The clone's folder; its own git-annex branch and its origin's are both read.
+        clone: The clone's folder; its own git-annex branch and its remotes' are all read.
 
     Raises:
         UnsafeDatasetError: A remote bears the name, and none that does is what it should be.
@@ -89,8 +90,11 @@ def enable(clone: Path, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(usable)
 
 
-def already_enabled(clone: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the usable remotes of a user's clone, in which nothing is changed.
+def usable(clone: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the remotes that may be used in a user's clone, with the ids that are known.
+
+    Nothing is changed there. In a clone that plain git made, the public bucket needs not be
+    enabled, nor a git remote, which git-annex asks for its id.
 
     Args:
         clone: The clone's folder.
@@ -100,18 +104,23 @@ def already_enabled(clone: Path, names: Sequence[str]) -> tuple[str, ...]:
         UnsafeDatasetError: The public bucket's record is not what it should be.
         TioOpenNeuroError: A named remote is not enabled in the clone.
     """
+    plain = not git_config(clone, r"^annex\.uuid$", "--local")
     enabled = configured_uuids(clone)
+    if plain:
+        remotes = run(["git", "remote"], cwd=clone).decode().split()
+        enabled = dict.fromkeys([PUBLIC_REMOTE, *remotes], "") | enabled
     missing = [name for name in names if name not in enabled]
     if missing:
         raise TioOpenNeuroError(
             f"Cannot use the remotes {', '.join(missing)} of {clone}: the clone has "
             f"{', '.join(sorted(enabled)) or 'none'}. Run 'git annex enableremote NAME' there."
         )
-    if PUBLIC_REMOTE in names:
-        return tuple(names)
+    named = {name: enabled[name] for name in names}
+    if PUBLIC_REMOTE in names and not plain:
+        return named
     public = public_remote(clone)
-    if public is not None and enabled.get(PUBLIC_REMOTE) == public.uuid:
-        return (PUBLIC_REMOTE, *names)
+    if public is not None and (plain or enabled.get(PUBLIC_REMOTE) == public.uuid):
+        return {PUBLIC_REMOTE: public.uuid, **named}
     if not names:
         _LOG.warning(
             "Nothing can be fetched into %s: its remotes are %s. Name one with remotes=, or run "
@@ -120,7 +129,7 @@ def already_enabled(clone: Path, names: Sequence[str]) -> tuple[str, ...]:
             ", ".join(sorted(enabled)) or "none",
             PUBLIC_REMOTE,
         )
-    return tuple(names)
+    return named
 
 
 def _complaint(remote: SpecialRemote) -> str:
@@ -204,9 +213,7 @@ def _enable_named(clone: Path, name: str) -> None:
 
 
 def _records(clone: Path, name: str | None = None) -> list[SpecialRemote]:
-    """Return the special remotes on record, dead ones too, all or those of a name.
-
-    Of the clone's own git-annex branch and of its origin's: one that is in both is there twice.
-    """
-    records = (each for ref in branch_refs(clone) for each in special_remotes(clone, ref))
-    return [each for each in records if name in {None, each.name}]
+    """Return the special remotes on record, dead ones too, all or those of a name."""
+    return [
+        each for each in special_remotes(clone, branch_tips(clone)) if name in {None, each.name}
+    ]
