@@ -11,6 +11,7 @@ Imports urllib3: imported itself when something is fetched.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import functools
 import hashlib
@@ -48,6 +49,9 @@ _CONNECT_S = 5.0
 _ASK_S = 0.02
 _MOST_REDIRECTS = 4
 _WRITE_BITS = 0o222
+# AT_FDCWD and RENAME_NOREPLACE.
+_HERE = -100
+_NO_REPLACE = 1
 _DOWNLOAD = "the download"
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "tio-openneuro"}
 _HOW: dict[str, Any] = {"redirect": False, "retries": False, "timeout": POLL_S}
@@ -213,9 +217,7 @@ class Downloads:
             path.parent.mkdir(parents=True, exist_ok=True)
             mode = path.parent.stat().st_mode & 0o777
             path.parent.chmod(mode | 0o200)
-            # Not renamed, which would take the place of what somebody put there in between.
-            os.link(partial.path, path)
-            partial.path.unlink()
+            _move(partial.path, path)
             # Not before: a process killed in between would leave a partial that cannot be opened.
             path.chmod(path.stat().st_mode & 0o777 & ~_WRITE_BITS)
             path.parent.chmod(mode & ~_WRITE_BITS)
@@ -228,6 +230,26 @@ class Downloads:
                 raise
             raise TransferError(Failure.BUSY) from error
         self._brought.add(partial.key.name)
+
+
+def _move(file: Path, target: Path) -> None:
+    """Rename a file, but not over what somebody put there meanwhile.
+
+    Rejected: a second link, after which the first is removed. Killed in between, it leaves two.
+
+    Source: renameat2(2); file systems without its flag say so, and others than Linux lack it.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is not None:
+        names = os.fsencode(file), os.fsencode(target)
+        if not rename(_HERE, names[0], _HERE, names[1], _NO_REPLACE):
+            return
+        code = ctypes.get_errno()
+        if code not in {errno.ENOSYS, errno.EINVAL}:
+            raise OSError(code, os.strerror(code), str(target))
+    if target.exists():
+        raise FileExistsError(target)
+    file.rename(target)
 
 
 class _Partial:

@@ -335,7 +335,7 @@ def find_stored(git_folder: Path, tmp: Path) -> Iterator[StoredContent]:
     # Path.glob raises where another process removes a folder meanwhile.
     folders = sorted(glob.iglob("objects/*/*/*", root_dir=annex))  # noqa: PTH207
     names = [Path(folder).name for folder in folders]
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         names += [file.name for file in (annex / "bad").iterdir()]
     for name in dict.fromkeys(names):
         key = AnnexKey.parse(name) or AnnexKey(name, None)

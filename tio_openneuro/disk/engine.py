@@ -299,7 +299,7 @@ class Engine:
                 f"{self.root}. Wait until they have ended, or end them."
             )
             raise LedgerError(message)
-        name = os.path.realpath(clone)
+        name = leases.store.name_of(clone)
         held = [content for content in leases.ledger.rows() if content.clone == name]
         dropped_bytes = leases.drop(held, "as asked")
         leases.ledger.forget_clone(name)

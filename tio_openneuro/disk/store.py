@@ -49,7 +49,8 @@ from tio_openneuro.sizes import format_size
 
 _LOGGER = logging.getLogger(__name__)
 _CANCEL_POLL_S = 0.1
-_LAST_SIGN_NS = 150_000_000
+# An owner shows that it lives as often as it asks whether to go on.
+_LAST_SIGN_NS = int(_CANCEL_POLL_S * 1e9)
 _DYING_NS = 10_000_000_000
 
 UNSEEN = (
@@ -132,7 +133,7 @@ class Store:
         """Return the ledger's name of a file's content, and remember its clone."""
         clone = self._clones.get(id(file.repo))
         if clone is None:
-            clone = self._name_of(file.repo)
+            clone = self._hold(file.repo)
             with self._mutex:
                 self._repos.setdefault(clone, file.repo)
                 # Several may stand for one clone, each with children of its own.
@@ -143,19 +144,24 @@ class Store:
             self._clones[id(file.repo)] = clone
         return ContentId(clone, file.key.name)
 
-    def _name_of(self, repo: ContentRepo) -> str:
+    def _hold(self, repo: ContentRepo) -> str:
         """Return the ledger's name of a clone, which no other root may use meanwhile."""
         found = Path(os.path.realpath(git_folder(repo.path) or repo.path))
-        folder = found.parent if found.name == ".git" else found
         descriptor = hold_folder(found, self._root)
         if descriptor < 0:
             message = (
-                f"Cannot use the clone {folder} under the root {self._root}: a process that runs "
-                f"uses it under another root, and two ledgers would each allow their own budget. "
-                f"Give that root, or wait until the process has ended."
+                f"Cannot use the clone {repo.path} under the root {self._root}: a process that "
+                f"runs uses it under another root, and two ledgers would each allow their own "
+                f"budget. Give that root, or wait until the process has ended."
             )
             raise LedgerError(message)
         self._held.append(descriptor)
+        return self.name_of(repo.path)
+
+    def name_of(self, clone: Path) -> str:
+        """Return the ledger's name of a clone: its path from the root, if it lies there."""
+        found = Path(os.path.realpath(git_folder(clone) or clone))
+        folder = found.parent if found.name == ".git" else found
         inside = folder.is_relative_to(self._root)
         return folder.relative_to(self._root).as_posix() if inside else str(folder)
 
