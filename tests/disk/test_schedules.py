@@ -4,8 +4,8 @@ Ranks with loaders, prefetches, evictions, failing fetches, cancelled loads, kil
 hand-over and a barrier are generators; a seeded scheduler picks who takes the next step. There
 are no threads, no sleeps and no clock: a job that waits runs again once anything has changed, so
 a schedule in which nobody can run is a deadlock, found exactly. The disk is a dictionary and the
-ledger the real one, on one SQLite database in memory or, for some schedules, on files with a
-connection for each rank. The same rules broken one by one do deadlock: the test can fail.
+ledger the real one, over one connection or, for some schedules, with one
+for each rank. The same rules broken one by one do deadlock: the test can fail.
 """
 
 import random
@@ -21,7 +21,7 @@ import pytest
 from fakes import decide
 
 from tio_openneuro.content import ContentId
-from tio_openneuro.ledger.database import LedgerDatabase
+from tio_openneuro.ledger.database import LedgerDatabase, make_database
 from tio_openneuro.ledger.ledger import Ledger
 from tio_openneuro.ledger.schema import ID, SCHEMA_VERSION, TABLES, Answer, ContentState, Want
 
@@ -49,7 +49,7 @@ class DeadlockError(Exception):
 
 
 class SharedLedger(Ledger):
-    """The real ledger but for how an owner enters: all of them on one database in memory."""
+    """The real ledger but for how an owner enters: all of them on one connection."""
 
     def __init__(self, database: LedgerDatabase, folder: Path, budget_bytes: int) -> None:
         """Enter an owner."""
@@ -68,13 +68,15 @@ class SharedLedger(Ledger):
 class World:
     """A disk, a budget, and how ledgers are opened."""
 
-    def __init__(self, folder: Path, *, in_memory: bool) -> None:
-        """Keep the owners' locks, and the database if it is a file, in a folder."""
-        self.folder = folder
-        (folder / "owners").mkdir(parents=True)
-        self._database = (
-            LedgerDatabase(Path(":memory:"), TABLES, SCHEMA_VERSION) if in_memory else None
-        )
+    def __init__(self, folder: Path, *, shared: bool) -> None:
+        """Keep the owners' locks and the database in a folder."""
+        self.folder = folder / "schedules"
+        (self.folder / "owners").mkdir(parents=True)
+        self._database = None
+        if shared:
+            path = self.folder / "shared.sqlite"
+            make_database(path, TABLES, SCHEMA_VERSION)
+            self._database = LedgerDatabase(path, SCHEMA_VERSION)
 
     def open(self, budget_bytes: int) -> Ledger:
         """Open a ledger as a process does that starts."""
@@ -578,7 +580,7 @@ HAPPENS = ("retries", "queued", "evicted", "prefetched", "cancelled", "withdrawn
 @pytest.mark.timeout(3600)
 def test_every_schedule_completes_within_the_budget(tmp_path: Path, seeds: range) -> None:
     """With the rules kept nobody deadlocks, whoever is slow, fails, is cancelled or is killed."""
-    with closing(World(tmp_path / "world", in_memory=True)) as world:
+    with closing(World(tmp_path / "world", shared=True)) as world:
         total, deadlocked = campaign(world, seeds)
     assert deadlocked == []
     # Everything that the rules are about did happen, often.
@@ -589,7 +591,7 @@ def test_schedules_over_separate_connections_complete(tmp_path: Path) -> None:
     """The same holds where every rank has a database connection of its own, on files."""
     deadlocked = []
     for seed in range(60):
-        world = World(tmp_path / str(seed), in_memory=False)
+        world = World(tmp_path / str(seed), shared=False)
         deadlocked += campaign(world, [seed])[1]
     assert deadlocked == []
 
@@ -598,7 +600,7 @@ def test_schedules_over_separate_connections_complete(tmp_path: Path) -> None:
 def test_breaking_a_rule_deadlocks(tmp_path: Path, broken: Broken) -> None:
     """Where room is tight no schedule deadlocks with the rules, and many without any of them."""
     seeds = range(50)
-    with closing(World(tmp_path / "world", in_memory=True)) as world:
+    with closing(World(tmp_path / "world", shared=True)) as world:
         _, deadlocked = campaign(world, seeds, broken, tight=True)
     if broken is Broken.NONE:
         assert deadlocked == []

@@ -133,7 +133,8 @@ def _unknown_partials(ledger: Ledger, store: Store) -> list[tuple[ContentId, int
         content: size_bytes
         for content, size_bytes in found.items()
         # What lies beside whole content is not charged either.
-        if content not in known or known[content].state is ContentState.PRESENT
+        if content not in known
+        or (known[content].state is ContentState.PRESENT and content.clone != FOLDER)
     }
     again = _partials(store, {content.clone for content in suspects})
     whole = [each for each in suspects if each.clone == FOLDER]

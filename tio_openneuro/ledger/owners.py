@@ -184,6 +184,8 @@ def hold_folder(folder: Path, root: Path) -> int:
     Returns:
         The descriptor; -1 where a process of another root holds the folder.
     """
+    if sys.platform == "win32":  # It has no such lock, and opens no folder.
+        return os.open(os.devnull, os.O_RDONLY)
     descriptor = os.open(folder, os.O_RDONLY)
     own = root.stat().st_ino & _MOST_OFFSET
     with contextlib.suppress(AttributeError, OSError):  # Not there on this system, or on NFS.
