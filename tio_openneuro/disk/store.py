@@ -13,10 +13,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tio_openneuro.annex import configured_uuids, git_folder
+from tio_openneuro.annex import CommandError, configured_uuids, git_folder
 from tio_openneuro.content import (
     UNCLAIMED,
     AnnexKey,
@@ -191,7 +192,9 @@ class Store:
         for folder in (*sorted(self._root.glob("clones/[!.]*")), self._root / FOLDER):
             clone = folder.relative_to(self._root).as_posix()
             ours = clone == FOLDER
-            remotes = () if ours or git_folder(folder) is None else configured_uuids(folder)
+            remotes: Iterable[str] = ()
+            with suppress(CommandError):  # What is no repository any more is counted as well.
+                remotes = () if ours or git_folder(folder) is None else configured_uuids(folder)
             self._ledger.remember_clone(clone, tuple(remotes))
             repo = self.repo_of(clone)
             sizes: Counter[str] = Counter()

@@ -266,8 +266,8 @@ def why_lost(path: Path, version: int) -> str:
     return "" if damage == "ok" else str(damage)
 
 
-def make_database(path: Path, tables: Sequence[str], version: int) -> bool:
-    """Make a database in the place of one that was lost; return whether there was one.
+def make_database(path: Path, tables: Sequence[str], version: int) -> None:
+    """Make a database, wholly or not at all, in the place of one that was lost.
 
     The caller keeps others away. What was there is kept beside it.
 
@@ -276,11 +276,10 @@ def make_database(path: Path, tables: Sequence[str], version: int) -> bool:
         tables: Statements that make the tables.
         version: Of the tables.
     """
-    lost = False
-    for old in path.parent.glob(f"{path.name}*"):
-        lost = True
-        old.replace(old.with_name(f"lost-{old.name}"))
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+    new = path.with_name(f"new-{path.name}")
+    for stale in path.parent.glob(f"{new.name}*"):
+        stale.unlink()
+    with closing(sqlite3.connect(new, isolation_level=None)) as db:
         # A step changes a few bytes of each of many pages, which go whole to the log (4.1 MB with
         # the usual 4096); what is deleted can be given back.
         db.execute("PRAGMA page_size = 1024")
@@ -288,7 +287,9 @@ def make_database(path: Path, tables: Sequence[str], version: int) -> bool:
         db.execute("PRAGMA journal_mode = WAL")
         for statement in ("BEGIN", *tables, f"PRAGMA user_version = {version}", "COMMIT"):
             db.execute(statement)
-    return lost
+    for old in path.parent.glob(f"{path.name}*"):
+        old.replace(old.with_name(f"lost-{old.name}"))
+    new.replace(path)
 
 
 def _is_full(error: BaseException | None) -> bool:

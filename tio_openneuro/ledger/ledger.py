@@ -99,10 +99,10 @@ class Ledger:
     def _begin_anew(path: Path) -> None:
         """Make a ledger where there is none, or none any more: what lies there is counted next."""
         witness = path.parent.parent / ".ledger"
-        lost = make_database(path, TABLES, SCHEMA_VERSION) or witness.exists()
-        with closing(sqlite3.connect(path)) as db, db:
-            db.execute("INSERT INTO loss SELECT 1 WHERE ?", (lost,))
+        lost = witness.exists() or any(path.parent.glob(f"{path.name}*"))
         witness.touch()
+        tables = (*TABLES, *["INSERT INTO loss VALUES (1)"][:lost])
+        make_database(path, tables, SCHEMA_VERSION)
 
     def is_lost(self) -> bool:
         """Return whether an earlier ledger was lost, and what it charged is not counted yet."""
