@@ -25,8 +25,10 @@ import pytest
 from faulty import LoopbackOpenNeuro
 from workers import Nursery
 
+from tio_openneuro.annex.repo import AnnexRepo
 from tio_openneuro.disk.engine import Engine
 from tio_openneuro.loopback import Volume
+from tio_openneuro.sources.install import install
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -71,6 +73,14 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name: str = request.param
     monkeypatch.setenv("TIO_OPENNEURO_FETCH", name)
     return name
+
+
+@pytest.fixture
+def repo(openneuro: LoopbackOpenNeuro, root: Path) -> AnnexRepo:
+    """Return a clone of ours of ``ds900001``."""
+    del openneuro  # It serves what is installed.
+    dataset = install("ds900001", root)
+    return AnnexRepo(dataset.path, remotes=dataset.remotes)
 
 
 @pytest.fixture(autouse=True)

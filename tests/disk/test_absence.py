@@ -5,38 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faulty import LoopbackOpenNeuro
+from units import key_of, units_of
 
 from tio_openneuro.annex.environment import child_environment
 from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.repo import AnnexRepo
-from tio_openneuro.annex.tree import index_tree
-from tio_openneuro.content import AnnexKey, ContentFile, ContentUnit
+from tio_openneuro.content import ContentUnit
 from tio_openneuro.disk.engine import Engine
 from tio_openneuro.errors import LedgerError, NotAnAnnexError, TioOpenNeuroError
 from tio_openneuro.sources.install import install
 
 BUDGET = "1 MB"
-
-
-@pytest.fixture
-def repo(openneuro: LoopbackOpenNeuro, root: Path) -> AnnexRepo:
-    """Return a clone of ours of ``ds900001``."""
-    assert openneuro.total().bytes >= 0
-    dataset = install("ds900001", root)
-    return AnnexRepo(dataset.path, remotes=dataset.remotes)
-
-
-def units_of(repo: AnnexRepo) -> list[ContentUnit]:
-    """Return a unit for each file."""
-    files = index_tree(repo.path, "refs/tags/1.0.0")
-    return [
-        ContentUnit(f.path, (ContentFile(repo, f.key, f.path),)) for f in files if f.key is not None
-    ]
-
-
-def key_of(unit: ContentUnit) -> AnnexKey:
-    return unit.files[0].key
 
 
 def fetch(engine: Engine, *units: ContentUnit) -> Path:

@@ -6,30 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from faulty import LoopbackOpenNeuro
+from units import units_of
 
 from tio_openneuro.annex.repo import AnnexRepo
-from tio_openneuro.annex.tree import index_tree
-from tio_openneuro.content import ContentFile, ContentUnit
+from tio_openneuro.content import ContentUnit
 from tio_openneuro.disk.engine import Engine
 from tio_openneuro.errors import DiskBudgetError, LedgerError
-from tio_openneuro.sources.install import install
-
-
-@pytest.fixture
-def repo(openneuro: LoopbackOpenNeuro, root: Path) -> AnnexRepo:
-    """Return a clone of ours of ``ds900001``."""
-    assert openneuro.total().bytes >= 0
-    dataset = install("ds900001", root)
-    return AnnexRepo(dataset.path, remotes=dataset.remotes)
-
-
-def units_of(repo: AnnexRepo) -> list[ContentUnit]:
-    """Return a unit for each file."""
-    files = index_tree(repo.path, "refs/tags/1.0.0")
-    return [
-        ContentUnit(f.path, (ContentFile(repo, f.key, f.path),)) for f in files if f.key is not None
-    ]
 
 
 def fetch(engine: Engine, *units: ContentUnit) -> None:
