@@ -27,6 +27,7 @@ from faulty import Fault, FaultKind, LoopbackOpenNeuro
 from web import Answer, Authority, Proxy, Scripted, rewrite_branch, set_public_url, tls_front
 
 from tio_openneuro.annex.branch import PublicUrls
+from tio_openneuro.annex.download import _move
 from tio_openneuro.annex.environment import child_environment
 from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.repo import AnnexRepo
@@ -659,6 +660,19 @@ class TestPlaced:
             again.drop(key)
             assert not used_git_annex(again)
             again.close()
+
+    def test_what_somebody_put_there_is_not_replaced(self, tmp_path: Path) -> None:
+        """It is seen in the same step in which the file gets its place."""
+        file, target = tmp_path / "file", tmp_path / "target"
+        file.write_text("ours")
+        target.write_text("theirs")
+        with pytest.raises(FileExistsError):
+            _move(file, target)
+        assert (file.read_text(), target.read_text()) == ("ours", "theirs")
+        target.unlink()
+        _move(file, target)
+        assert target.read_text() == "ours"
+        assert not file.exists()
 
     def test_killed_at_any_step_nothing_is_lost_or_uncounted(self, repo: AnnexRepo) -> None:
         """Of all that touches the disk, on the way in and out: what is left is used or removed."""

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tio_openneuro.content import ContentId
 from tio_openneuro.errors import DiskBudgetError, LedgerError
+from tio_openneuro.ledger.database import make_database, why_lost
 from tio_openneuro.ledger.ledger import Ledger
 from tio_openneuro.ledger.owners import OwnerLock
 from tio_openneuro.ledger.root import (
@@ -25,7 +26,7 @@ from tio_openneuro.ledger.root import (
     network_type,
     prepare_ledger_folder,
 )
-from tio_openneuro.ledger.schema import Answer, ContentState, Want
+from tio_openneuro.ledger.schema import SCHEMA_VERSION, TABLES, Answer, ContentState, Want
 from tio_openneuro.ledger.transaction import OVERTAKES
 
 Opening = Callable[..., Ledger]
@@ -540,3 +541,16 @@ def test_no_step_reads_all_rows(opening: Opening) -> None:
     sorts = [text for text, plan in plans if "TEMP B-TREE" in plan and "FROM content" in text]
     assert [text for text in sorts if not text.startswith("SELECT DISTINCT pid")] == []
     assert any("content_victim" in plan for _, plan in plans)
+
+
+def test_a_ledger_that_cannot_be_made_leaves_what_was_there(tmp_path: Path) -> None:
+    """It takes its place wholly or not at all, and what a killed maker left is made anew."""
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(b"lost")
+    with pytest.raises(sqlite3.Error):
+        make_database(path, [*TABLES, "no SQL"], SCHEMA_VERSION)
+    assert path.read_bytes() == b"lost"
+    make_database(path, TABLES, SCHEMA_VERSION)
+    assert why_lost(path, SCHEMA_VERSION) == ""
+    assert (tmp_path / "lost-ledger.sqlite").read_bytes() == b"lost"
+    assert not list(tmp_path.glob("new-*"))

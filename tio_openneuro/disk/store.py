@@ -340,7 +340,8 @@ class Store:
             ours: bool | None = bool(mark)
         elif row.mark.isdecimal():
             # Whoever fetched it died. Its children may have lived a little longer, and nobody
-            # can tell what came then from what the user fetched.
+            # can tell what came then from what the user fetched. Rejected: to leave what came
+            # right after the last sign to nobody; after a kill too little could be evicted.
             later_ns = path.stat().st_ctime_ns - int(row.mark)
             ours = True if later_ns < _LAST_SIGN_NS else False if later_ns > _DYING_NS else None
         else:
