@@ -13,8 +13,14 @@ import tio_openneuro as tno
 from tio_openneuro.annex.processes import run
 from tio_openneuro.cli.commands import app
 from tio_openneuro.disk.engine import Engine
-from tio_openneuro.errors import LedgerError, RemoteUnavailableError, TioOpenNeuroError
+from tio_openneuro.errors import (
+    LedgerError,
+    NotAnAnnexError,
+    RemoteUnavailableError,
+    TioOpenNeuroError,
+)
 from tio_openneuro.sources import open_catalog
+from tio_openneuro.sources.clones import remove
 from tio_openneuro.sources.install import install
 
 T1 = {"t1": tno.Scalar("sub-*/anat/*_T1w.nii.gz")}
@@ -198,7 +204,26 @@ class TestForget:
         with pytest.raises(TioOpenNeuroError, match="no clone of it"):
             self.forget("ds900432")
 
-    @pytest.mark.parametrize("what", ["content", "file", "commit"])
+    def test_clone_that_is_damaged_or_deleted(
+        self, openneuro: LoopbackOpenNeuro, root: Path
+    ) -> None:
+        """Nothing goes where nobody can tell whose it is; what was deleted is not charged on."""
+        with tno.DataladSubjectsDataset("ds900001", T1, root=root) as dataset:
+            dataset.fetch()
+        clone = root / "clones" / "ds900001"
+        held = disk_bytes(clone)
+        (clone / ".git" / "HEAD").unlink()
+        ended = CliRunner().invoke(app, ["forget", "ds900001"])
+        assert isinstance(ended.exception, NotAnAnnexError)
+        assert "no git repository any more" in str(ended.exception)
+        assert (disk_bytes(clone), self.rows(root)) == (held, 1)
+        remove(clone)
+        found = self.forget("ds900001")
+        assert (found["removed"], found["kept"], self.rows(root)) == (True, [], 0)
+        with pytest.raises(NotAnAnnexError, match="no clone of it"):
+            self.forget("ds900001")
+
+    @pytest.mark.parametrize("what", ["content", "file", "commit", "stash"])
     def test_what_the_user_has_there_stays(
         self, openneuro: LoopbackOpenNeuro, root: Path, what: str
     ) -> None:
@@ -212,8 +237,9 @@ class TestForget:
         elif what == "file":
             (clone / "notes.txt").write_text("mine")
         else:
+            ref = "refs/stash" if what == "stash" else "refs/heads/mine"
             tree = git(clone, "rev-parse", "main^{tree}")
-            git(clone, "update-ref", "refs/heads/mine", git(clone, "commit-tree", "-m", "x", tree))
+            git(clone, "update-ref", ref, git(clone, "commit-tree", "-m", "x", tree))
         found = self.forget("ds900001")
         assert found["removed"] is False
         assert len(found["kept"]) == 1

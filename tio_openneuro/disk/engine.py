@@ -26,7 +26,7 @@ from tio_openneuro.disk.look_ahead import is_prepared
 from tio_openneuro.disk.prepared_volumes import PreparedRepo
 from tio_openneuro.disk.statistics import DiskStatistics, RootStatus
 from tio_openneuro.disk.store import FOLDER, OpenRepo
-from tio_openneuro.errors import DiskBudgetError, LedgerError
+from tio_openneuro.errors import DiskBudgetError, LedgerError, NotAnAnnexError
 from tio_openneuro.forks import at_fork
 from tio_openneuro.ledger import FLOOR_BYTES, too_large
 from tio_openneuro.sizes import ask_unit, parse_size
@@ -289,8 +289,16 @@ class Engine:
 
         Raises:
             LedgerError: Another process is at work under the root.
+            NotAnAnnexError: There is no such clone, and none is known.
         """
         leases = self._here()
+        name = leases.store.name_of(clone)
+        if not clone.is_dir() and name not in leases.ledger.clones():
+            message = (
+                f"Cannot forget {clone.name}: there is no clone of it in {clone.parent}. Look at "
+                f"the spelling and at --root."
+            )
+            raise NotAnAnnexError(message)
         leases.ledger.reap()
         pids = sorted({owner.pid for owner in leases.ledger.other_owners()})
         if pids:
@@ -299,7 +307,6 @@ class Engine:
                 f"{self.root}. Wait until they have ended, or end them."
             )
             raise LedgerError(message)
-        name = leases.store.name_of(clone)
         held = [content for content in leases.ledger.rows() if content.clone == name]
         dropped_bytes = leases.drop(held, "as asked")
         leases.ledger.forget_clone(name)

@@ -193,7 +193,7 @@ def forget(source: str | Path, root: Path, drop: Callable[[Path], int]) -> Forgo
         drop: Drops what is held of a clone and forgets it, or raises; returns the bytes.
 
     Raises:
-        NotAnAnnexError: There is no such clone.
+        NotAnAnnexError: There is no such clone, or it is no repository any more.
     """
     root = Path(root).expanduser().absolute()
     folder = Path(source).expanduser()
@@ -206,14 +206,14 @@ def forget(source: str | Path, root: Path, drop: Callable[[Path], int]) -> Forgo
     known = isinstance(source, str) and _ACCESSION.fullmatch(source)
     origin = _Origin(str(source), str(source), "") if known else _Origin.of_url(str(source))
     clone = root / "clones" / origin.folder_name
-    if not clone.is_dir():
+    if clone.is_dir() and git_folder(clone) is None:
         raise NotAnAnnexError(
-            f"Cannot forget {source}: there is no clone of it in {clone.parent}. Look at the "
-            f"spelling and at --root."
+            f"Cannot forget {source}: {clone} is no git repository any more, so that nobody can "
+            f"tell what in it is yours. Look at it, move or delete it, and forget it then."
         )
     with _locked(clone.parent / f".{origin.folder_name}.lock", clone, origin.dataset_id):
         dropped_bytes = drop(clone)
-        kept = _of_the_user(clone)
+        kept = _of_the_user(clone) if clone.is_dir() else []
         if not kept:
             remove(clone)
     return Forgotten(clone, dropped_bytes, removed=not kept, kept=tuple(kept))
@@ -221,12 +221,11 @@ def forget(source: str | Path, root: Path, drop: Callable[[Path], int]) -> Forgo
 
 def _of_the_user(clone: Path) -> list[str]:
     """Return what is not this library's in a clone of ours: content, files, commits."""
-    if git_folder(clone) is None:
-        return []
     stored = [each.key_name for each in AnnexRepo(clone).stored() if not each.partial]
     files = [path.name for path in clone.iterdir() if path.name != ".git"]
-    fetched = ["--not", "--remotes", "--tags", "--glob=refs/gone"]
-    command = ["git", "rev-list", "--max-count=1", "--exclude=git-annex", "--branches", *fetched]
+    # Stashes as well; without the brackets git would look for refs below that one.
+    own = ["--glob=refs/stas[h]", "--not", "--remotes", "--tags", "--glob=refs/gone"]
+    command = ["git", "rev-list", "--max-count=1", "--exclude=git-annex", "--branches", *own]
     return stored + files + run(command, cwd=clone).decode().split()
 
 
