@@ -57,13 +57,15 @@ def disk_bytes(*folders: Path) -> int:
     """Count the bytes of files that hold content: objects, partials and the work tree."""
     found = {}  # by file: what is renamed during the walk is met under both names
     for folder in folders:
-        for path in folder.rglob("*.gz"):
-            inside = path.relative_to(folder).parts
-            if inside[0] != ".git" or inside[:2] == (".git", "annex"):
-                with suppress(FileNotFoundError):
-                    status = path.lstat()
-                    if stat.S_ISREG(status.st_mode):
-                        found[status.st_dev, status.st_ino] = status.st_size
+        # Path.rglob raises where a folder goes meanwhile.
+        for base, _, names in os.walk(folder):
+            inside = Path(base).relative_to(folder).parts
+            if inside[:1] != (".git",) or inside[:2] == (".git", "annex"):
+                for path in (Path(base, name) for name in names if name.endswith(".gz")):
+                    with suppress(FileNotFoundError):
+                        status = path.lstat()
+                        if stat.S_ISREG(status.st_mode):
+                            found[status.st_dev, status.st_ino] = status.st_size
     return sum(found.values())
 
 
