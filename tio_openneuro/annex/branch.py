@@ -121,8 +121,8 @@ def branch_tips(clone: Path) -> list[str]:
 
 def is_tuned(clone: Path) -> bool:
     """Return whether the annex was made with a layout of its own, where we would not look."""
-    logs = read_blobs_if_present(clone, [f"{tip}:difference.log" for tip in branch_tips(clone)])
-    return any(logs) or bool(git_config(clone, r"^annex\.tune\."))
+    (log,) = _read(clone, branch_tips(clone), "difference.log")
+    return bool(log or git_config(clone, r"^annex\.tune\."))
 
 
 def special_remotes(clone: Path, tips: Sequence[str]) -> list[SpecialRemote]:
@@ -135,10 +135,10 @@ def special_remotes(clone: Path, tips: Sequence[str]) -> list[SpecialRemote]:
     remote_log, trust_log = (
         _newest(
             (words[-1].removeprefix("timestamp="), uuid, words[:-1])
-            for uuid, *words in _lines(_read(clone, tips, path))
+            for uuid, *words in _lines(log)
             if words and words[-1].startswith("timestamp=")
         )
-        for path in ("remote.log", "trust.log")
+        for log in _read(clone, tips, "remote.log", "trust.log")
     )
     remotes = []
     for uuid, words in remote_log.items():
@@ -217,7 +217,8 @@ def exported_keys(clone: Path, tips: Sequence[str], uuids: Collection[str]) -> s
     """
     exports = _newest(
         (words[0], words[1], words[2:])
-        for words in _lines(_read(clone, tips, "export.log"))
+        for log in _read(clone, tips, "export.log")
+        for words in _lines(log)
         if len(words) >= _EXPORT_WORDS and words[1].partition(":")[2] in uuids
     )
     keys: set[AnnexKey] = set()
@@ -250,11 +251,14 @@ def _found(clone: Path, *arguments: str) -> bytes:
         raise
 
 
-def _why_git_annex(clone: Path, config: Mapping[str, str], remote: str, url: str) -> Iterator[str]:
+def _why_git_annex(
+    clone: Path, tips: Sequence[str], config: Mapping[str, str], remote: str, url: str
+) -> Iterator[str]:
     """Yield why content is git-annex's to put into a clone; nothing where it may just be put there.
 
     Args:
         clone: The clone's folder.
+        tips: The git-annex branch, of :func:`branch_tips`.
         config: Its settings, of :func:`git_config`.
         remote: Name of the remote that it comes from.
         url: The remote's public URL.
@@ -276,9 +280,8 @@ def _why_git_annex(clone: Path, config: Mapping[str, str], remote: str, url: str
         yield "its annex is of another version, or its file system has no links"
     if (folder / "HEAD").read_text().startswith("ref: refs/heads/adjusted/"):
         yield "it is on an adjusted branch"
-    tips = branch_tips(clone)
-    secure = b"annex.securehashesonly" in _read(clone, tips, "config.log")
-    if secure or _read(clone, tips, "difference.log"):
+    settings, difference = _read(clone, tips, "config.log", "difference.log")
+    if b"annex.securehashesonly" in settings or difference:
         yield "its git-annex branch sets where or what content may be"
     indexed = (folder / "index").exists()
     if indexed and _found(clone, "grep", "--cached", "-l", "-E", "^/annex/objects/"):
@@ -341,7 +344,7 @@ class PublicUrls:
         self._tips = branch_tips(self._clone)
         known = special_remotes(self._clone, self._tips)
         url = next((each.public_url for each in known if each.uuid == uuid), "")
-        why = next(_why_git_annex(self._clone, self.config, remote, url), "")
+        why = next(_why_git_annex(self._clone, self._tips, self.config, remote, url), "")
         how = f"through git-annex: {why}" if why else f"over HTTP, from {url}"
         _LOG.info("Content of %s comes from %s %s", self._clone, remote, how)
         return uuid, "" if why else url.rstrip("/")
@@ -372,10 +375,10 @@ def journal_name(key: AnnexKey) -> str:
     return _log_path(key).removesuffix(".rmet").replace("_", "__").replace("/", "_")
 
 
-def _read(clone: Path, tips: Sequence[str], path: str) -> bytes:
-    """Return a file of the git-annex branch, united over all that was fetched of it."""
-    logs = read_blobs_if_present(clone, [f"{tip}:{path}" for tip in tips])
-    return b"\n".join(log for log in logs if log)
+def _read(clone: Path, tips: Sequence[str], *paths: str) -> list[bytes]:
+    """Return files of the git-annex branch, each united over all that was fetched of it."""
+    logs = list(read_blobs_if_present(clone, [f"{tip}:{path}" for tip in tips for path in paths]))
+    return [b"\n".join(filter(None, logs[n :: len(paths)])) for n in range(len(paths))]
 
 
 def _lines(log: bytes) -> list[list[str]]:
