@@ -191,6 +191,29 @@ class TestBranch:
             assert exported_keys(own, [ref], {"x"}) == set()
 
 
+def test_what_came_before_a_transfer_was_ended_is_its_own(
+    repo: AnnexRepo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """git-annex, killed once the content lies there and before it says so, has brought it."""
+    monkeypatch.setenv("TIO_OPENNEURO_FETCH", "git-annex")
+    pause = threading.Event()
+    for key in keys_of(repo)[:2]:
+        asked: list[AnnexKey] = []
+
+        def is_placed(key: AnnexKey = key, asked: list[AnnexKey] = asked) -> bool:
+            asked.append(key)
+            while repo.locate(key) is None and 1 < len(asked) < 3000:
+                pause.wait(0.01)
+                asked.append(key)
+            return len(asked) > 1
+
+        made: list[Path] = []
+        with pytest.raises(FetchError, match="cancelled"):
+            repo.get(key, cancelled=is_placed, made=made.append)
+        assert made == [repo.locate(key)]
+        assert made != [None]
+
+
 class TestGet:
     """Content from OpenNeuro's bucket, on a bad day too."""
 

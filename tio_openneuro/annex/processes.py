@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -280,6 +280,11 @@ class Coprocess:
             raise TimeoutError from None
         self._ended = line is None
         return line
+
+    def unread(self) -> Iterator[bytes]:
+        """Yield the lines that came, and were not read when the child was killed."""
+        with contextlib.suppress(queue.Empty):
+            yield from iter(self._lines.get_nowait, None)
 
     def finish(self, timeout_s: float) -> bool:
         """Close the child's input and wait for its end; kill it at the deadline.

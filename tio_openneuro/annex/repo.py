@@ -370,10 +370,10 @@ class AnnexRepo:
                 return TransferError(Failure.SPOILT)
             self._refuse_stopped(request)
             failed = children.get(request)
-            # After a failure it may be there all the same: git-annex has nothing to say of a key
-            # that the user fetched in that instant.
+            # After a failure it may be there all the same: git-annex was ended before it said so,
+            # or has nothing to say of a key that the user fetched in that instant.
             found = self.locate(key)
-            if found is not None and failed is None and made is not None:
+            if found is not None and made is not None and (failed is None or failed.begun):
                 made(found)
             self._refuse_stopped(request)
             if found is not None:

@@ -71,11 +71,13 @@ class TransferError(Exception):
         why: The class of failure.
         said: Words of whoever failed.
         program: Who failed.
+        begun: Whether it was ended while it had the content in hand: what is there now is its own.
     """
 
     why: Failure
     said: str = ""
     program: str = "git-annex"
+    begun: bool = False
 
 
 class NotOverHttpError(Exception):
@@ -214,33 +216,37 @@ class Transfer(Coprocess):
     def get(self, request: TransferRequest) -> TransferError | None:
         """Ask for one key and wait for the end; None where git-annex says that it is there.
 
-        After a failure to answer the child is dead.
+        After a failure to answer the child is dead. It tells of progress before it puts content in
+        place, tiny ones too, and of none where somebody else transfers the same.
         """
         try:
             self.write_line(request.key.text.encode(errors="surrogateescape"))
         except CommandError:
-            return self._died()
+            return self._ended_by(TransferError(Failure.DIED, self.stderr))
         watch = Watch(self._clone, request)
+        begun = False
         while True:
             try:
                 line = self.read_line(POLL_S)
             except TimeoutError:
                 line = b"{}"
             if line is None:
-                return self._died()
+                died = TransferError(Failure.of(self.stderr, Failure.DIED), self.stderr)
+                return self._ended_by(died, begun=begun)
             if not line:
                 return TransferError(Failure.NOT_RECORDED)
             answer = parse_answer(line)
             if "success" in answer:
                 return self._finished(answer, request.key.text)
+            begun = begun or "byte-progress" in answer
             failed = watch.complaint(answer.get("byte-progress"))
             if failed is not None:
-                self.kill()
-                return failed
+                return self._ended_by(failed, begun=begun)
 
-    def _died(self) -> TransferError:
+    def _ended_by(self, failed: TransferError, *, begun: bool = False) -> TransferError:
         self.kill()
-        return TransferError(Failure.of(self.stderr, Failure.DIED), self.stderr)
+        failed.begun = begun or any(b"byte-progress" in line for line in self.unread())
+        return failed
 
     def _finished(self, answer: dict[str, Any], key_text: str) -> TransferError | None:
         if answer.get("key") not in {None, key_text}:
