@@ -167,8 +167,8 @@ class BudgetedQueue(tio.Queue):
         """Make what depends on the seed and the window, to go on from there."""
         self._planner = planner
         self._source = SubjectSource(
-            self.subjects_dataset,
-            self.sampler,
+            dataset=self.subjects_dataset,
+            sampler=self.sampler,
             planner=planner,
             patch_transform=self.patch_transform,
             seed=self.seed,

@@ -6,7 +6,7 @@ Turns are claimed in ascending order; one that was given back is claimed again b
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torchio as tio
 
@@ -149,16 +149,6 @@ class Schedule:
         self._claimed = turns - self._wanted.keys()
 
 
-@dataclass(slots=True)
-class _Made:
-    """A subject's patches that wait to be delivered, or why there are none."""
-
-    patches: dict[int, tio.Subject] = field(default_factory=dict)
-    count: int = 0
-    patch_bytes: int = 0
-    error: BaseException | None = None
-
-
 class Buffer:
     """The patches of each subject that was made, by its turn, until the last one is taken."""
 
@@ -169,7 +159,7 @@ class Buffer:
             admission: The RAM charges.
         """
         self._admission = admission
-        self._made: dict[Turn, _Made] = {}
+        self._made: dict[Turn, Production] = {}
 
     def __contains__(self, turn: object) -> bool:
         """Return whether a subject was made, or could not be, and is not wholly taken."""
@@ -192,8 +182,8 @@ class Buffer:
             wanted: Numbers of the patches that are to be delivered.
             charged_bytes: What was charged for the work and the patches.
         """
-        kept = {n: patch for n, patch in enumerate(production.patches) if n in wanted}
-        self._made[turn] = _Made(kept, len(kept), production.patch_bytes, production.error)
+        kept = {n: patch for n, patch in production.patches.items() if n in wanted}
+        self._made[turn] = replace(production, patches=kept, count=len(kept))
         self._admission.settle(charged_bytes, len(kept) * production.patch_bytes)
 
     def get(self, turn: Turn, number: int) -> tio.Subject | BaseException:
