@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from itertools import count
 from typing import Any, Self
 
@@ -183,7 +182,6 @@ class BudgetedQueue(tio.Queue):
         self._pass: Pass | None = None
         self._left_at: int | None = None
         self._ahead: Pass | None = None
-        self._before: PassStart | None = None
         self._rewound: PassStart | None = None
         self._next = start
         # The threads hold the filler and never the queue: rebinding the name ends them.
@@ -193,9 +191,8 @@ class BudgetedQueue(tio.Queue):
 
     def __iter__(self) -> Iterator[tio.Subject]:
         """Give the patches of one epoch."""
-        with suppress(StopIteration):
-            for index in count():
-                yield self[index]
+        # The StopIteration of the last one ends it.
+        return map(self.__getitem__, count())
 
     def __getitem__(self, index: int) -> tio.Subject:
         """Return the next patch of the pass; index 0 begins a pass.
@@ -222,7 +219,6 @@ class BudgetedQueue(tio.Queue):
             in_turns = self._left_at is not None and (index < expected or index == self._left_at)
             raise RuntimeError(checks.name_jump(index, expected, in_turns=in_turns))
         self._rewound = None
-        self._before = current.here()
         patch = self._next_patch(current)
         self._delivered += 1
         return patch
@@ -237,18 +233,17 @@ class BudgetedQueue(tio.Queue):
             StopIteration: The pass has no patch left.
         """
         patches: list[tio.Subject] = []
-        before = None
+        before = self._here(*indices[:1])
         try:
-            for index in indices:
-                patches.append(self[index])
-                before = before or self._before
-        except StopIteration:
-            if not patches:
-                raise
+            # Shorter where a StopIteration ends it.
+            patches.extend(map(self.__getitem__, indices))
         except BaseException:
             # The batch is lost to the consumer: a state taken now begins with its patches.
-            self._rewound = before
+            if patches:
+                self._rewound = before
             raise
+        if not patches:
+            raise StopIteration
         return patches
 
     def set_epoch(self, epoch: int) -> None:
@@ -271,11 +266,7 @@ class BudgetedQueue(tio.Queue):
         it was taken are not given again. So take it where the loader holds none; torch's own with
         ``num_workers=0`` never does, Accelerate's prepared one is a batch ahead.
         """
-        start = self._next
-        if self._rewound is not None:
-            start = self._rewound
-        elif self._pass is not None and not self._pass.finished:
-            start = self._pass.here()
+        start = self._rewound or self._here()
         keeps_order = start.step > 0 and not self._planner.foreseeable
         return QueueState(
             seed=self.seed,
@@ -426,8 +417,7 @@ class BudgetedQueue(tio.Queue):
 
     def _fill_ahead(self) -> None:
         if self._start_background and self.num_workers > 0:
-            current = self._pass_at(self._next)
-            self._filler.begin(current, self._planner.following(current.plan.epoch))
+            self._filler.begin(self._pass_at(self._next))
 
     def _begins(self, index: int) -> bool:
         """Tell whether an index begins a pass: 0, or where a resumed loader goes on."""
@@ -435,13 +425,19 @@ class BudgetedQueue(tio.Queue):
             return index in {0, self._next.next_index}
         return index == 0 and self._pass.begun
 
+    def _here(self, index: int | None = None) -> PassStart:
+        """Return where the queue is, or is to be once an index is asked for."""
+        if self._pass is None or self._pass.finished or (index is not None and self._begins(index)):
+            return self._next
+        return self._pass.here()
+
     def _begin_pass(self, index: int) -> None:
         self._ranks = checks.read_ranks(self.ranks, self.subject_sampler, self._ranks)
         before = self._pass
         self._left_at = None if before is None or before.finished else before.expected
         current = self._pass_at(self._next)
         current.expected = index
-        self._filler.begin(current, self._planner.following(current.plan.epoch))
+        self._filler.begin(current)
         self._pass, self._ahead = current, None
         self._next = PassStart(current.plan.epoch + 1)
 
