@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-import sys
 import warnings
+from inspect import currentframe
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -59,10 +60,9 @@ def name_jump(number: int, expected: int, *, in_turns: bool) -> str:
         expected: What comes next.
         in_turns: Whether the numbers are those of two iterators.
     """
-    frame = sys._getframe()  # noqa: SLF001 - the only way to the samplers in use
-    while frame.f_back and not isinstance(frame.f_locals.get("self"), _BaseDataLoaderIter):
-        frame = frame.f_back
-    link = getattr(frame.f_locals.get("self"), "_index_sampler", None)
+    owners = (frame.f_locals.get("self") for frame, _ in walk_stack(currentframe()))
+    loader = next((owner for owner in owners if isinstance(owner, _BaseDataLoaderIter)), None)
+    link = getattr(loader, "_index_sampler", None)
     links: list[str] = []
     while link is not None and len(links) < _DEEPEST:
         links.append(" ".join(kind.__name__ for kind in type(link).__mro__))
@@ -135,20 +135,20 @@ def refuse_below(least: int, **given: int | None) -> None:
             raise ValueError(f"Cannot use {parameter}={value!r}: give an integer from {least}.")
 
 
-def refuse_others(allowed: tuple[str, str], **given: str) -> None:
-    """Refuse a parameter that is none of two words.
+def refuse_others(parameter: str, value: str, *allowed: str) -> None:
+    """Refuse a parameter that is none of some words.
 
     Args:
+        parameter: Its name.
+        value: What was given.
         allowed: The words.
-        given: Value of each parameter by its name.
 
     Raises:
-        ValueError: One is another word; the message names it.
+        ValueError: It is another word.
     """
-    for parameter, value in given.items():
-        if value not in allowed:
-            first, second = allowed
-            raise ValueError(f"Cannot use {parameter}={value!r}: choose {first!r} or {second!r}.")
+    if value not in allowed:
+        choice = " or ".join(map(repr, allowed))
+        raise ValueError(f"Cannot use {parameter}={value!r}: choose {choice}.")
 
 
 def refuse_two_orders(subject_sampler: object, *, shuffled: bool) -> None:

@@ -121,8 +121,8 @@ class BudgetedQueue(tio.Queue):
         checks.refuse_wrapped(subjects_dataset)
         checks.refuse_below(1, max_length=max_length, samples_per_volume=samples_per_volume)
         checks.refuse_below(0, num_workers=num_workers)
-        checks.refuse_others(("raise", "skip"), on_error=on_error)
-        checks.refuse_others(("keep", "drop"), on_release=on_release)
+        checks.refuse_others("on_error", on_error, "raise", "skip")
+        checks.refuse_others("on_release", on_release, "keep", "drop")
         checks.refuse_two_orders(subject_sampler, shuffled=shuffle_subjects)
         self.subjects_dataset = subjects_dataset
         self.samples_per_volume = samples_per_volume
