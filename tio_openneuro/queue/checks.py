@@ -279,7 +279,7 @@ def name_error(name: str, error: BaseException) -> BaseException:
         name: The subject.
         error: What stopped it; to be chained as the cause.
     """
-    text = str(error.args[0]) if error.args else str(error)
+    text = str(error.args[0] if len(error.args) == 1 else error)
     message = text if name in text else f"{name}: {text}"
     if isinstance(error, TioOpenNeuroError):
         return type(error)(message, key=error.key, unit=error.unit or name)
