@@ -46,15 +46,16 @@ class Schedule:
             current: The pass, of which nothing was taken yet.
             following: The epoch that may be begun before this one ends, or None.
         """
-        plan, before, left = current.plan, self._current, current.left()
-        whole = len(left) == plan.total
-        used = before is not None and before.plan.epoch == plan.epoch and before.step > 0
-        ahead = whole and not used and self._plans.get(plan.epoch) == plan
-        continues = before is current or (ahead and not (before is not None and before.failed))
+        plan, before = current.plan, self._current
+        continues = before is current
+        if before is not None and not continues and not before.failed:
+            used = before.plan.epoch == plan.epoch and before.step > 0
+            continues = not used and self._plans.get(plan.epoch) == plan
         if not continues:
             self.forget()
             self._head = (plan.epoch, 0)
-            if not whole:
+            left = current.left()
+            if len(left) < plan.total:
                 self._want(plan, left)
         self._current = current
         self._plans = {known.epoch: known for known in (plan, following) if known is not None}
