@@ -249,27 +249,25 @@ def check_ranks(asked: object, ranks: Ranks, subject_sampler: object, planner: P
         )
 
 
-def refuse_window(window: int, source: SubjectSource, planner: Planner) -> None:
+def refuse_window(window: int, source: SubjectSource) -> None:
     """Refuse a window that another queue chose where this one's RAM budget cannot hold it.
 
     Args:
         window: In patches. Those that an epoch does not have take nothing, unless there are more
             than any queue chooses.
-        source: Knows the bytes of a patch, and the RAM budget.
-        planner: Knows how many patches an epoch has.
+        source: Knows the bytes of a patch, the patches of an epoch, and the RAM budget.
 
     Raises:
         RamBudgetError: It cannot hold the window, or a subject beside it.
     """
-    most = planner.largest_total
-    held = min(window, most) if window <= LARGEST_WINDOW else window
+    held = min(window, source.planner.largest_total) if window <= LARGEST_WINDOW else window
     need_bytes = held * source.patch_bytes(source.channels(0)) + source.base_bytes
     if need_bytes > source.ram_budget_bytes:
         raise RamBudgetError(
             f"Cannot resume from this state: its window of {window} patches needs {need_bytes} "
             f"bytes, and the RAM budget is {source.ram_budget_bytes} bytes: raise ram_budget."
         )
-    source.require_room(min(window, most))
+    source.require_room(window)
 
 
 def name_error(name: str, error: BaseException) -> BaseException:

@@ -154,7 +154,7 @@ class BudgetedQueue(tio.Queue):
         install_reading_gate()
         self._build(PassStart(), self._make_planner(self.seed))
         checks.check_ranks(ranks, self._ranks, subject_sampler, self._planner)
-        self._source.require_room(min(self.max_length, self._planner.largest_total))
+        self._source.require_room(self.max_length)
         self._fill_ahead()
 
     def _make_planner(self, seed: int) -> Planner:
@@ -301,7 +301,7 @@ class BudgetedQueue(tio.Queue):
         planner = self._make_planner(state.seed)
         state.check(planner, self._ranks)
         if self._chooses_length:
-            checks.refuse_window(state.window, self._source, planner)
+            checks.refuse_window(state.window, self._source)
         self._closing()
         self.seed, self.max_length = state.seed, state.window
         self.skipped = list(state.skipped)

@@ -210,14 +210,14 @@ class SubjectSource:
         patch_bytes = self._largest_patch_bytes or self.patch_bytes(size.channels)
         return RamBounds(work_bytes, patch_bytes, known, guessed=not known and not self._sizes)
 
-    def require_room(self, waiting_patches: int) -> None:
+    def require_room(self, window: int) -> None:
         """Refuse a budget that cannot hold the largest subject whose size is known now.
 
         Known are those in RAM, and those in local files, of which a few hundred headers are read.
         Where none is, what any subject needs must fit.
 
         Args:
-            waiting_patches: Patches that wait for delivery beside it.
+            window: Patches that wait for delivery beside it, where an epoch has so many.
 
         Raises:
             RamBudgetError: It cannot; the message names the subject and the bytes.
@@ -233,7 +233,8 @@ class SubjectSource:
             return
         bounds, index = max(sized, key=lambda pair: pair[0].work_bytes + pair[0].patch_bytes)
         own_bytes = bounds.work_bytes + bounds.patch_bytes * self.counts[index]
-        held_bytes = bounds.patch_bytes * waiting_patches + self.base_bytes
+        waiting = min(window, self.planner.largest_total)
+        held_bytes = bounds.patch_bytes * waiting + self.base_bytes
         if own_bytes + held_bytes > self.ram_budget_bytes:
             raise self.too_large(index, own_bytes, held_bytes)
 
