@@ -1,6 +1,7 @@
 """A training with Lightning that is interrupted and goes on; see :mod:`trainers`."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,20 @@ class Interrupt(Exception):  # noqa: N818 - what a user's Ctrl-C does
 class Module(lightning.LightningModule):
     """A model of one number, which notes what it is given."""
 
-    def __init__(self, stop: int | None) -> None:
-        """End the program after so many batches, or never."""
+    def __init__(self, stop: int | None = None, note: Callable[[Any], list[str]] = digests) -> None:
+        """End the program after so many batches, or never; note this of each batch."""
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
         self.seen: Seen = []
         self._stop = stop
+        self._note = note
 
     def training_step(self, batch: Any, _number: int) -> torch.Tensor:
         """Note the epoch and the batch's patches."""
         # Here, since Lightning writes checkpoints after all callbacks.
         if len(self.seen) == self._stop:
             raise Interrupt
-        self.seen.append((self.current_epoch, digests(batch)))
+        self.seen.append((self.current_epoch, self._note(batch)))
         return self.layer(torch.ones(1, 1)).sum()
 
     def transfer_batch_to_device(self, batch: Any, *_: object) -> Any:
@@ -42,6 +44,17 @@ class Module(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return one."""
         return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def make_trainer(**options: Any) -> lightning.Trainer:
+    """Return a trainer on the CPU that prints and logs nothing."""
+    return lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
 
 
 class Data(lightning.LightningDataModule):
@@ -116,18 +129,9 @@ def train(
     else:
         keeping |= {"every_n_train_steps": every}
     module = Module(stop)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=EPOCHS,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[
-            ModelCheckpoint(folder, **keeping),
-            *([Keeper(data)] if holder == "callback" else []),
-        ],
-    )
+    keepers = [Keeper(data)] if holder == "callback" else []
+    callbacks = [ModelCheckpoint(folder, **keeping), *keepers]
+    trainer = make_trainer(devices=1, max_epochs=EPOCHS, callbacks=callbacks)
     with contextlib.closing(data.queue), contextlib.suppress(Interrupt):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint and str(checkpoint))
     return module.seen

@@ -9,35 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 import torchio as tio
+from lightning_training import Module, make_trainer
 from rank_dealing import make_dataset, make_queue
 from torch.utils.data import DataLoader
 
 EPOCHS = 2
-
-
-class Module(lightning.LightningModule):
-    """A model of one number, which notes what it is given."""
-
-    def __init__(self) -> None:
-        """Have seen nothing."""
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-        self.seen: list[list[str]] = [[] for _ in range(EPOCHS)]
-
-    def training_step(self, batch: Any, _number: int) -> torch.Tensor:
-        """Note the batch's subjects."""
-        self.seen[self.current_epoch] += batch["subject_id"]
-        return self.layer(torch.ones(1, 1)).sum()
-
-    def transfer_batch_to_device(self, batch: Any, *_: object) -> Any:
-        """Leave it where it is."""
-        return batch
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return one."""
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 class Data(lightning.LightningDataModule):
@@ -60,22 +37,21 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    module, data = Module(), Data()
-    trainer = lightning.Trainer(
-        accelerator="cpu",
+    module, data = Module(note=lambda batch: batch["subject_id"]), Data()
+    trainer = make_trainer(
         devices=2,
         strategy="ddp",
         max_epochs=EPOCHS,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=arguments.own_sampler,
     )
     found: dict[str, Any] = {}
     try:
         trainer.fit(module, datamodule=data)
-        found["epochs"] = module.seen
+        found["epochs"] = [
+            [name for number, names in module.seen if number == epoch for name in names]
+            for epoch in range(EPOCHS)
+        ]
     except RuntimeError as error:
         found["error"] = str(error)
     finally:

@@ -19,10 +19,10 @@ import tio_openneuro as tno
 def main() -> None:
     """Train for some epochs, and write what came to a file of this rank."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("results", type=Path)
     parser.add_argument("accession")
     parser.add_argument("root", type=Path)
     parser.add_argument("budget_bytes", type=int)
-    parser.add_argument("results", type=Path)
     parser.add_argument("--on-error", default="raise")
     parser.add_argument("--epochs", type=int, default=2)
     arguments = parser.parse_args()

@@ -477,6 +477,14 @@ def test_errors_of_any_class_are_named(make_queue, error):
     assert raised.value.__cause__ is error
 
 
+def test_an_error_of_the_system_keeps_its_words(make_queue):
+    """Its number alone would tell nothing."""
+    error = FileNotFoundError(2, "No such file or directory", "t1.nii")
+    queue = make_queue(BrokenDataset(broken=range(6), error=error))
+    with pytest.raises(FileNotFoundError, match=r"sub-0\d: .*No such file or directory.*t1\.nii"):
+        next(iter(queue))
+
+
 def test_a_subject_that_cannot_be_sampled_is_named(make_queue):
     """An empty label map stops LabelSampler, in the training loop."""
     subjects = [make_subject(n) for n in range(3)]

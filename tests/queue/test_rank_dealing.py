@@ -3,10 +3,6 @@
 First in one process, where ranks are given by hand, then two real ranks under torchrun with gloo.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +13,7 @@ from rank_dealing import EPOCHS, SAMPLES, SUBJECTS, make_dataset, make_queue
 from test_queue import BrokenDataset
 from torch.utils.data import DataLoader, Subset
 from torch.utils.data.distributed import DistributedSampler
+from torchrun import run_ranks
 
 from tio_openneuro.loopback import LoopbackOpenNeuro
 
@@ -233,24 +230,6 @@ def test_indices_that_jump_name_what_made_them(lead, words: str, wrong: str) -> 
 
 
 # Two real ranks
-
-
-def run_ranks(script: str, results: Path, *options: str) -> list[dict]:
-    """Run a script under torchrun with two ranks; return what each wrote."""
-    results.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += ["--local-addr", "127.0.0.1", str(Path(__file__).with_name(script)), str(results)]
-    done = subprocess.run(
-        [*command, *options],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads((results / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")

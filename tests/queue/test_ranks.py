@@ -5,11 +5,7 @@ root with one disk budget, which an observer outside watches.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torchio as tio
@@ -19,6 +15,7 @@ from test_campaigns import Clone
 from test_queue import BrokenDataset, make_dataset, make_queue
 from test_state import digest
 from torch.utils.data.distributed import DistributedSampler
+from torchrun import run_ranks
 
 from tio_openneuro.demo.watch import DiskWatch
 from tio_openneuro.errors import FetchError
@@ -134,23 +131,10 @@ def test_a_rank_of_which_everything_fails_raises(make_queue):
 def train(root, results, *options, units=2):
     """Run two ranks to their end; return what each found, the observed peak and the budget."""
     budget_bytes = units * Clone(root, ACCESSION).largest_bytes
-    script = Path(__file__).with_name("rank_training.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += ["--local-addr", "127.0.0.1", str(script), ACCESSION]
-    results.mkdir()
+    arguments = (ACCESSION, str(root), str(budget_bytes), *options)
     with DiskWatch(root) as watch:
-        done = subprocess.run(
-            [*command, str(root), str(budget_bytes), str(results), *options],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        )
-    assert done.returncode == 0, done.stderr
+        found = run_ranks("rank_training.py", results, *arguments)
     peak_bytes = max(sample.held_bytes for sample in watch.samples())
-    found = [json.loads((results / f"{rank}.json").read_text()) for rank in range(2)]
     return found, peak_bytes, budget_bytes
 
 

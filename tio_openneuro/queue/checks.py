@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-import sys
 import warnings
+from inspect import currentframe
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -59,10 +60,9 @@ def name_jump(number: int, expected: int, *, in_turns: bool) -> str:
         expected: What comes next.
         in_turns: Whether the numbers are those of two iterators.
     """
-    frame = sys._getframe()  # noqa: SLF001 - the only way to the samplers in use
-    while frame.f_back and not isinstance(frame.f_locals.get("self"), _BaseDataLoaderIter):
-        frame = frame.f_back
-    link = getattr(frame.f_locals.get("self"), "_index_sampler", None)
+    owners = (frame.f_locals.get("self") for frame, _ in walk_stack(currentframe()))
+    loader = next((owner for owner in owners if isinstance(owner, _BaseDataLoaderIter)), None)
+    link = getattr(loader, "_index_sampler", None)
     links: list[str] = []
     while link is not None and len(links) < _DEEPEST:
         links.append(" ".join(kind.__name__ for kind in type(link).__mro__))
@@ -135,20 +135,20 @@ def refuse_below(least: int, **given: int | None) -> None:
             raise ValueError(f"Cannot use {parameter}={value!r}: give an integer from {least}.")
 
 
-def refuse_others(allowed: tuple[str, str], **given: str) -> None:
-    """Refuse a parameter that is none of two words.
+def refuse_others(parameter: str, value: str, *allowed: str) -> None:
+    """Refuse a parameter that is none of some words.
 
     Args:
+        parameter: Its name.
+        value: What was given.
         allowed: The words.
-        given: Value of each parameter by its name.
 
     Raises:
-        ValueError: One is another word; the message names it.
+        ValueError: It is another word.
     """
-    for parameter, value in given.items():
-        if value not in allowed:
-            first, second = allowed
-            raise ValueError(f"Cannot use {parameter}={value!r}: choose {first!r} or {second!r}.")
+    if value not in allowed:
+        choice = " or ".join(map(repr, allowed))
+        raise ValueError(f"Cannot use {parameter}={value!r}: choose {choice}.")
 
 
 def refuse_two_orders(subject_sampler: object, *, shuffled: bool) -> None:
@@ -249,27 +249,25 @@ def check_ranks(asked: object, ranks: Ranks, subject_sampler: object, planner: P
         )
 
 
-def refuse_window(window: int, source: SubjectSource, planner: Planner) -> None:
+def refuse_window(window: int, source: SubjectSource) -> None:
     """Refuse a window that another queue chose where this one's RAM budget cannot hold it.
 
     Args:
         window: In patches. Those that an epoch does not have take nothing, unless there are more
             than any queue chooses.
-        source: Knows the bytes of a patch, and the RAM budget.
-        planner: Knows how many patches an epoch has.
+        source: Knows the bytes of a patch, the patches of an epoch, and the RAM budget.
 
     Raises:
         RamBudgetError: It cannot hold the window, or a subject beside it.
     """
-    most = planner.largest_total
-    held = min(window, most) if window <= LARGEST_WINDOW else window
+    held = min(window, source.planner.largest_total) if window <= LARGEST_WINDOW else window
     need_bytes = held * source.patch_bytes(source.channels(0)) + source.base_bytes
     if need_bytes > source.ram_budget_bytes:
         raise RamBudgetError(
             f"Cannot resume from this state: its window of {window} patches needs {need_bytes} "
             f"bytes, and the RAM budget is {source.ram_budget_bytes} bytes: raise ram_budget."
         )
-    source.require_room(min(window, most))
+    source.require_room(window)
 
 
 def name_error(name: str, error: BaseException) -> BaseException:
@@ -279,7 +277,7 @@ def name_error(name: str, error: BaseException) -> BaseException:
         name: The subject.
         error: What stopped it; to be chained as the cause.
     """
-    text = str(error.args[0]) if error.args else str(error)
+    text = str(error.args[0] if len(error.args) == 1 else error)
     message = text if name in text else f"{name}: {text}"
     if isinstance(error, TioOpenNeuroError):
         return type(error)(message, key=error.key, unit=error.unit or name)

@@ -55,11 +55,9 @@ class Filler:
         self._source = source
         self._num_workers = num_workers
         self._schedule = Schedule(window=window, subjects_ahead=num_workers or None)
-        self._lock = threading.RLock()
-        self._room = threading.Condition(self._lock)
-        self._ready = threading.Condition(self._lock)
+        self._changed = threading.Condition()
         self._claiming = threading.Lock()
-        self._workers = Workers(num_workers, self._work, self._stop)
+        self._workers = Workers(num_workers, self._work)
         self._closed = False
         self._failure: BaseException | None = None
         self._generation = 0
@@ -73,17 +71,18 @@ class Filler:
 
     # --- the consumer's side ---
 
-    def begin(self, current: Pass, following: EpochPlan | None) -> None:
+    def begin(self, current: Pass) -> None:
         """Make a pass's patches from now on; what was made for it ahead stays.
 
         Args:
             current: The pass, of which nothing was taken yet.
-            following: The epoch that may be begun before this one ends, or None.
         """
-        if not self._closed:
-            self._freed.begin()
-            self._workers.start()
-        with self._lock:
+        if self._closed:
+            return
+        following = self._source.planner.following(current.plan.epoch)
+        self._freed.begin()
+        self._workers.start()
+        with self._changed:
             continues = self._schedule.begin(current, following)
             if not continues:
                 self._generation += 1
@@ -96,7 +95,7 @@ class Filler:
         Args:
             plan: Its plan, of which the present one is the beginning.
         """
-        with self._lock:
+        with self._changed:
             self._schedule.extend(plan)
         self._look_ahead()
 
@@ -112,21 +111,24 @@ class Filler:
         """
         turn, number = current.next()
         begun = time.monotonic()
+        self._awaited = turn
+        self._wake()
         try:
             (self._wait_for if self._num_workers else self._fill_until)(turn)
         finally:
+            self._awaited = None
             self.wait_s += time.monotonic() - begun
-        with self._lock:
+        with self._changed:
             made = self._made.get(turn, number)
             if not isinstance(made, BaseException):
                 current.take()
                 self._made.take(turn, number)
-                self._room.notify_all()
+                self._changed.notify_all()
             return made
 
     def buffered(self) -> dict[tuple[int, int], tio.Subject]:
         """Return the patches that are made and not taken, by epoch and production index."""
-        with self._lock:
+        with self._changed:
             return {
                 (turn.epoch, self._schedule.index(turn, number)): patch
                 for turn, number, patch in self._made
@@ -134,13 +136,12 @@ class Filler:
 
     def close(self) -> None:
         """End the threads, drop what they made, and wait shortly until they are gone."""
-        with self._lock:
+        with self._changed:
             self._closed = True
             self._generation += 1
             self._schedule.forget()
             self._made.discard(lambda _turn: True)
-            self._room.notify_all()
-            self._ready.notify_all()
+            self._changed.notify_all()
         try:
             self._source.prefetch(())
             if not threading.main_thread().is_alive():
@@ -151,30 +152,17 @@ class Filler:
             self._freed.end()
 
     def _look_ahead(self) -> None:
-        with self._lock:
+        with self._changed:
             ahead = self._schedule.ahead(self._source.is_made_twice)
         self._source.prefetch(ahead)
         self._wake()
 
     def _wait_for(self, turn: Turn) -> None:
         begun = time.monotonic()
-        if not self._closed:
-            self._workers.start()
-        with self._lock:
-            self._awaited = turn
-            self._room.notify_all()
-            try:
-                while turn not in self._made or self._failure is not None:
-                    if self._closed:
-                        raise RuntimeError(_CLOSED)
-                    if self._failure is not None:
-                        error, self._failure = self._failure, None
-                        self._begin_anew()
-                        raise error
-                    if not self._ready.wait(_DIAGNOSIS_S):
-                        self._log_wait(turn, time.monotonic() - begun)
-            finally:
-                self._awaited = None
+        with self._changed:
+            while not self._is_made(turn):
+                if not self._changed.wait(_DIAGNOSIS_S):
+                    self._log_wait(turn, time.monotonic() - begun)
 
     def _log_wait(self, turn: Turn, waited_s: float) -> None:
         busy = ", ".join(self._source.name(job.turn.index) for job in self._running)
@@ -186,19 +174,22 @@ class Filler:
         """Make subjects in this thread, in order, until one is made."""
         before = torch.get_num_threads()
         torch.set_num_threads(INTRA_OP_THREADS)
-        self._awaited = turn
         try:
-            while turn not in self._made and not self._closed:
+            while not self._is_made(turn):
                 self._make_next()
-        except BaseException:
-            self._running.clear()
-            self._begin_anew()
-            raise
         finally:
-            self._awaited = None
             torch.set_num_threads(before)
-        if self._closed:
-            raise RuntimeError(_CLOSED)
+
+    def _is_made(self, turn: Turn) -> bool:
+        """Tell whether a subject is made, or raise what keeps it from being made."""
+        with self._changed:
+            if self._closed:
+                raise RuntimeError(_CLOSED)
+            if self._failure is not None:
+                error, self._failure = self._failure, None
+                self._begin_anew()
+                raise error
+            return turn in self._made
 
     def _begin_anew(self) -> None:
         """Have nothing made and all to be made: what stopped a thread may have come between notes.
@@ -206,11 +197,13 @@ class Filler:
         Jobs that still run stay charged until they end.
         """
         self._generation += 1
+        if not self._num_workers:
+            # What was interrupted in the consumer's own thread may not have noted its end.
+            self._running.clear()
         noted_bytes = self.admission.charged_bytes - self._source.base_bytes
         self.admission.settle(noted_bytes, sum(job.charge_bytes for job in self._running))
         self._made = Buffer(self.admission)
-        if not self._closed:
-            self._schedule.begin_anew()
+        self._schedule.begin_anew()
 
     # --- the threads' side ---
 
@@ -218,19 +211,23 @@ class Filler:
         while not self._closed:
             self._make_next()
 
-    def _stop(self, error: BaseException) -> None:
-        """Have the consumer raise what stopped this thread, and the others rest until it did."""
-        with self._lock:
-            forget_locals(error)
-            self._failure = self._failure or error
-            self._ready.notify_all()
-
     def _make_next(self) -> None:
-        """Make the next subject; or return after a rest, where there is none or no room for it."""
-        with self._claiming:
-            job = self._claim()
-        if job is None:
-            return
+        """Make the next subject; or return after a rest, where there is none or no room for it.
+
+        What stops it in between is for the consumer to raise; until then nothing more is begun.
+        """
+        try:
+            with self._claiming:
+                job = self._claim()
+            if job is not None:
+                self._make(job)
+        except BaseException as error:  # noqa: BLE001 - raised by the consumer
+            with self._changed:
+                forget_locals(error)
+                self._failure = self._failure or error
+                self._changed.notify_all()
+
+    def _make(self, job: _Job) -> None:
         production: Production | None = None
         try:
             production = self._source.produce(
@@ -239,12 +236,9 @@ class Filler:
         finally:
             # Also where an interrupt ends it: the charge must not outlive the work.
             self._deposit(job, production)
-            del production
 
     def _deposit(self, job: _Job, production: Production | None) -> None:
-        with self._lock:
-            if job not in self._running:
-                return
+        with self._changed:
             self._running.remove(job)
             if self._current(job) and production is not None:
                 wanted = self._schedule.wanted(job.turn)
@@ -255,28 +249,27 @@ class Filler:
                 self.admission.release(job.charge_bytes)
                 if self._current(job):
                     self._schedule.give_back(job.turn)
-            self._room.notify_all()
-            self._ready.notify_all()
+            self._changed.notify_all()
 
     def _current(self, job: _Job) -> bool:
         return job.generation == self._generation and self._schedule.covers(job.turn)
 
     def _wake(self) -> None:
-        with self._lock:
-            self._room.notify_all()
+        with self._changed:
+            self._changed.notify_all()
 
     # --- room: wait, make way, or refuse ---
 
     def _claim(self) -> _Job | None:
         """Charge and claim the next subject; None where it must be looked for again."""
-        with self._lock:
-            turn = None if self._halted else self._schedule.next()
+        with self._changed:
+            turn = self._next()
             if turn is None:
                 self._rest()
                 return None
         # Reads headers, for which nobody should have to wait.
         bounds = self._source.bounds(turn.index)
-        with self._lock:
+        with self._changed:
             while self._is_next(turn, bounds):
                 job = self._job(turn, bounds)
                 if self._has_room(job, bounds):
@@ -289,15 +282,14 @@ class Filler:
                     self._refuse(job)
         return None
 
-    @property
-    def _halted(self) -> bool:
-        """Whether nothing more is begun: for good, or until the consumer raised an error."""
-        return self._closed or self._failure is not None
+    def _next(self) -> Turn | None:
+        """Return the next turn; none until the consumer raised what stopped a thread."""
+        return self._schedule.next() if self._failure is None else None
 
     def _is_next(self, turn: Turn, bounds: RamBounds) -> bool:
         """Tell whether a turn is still the next one, and its bounds the best that can be told."""
         outdated = bounds.guessed and self._source.knows_sizes
-        return not self._halted and not outdated and self._schedule.next() == turn
+        return not outdated and self._next() == turn
 
     def _job(self, turn: Turn, bounds: RamBounds) -> _Job:
         patches_bytes = bounds.patch_bytes * self._source.counts[turn.index]
@@ -322,7 +314,7 @@ class Filler:
             # Nobody would wake the consumer's own thread.
             raise RuntimeError(_NOTHING_LEFT)
         holds = self.admission.retained_bytes > 0
-        if not self._closed and not self._room.wait(_IDLE_S if holds else None):
+        if not self._closed and not self._changed.wait(_IDLE_S if holds else None):
             give_back(self.admission)
 
     def _stuck(self, job: _Job, bounds: RamBounds) -> bool:
@@ -358,7 +350,7 @@ class Filler:
         error = self._source.too_large(job.turn.index, job.charge_bytes, held_bytes)
         self._schedule.claim(job.turn)
         self._made.keep(job.turn, Production(error=error), (), 0)
-        self._ready.notify_all()
+        self._changed.notify_all()
 
 
 _CLOSED = "Cannot take a patch: the queue is closed. Make a new one."

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch.utils import data
 from torch.utils.data.distributed import DistributedSampler
 
@@ -78,20 +77,18 @@ class Planner:
         """
         shares = ranks.share and ranks.world > 1
         own = shares and subject_sampler is not None and not knows_ranks(subject_sampler)
+        self._permuted = shuffled and subject_sampler is None and not shares
+        every: Any = range(len(counts))
         if shares and subject_sampler is None:
             # Its seed stays 0: that of the queue may differ between ranks.
-            every = cast("Any", range(len(counts)))
-            subject_sampler = DistributedSampler(
-                every, ranks.world, ranks.rank, shuffle=shuffled, seed=0
-            )
-        self.foreseeable = subject_sampler is None or type(subject_sampler) in _FORESEEABLE
+            every = DistributedSampler(every, ranks.world, ranks.rank, shuffle=shuffled, seed=0)
+        self._live: Iterable[int] = every if subject_sampler is None else subject_sampler
+        self.foreseeable = type(self._live) in _FORESEEABLE
         self.uniform = len(set(counts)) == 1
         self.counts = counts
         self._seed = seed
         self._drawn_for = ("subject sampler", ranks.rank) if own else ("subject sampler",)
-        self._shuffled = shuffled
-        self._live = subject_sampler
-        self._first = copy.deepcopy(subject_sampler) if self.foreseeable else None
+        self._first = copy.deepcopy(self._live) if self.foreseeable else None
         generator = getattr(self._first, "generator", None)
         if own and ranks.rank > 0 and generator is not None:
             generator.manual_seed(derive_seed(generator.initial_seed(), *self._drawn_for))
@@ -105,8 +102,6 @@ class Planner:
         Raises:
             ValueError: The subject sampler has no length.
         """
-        if self._live is None:
-            return len(self.counts)
         if not isinstance(self._live, Sized):
             raise ValueError(  # noqa: TRY004 - TorchIO's queue raises ValueError
                 f"The subject sampler passed to the queue must have a __len__ method, and "
@@ -177,11 +172,8 @@ class Planner:
 
     def _draw(self, epoch: int) -> tuple[int, ...]:
         count = len(self)
-        if self._live is None:
-            order = (
-                permute(count, self._seed, "subjects", epoch) if self._shuffled else range(count)
-            )
-            return tuple(order)
+        if self._permuted:
+            return tuple(permute(count, self._seed, "subjects", epoch))
         with drawing_from(derive_seed(self._seed, *self._drawn_for, epoch)):
             if self.foreseeable:
                 return tuple(map(int, self._copy_at(epoch)))
@@ -198,16 +190,10 @@ class Planner:
         sampler = self._copy
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(epoch)
-            return sampler
-        if getattr(self._first, "generator", self) is None:
-            seed = derive_seed(self._seed, *self._drawn_for, epoch)
-            sampler.generator = torch.Generator().manual_seed(seed)  # type: ignore[attr-defined]
-            return sampler
-        # A generator of the user's own is stateful: epoch n is its n-th pass, counted from the
-        # state in which the queue was given it.
-        while self._copied_epoch < epoch:
-            for _ in sampler:
-                pass
-            self._copied_epoch += 1
-        self._copied_epoch += 1
+        elif getattr(sampler, "generator", None) is not None:
+            # A generator of the user's own is stateful: epoch n is its n-th pass, counted from
+            # the state in which the queue was given it.
+            for _ in range(self._copied_epoch, epoch):
+                list(sampler)
+        self._copied_epoch = epoch + 1
         return sampler

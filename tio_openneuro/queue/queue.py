@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from itertools import count
 from typing import Any, Self
 
@@ -122,8 +121,8 @@ class BudgetedQueue(tio.Queue):
         checks.refuse_wrapped(subjects_dataset)
         checks.refuse_below(1, max_length=max_length, samples_per_volume=samples_per_volume)
         checks.refuse_below(0, num_workers=num_workers)
-        checks.refuse_others(("raise", "skip"), on_error=on_error)
-        checks.refuse_others(("keep", "drop"), on_release=on_release)
+        checks.refuse_others("on_error", on_error, "raise", "skip")
+        checks.refuse_others("on_release", on_release, "keep", "drop")
         checks.refuse_two_orders(subject_sampler, shuffled=shuffle_subjects)
         self.subjects_dataset = subjects_dataset
         self.samples_per_volume = samples_per_volume
@@ -155,7 +154,7 @@ class BudgetedQueue(tio.Queue):
         install_reading_gate()
         self._build(PassStart(), self._make_planner(self.seed))
         checks.check_ranks(ranks, self._ranks, subject_sampler, self._planner)
-        self._source.require_room(min(self.max_length, self._planner.largest_total))
+        self._source.require_room(self.max_length)
         self._fill_ahead()
 
     def _make_planner(self, seed: int) -> Planner:
@@ -167,8 +166,8 @@ class BudgetedQueue(tio.Queue):
         """Make what depends on the seed and the window, to go on from there."""
         self._planner = planner
         self._source = SubjectSource(
-            self.subjects_dataset,
-            self.sampler,
+            dataset=self.subjects_dataset,
+            sampler=self.sampler,
             planner=planner,
             patch_transform=self.patch_transform,
             seed=self.seed,
@@ -183,7 +182,6 @@ class BudgetedQueue(tio.Queue):
         self._pass: Pass | None = None
         self._left_at: int | None = None
         self._ahead: Pass | None = None
-        self._before: PassStart | None = None
         self._rewound: PassStart | None = None
         self._next = start
         # The threads hold the filler and never the queue: rebinding the name ends them.
@@ -193,9 +191,8 @@ class BudgetedQueue(tio.Queue):
 
     def __iter__(self) -> Iterator[tio.Subject]:
         """Give the patches of one epoch."""
-        with suppress(StopIteration):
-            for index in count():
-                yield self[index]
+        # The StopIteration of the last one ends it.
+        return map(self.__getitem__, count())
 
     def __getitem__(self, index: int) -> tio.Subject:
         """Return the next patch of the pass; index 0 begins a pass.
@@ -222,7 +219,6 @@ class BudgetedQueue(tio.Queue):
             in_turns = self._left_at is not None and (index < expected or index == self._left_at)
             raise RuntimeError(checks.name_jump(index, expected, in_turns=in_turns))
         self._rewound = None
-        self._before = current.here()
         patch = self._next_patch(current)
         self._delivered += 1
         return patch
@@ -237,18 +233,17 @@ class BudgetedQueue(tio.Queue):
             StopIteration: The pass has no patch left.
         """
         patches: list[tio.Subject] = []
-        before = None
+        before = self._here(*indices[:1])
         try:
-            for index in indices:
-                patches.append(self[index])
-                before = before or self._before
-        except StopIteration:
-            if not patches:
-                raise
+            # Shorter where a StopIteration ends it.
+            patches.extend(map(self.__getitem__, indices))
         except BaseException:
             # The batch is lost to the consumer: a state taken now begins with its patches.
-            self._rewound = before
+            if patches:
+                self._rewound = before
             raise
+        if not patches:
+            raise StopIteration
         return patches
 
     def set_epoch(self, epoch: int) -> None:
@@ -271,11 +266,7 @@ class BudgetedQueue(tio.Queue):
         it was taken are not given again. So take it where the loader holds none; torch's own with
         ``num_workers=0`` never does, Accelerate's prepared one is a batch ahead.
         """
-        start = self._next
-        if self._rewound is not None:
-            start = self._rewound
-        elif self._pass is not None and not self._pass.finished:
-            start = self._pass.here()
+        start = self._rewound or self._here()
         keeps_order = start.step > 0 and not self._planner.foreseeable
         return QueueState(
             seed=self.seed,
@@ -310,7 +301,7 @@ class BudgetedQueue(tio.Queue):
         planner = self._make_planner(state.seed)
         state.check(planner, self._ranks)
         if self._chooses_length:
-            checks.refuse_window(state.window, self._source, planner)
+            checks.refuse_window(state.window, self._source)
         self._closing()
         self.seed, self.max_length = state.seed, state.window
         self.skipped = list(state.skipped)
@@ -426,8 +417,7 @@ class BudgetedQueue(tio.Queue):
 
     def _fill_ahead(self) -> None:
         if self._start_background and self.num_workers > 0:
-            current = self._pass_at(self._next)
-            self._filler.begin(current, self._planner.following(current.plan.epoch))
+            self._filler.begin(self._pass_at(self._next))
 
     def _begins(self, index: int) -> bool:
         """Tell whether an index begins a pass: 0, or where a resumed loader goes on."""
@@ -435,13 +425,19 @@ class BudgetedQueue(tio.Queue):
             return index in {0, self._next.next_index}
         return index == 0 and self._pass.begun
 
+    def _here(self, index: int | None = None) -> PassStart:
+        """Return where the queue is, or is to be once an index is asked for."""
+        if self._pass is None or self._pass.finished or (index is not None and self._begins(index)):
+            return self._next
+        return self._pass.here()
+
     def _begin_pass(self, index: int) -> None:
         self._ranks = checks.read_ranks(self.ranks, self.subject_sampler, self._ranks)
         before = self._pass
         self._left_at = None if before is None or before.finished else before.expected
         current = self._pass_at(self._next)
         current.expected = index
-        self._filler.begin(current, self._planner.following(current.plan.epoch))
+        self._filler.begin(current)
         self._pass, self._ahead = current, None
         self._next = PassStart(current.plan.epoch + 1)
 

@@ -6,7 +6,7 @@ Turns are claimed in ascending order; one that was given back is claimed again b
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torchio as tio
 
@@ -46,15 +46,16 @@ class Schedule:
             current: The pass, of which nothing was taken yet.
             following: The epoch that may be begun before this one ends, or None.
         """
-        plan, before, left = current.plan, self._current, current.left()
-        whole = len(left) == plan.total
-        used = before is not None and before.plan.epoch == plan.epoch and before.step > 0
-        ahead = whole and not used and self._plans.get(plan.epoch) == plan
-        continues = before is current or (ahead and not (before is not None and before.failed))
+        plan, before = current.plan, self._current
+        continues = before is current
+        if before is not None and not continues and not before.failed:
+            used = before.plan.epoch == plan.epoch and before.step > 0
+            continues = not used and self._plans.get(plan.epoch) == plan
         if not continues:
             self.forget()
             self._head = (plan.epoch, 0)
-            if not whole:
+            left = current.left()
+            if len(left) < plan.total:
                 self._want(plan, left)
         self._current = current
         self._plans = {known.epoch: known for known in (plan, following) if known is not None}
@@ -149,16 +150,6 @@ class Schedule:
         self._claimed = turns - self._wanted.keys()
 
 
-@dataclass(slots=True)
-class _Made:
-    """A subject's patches that wait to be delivered, or why there are none."""
-
-    patches: dict[int, tio.Subject] = field(default_factory=dict)
-    count: int = 0
-    patch_bytes: int = 0
-    error: BaseException | None = None
-
-
 class Buffer:
     """The patches of each subject that was made, by its turn, until the last one is taken."""
 
@@ -169,7 +160,7 @@ class Buffer:
             admission: The RAM charges.
         """
         self._admission = admission
-        self._made: dict[Turn, _Made] = {}
+        self._made: dict[Turn, Production] = {}
 
     def __contains__(self, turn: object) -> bool:
         """Return whether a subject was made, or could not be, and is not wholly taken."""
@@ -192,8 +183,8 @@ class Buffer:
             wanted: Numbers of the patches that are to be delivered.
             charged_bytes: What was charged for the work and the patches.
         """
-        kept = {n: patch for n, patch in enumerate(production.patches) if n in wanted}
-        self._made[turn] = _Made(kept, len(kept), production.patch_bytes, production.error)
+        kept = {n: patch for n, patch in production.patches.items() if n in wanted}
+        self._made[turn] = replace(production, patches=kept, count=len(kept))
         self._admission.settle(charged_bytes, len(kept) * production.patch_bytes)
 
     def get(self, turn: Turn, number: int) -> tio.Subject | BaseException:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -109,67 +109,60 @@ class Production:
     """What became of one subject.
 
     Attributes:
-        patches: Its patches in the order of sampling; empty where it failed.
+        patches: Its patches by their numbers, in the order of sampling; empty where it failed.
         patch_bytes: Bytes of the largest patch.
         error: What stopped it, with its traceback, or None.
+        count: Patches that there were at first.
     """
 
-    patches: Sequence[tio.Subject] = ()
+    patches: dict[int, tio.Subject] = field(default_factory=dict)
     patch_bytes: int = 0
     error: BaseException | None = None
+    count: int = 0
 
 
 class _UnderchargedError(RamBudgetError):
     """A header says that a subject is larger than what was charged for it."""
 
 
+@dataclass(eq=False, kw_only=True)
 class SubjectSource:
-    """Makes patches of a dataset's subjects. Safe to share by threads."""
+    """Makes patches of a dataset's subjects; loads nothing before. Safe to share by threads.
 
-    def __init__(
-        self,
-        dataset: tio.SubjectsDataset,
-        sampler: Callable[[tio.Subject], Any],
-        *,
-        planner: Planner,
-        patch_transform: Callable[[tio.Subject], tio.Subject] | None,
-        seed: int,
-        checked: bool,
-        drop: bool,
-        ram_budget_bytes: int,
-    ) -> None:
-        """Keep the parts; load nothing.
+    Attributes:
+        dataset: The subjects.
+        sampler: The patch sampler.
+        planner: Knows how many patches each subject gives, and which may come later.
+        patch_transform: Applied to each patch, under the subject's generator.
+        seed: The queue's seed.
+        checked: Whether a subject of each epoch is made twice, and must be the same.
+        drop: Whether a subject's content is dropped once its patches are made.
+        ram_budget_bytes: The queue's, of which a part is set aside for sampler maps.
+    """
 
-        Args:
-            dataset: The subjects.
-            sampler: The patch sampler.
-            planner: Knows how many patches each subject gives, and which may come later.
-            patch_transform: Applied to each patch, under the subject's generator.
-            seed: The queue's seed.
-            checked: Whether a subject of each epoch is made twice, and must be the same.
-            drop: Whether a subject's content is dropped once its patches are made.
-            ram_budget_bytes: The queue's, of which a part is set aside for sampler maps.
-        """
-        self.counts = planner.counts
-        self._planner = planner
-        self.ram_budget_bytes = ram_budget_bytes
-        self._dataset = dataset
-        self.content = dataset if isinstance(dataset, ContentDataset) else NoContent()
-        self._sampler = sampler
-        self._patch_transform = patch_transform
-        self._seed = seed
-        self._checked = checked
-        self._drop = drop
-        self._likely_later = planner.likeliest()
-        preprocess = getattr(dataset, "preprocess", None)
-        transform = transform_of(dataset)
+    dataset: tio.SubjectsDataset
+    sampler: Callable[[tio.Subject], Any]
+    planner: Planner
+    patch_transform: Callable[[tio.Subject], tio.Subject] | None
+    seed: int
+    checked: bool
+    drop: bool
+    ram_budget_bytes: int
+
+    def __post_init__(self) -> None:
+        """Look at the transforms, of which nothing is run."""
+        self.counts = self.planner.counts
+        self.content = self.dataset if isinstance(self.dataset, ContentDataset) else NoContent()
+        self._likely_later = self.planner.likeliest()
+        preprocess = getattr(self.dataset, "preprocess", None)
+        transform = transform_of(self.dataset)
         self._cost_prepared = measure_cost(transform)
         self._cost = measure_cost(preprocess).followed_by(self._cost_prepared)
-        self._patch_cost = measure_cost(patch_transform)
+        self._patch_cost = measure_cost(self.patch_transform)
         self.costs_known = self._cost.known and self._patch_cost.known
-        self._boxes_alone = transform is None and not map_bytes(sampler)
-        keeps_maps = has_map(sampler) and transform is None and preprocess is not None
-        self._maps = KeptMaps(ram_budget_bytes // _MAPS_SHARE if keeps_maps else 0)
+        self._boxes_alone = transform is None and not map_bytes(self.sampler)
+        keeps_maps = has_map(self.sampler) and transform is None and preprocess is not None
+        self._maps = KeptMaps(self.ram_budget_bytes // _MAPS_SHARE if keeps_maps else 0)
         self.base_bytes = BASE_BYTES + self._maps.most_bytes
         self._sizes: dict[int, SubjectSize] = {}
         self._largest_patch_bytes = 0
@@ -184,11 +177,11 @@ class SubjectSource:
 
     def name(self, index: int) -> str:
         """Return what a subject is called, for messages."""
-        return name_subject(self._dataset, index)
+        return name_subject(self.dataset, index)
 
     def images(self, index: int) -> int:
         """Return how many images a subject has, at least one, without loading it."""
-        return max(len(self._dataset.dry_iter()[index].get_images(intensity_only=False)), 1)
+        return max(len(self.dataset.dry_iter()[index].get_images(intensity_only=False)), 1)
 
     def channels(self, index: int) -> int:
         """Return a subject's channels, one for each image where its size is not known."""
@@ -197,7 +190,7 @@ class SubjectSource:
 
     def patch_bytes(self, channels: int) -> int:
         """Return the bytes of one patch, with float voxels."""
-        voxels = prod(int(n) for n in cast("Any", self._sampler).patch_size)
+        voxels = prod(int(n) for n in cast("Any", self.sampler).patch_size)
         return voxels * channels * FLOAT_BYTES
 
     def bounds(self, index: int) -> RamBounds:
@@ -217,14 +210,14 @@ class SubjectSource:
         patch_bytes = self._largest_patch_bytes or self.patch_bytes(size.channels)
         return RamBounds(work_bytes, patch_bytes, known, guessed=not known and not self._sizes)
 
-    def require_room(self, waiting_patches: int) -> None:
+    def require_room(self, window: int) -> None:
         """Refuse a budget that cannot hold the largest subject whose size is known now.
 
         Known are those in RAM, and those in local files, of which a few hundred headers are read.
         Where none is, what any subject needs must fit.
 
         Args:
-            waiting_patches: Patches that wait for delivery beside it.
+            window: Patches that wait for delivery beside it, where an epoch has so many.
 
         Raises:
             RamBudgetError: It cannot; the message names the subject and the bytes.
@@ -233,14 +226,15 @@ class SubjectSource:
             raise self.too_large(0, THREAD_BYTES, self.base_bytes)
         sized = [
             (self.bounds(index), index)
-            for index, subject in enumerate(self._dataset.dry_iter())
+            for index, subject in enumerate(self.dataset.dry_iter())
             if (index < _HEADERS_AT_ONCE or _in_ram(subject)) and self._size(index) is not None
         ]
         if not sized:
             return
         bounds, index = max(sized, key=lambda pair: pair[0].work_bytes + pair[0].patch_bytes)
         own_bytes = bounds.work_bytes + bounds.patch_bytes * self.counts[index]
-        held_bytes = bounds.patch_bytes * waiting_patches + self.base_bytes
+        waiting = min(window, self.planner.largest_total)
+        held_bytes = bounds.patch_bytes * waiting + self.base_bytes
         if own_bytes + held_bytes > self.ram_budget_bytes:
             raise self.too_large(index, own_bytes, held_bytes)
 
@@ -261,22 +255,20 @@ class SubjectSource:
         return refuse_subject(self.name(index), need_bytes, self.ram_budget_bytes, advice)
 
     def _size(self, index: int) -> SubjectSize | None:
-        if index not in self._sizes:
-            size = measure_subject(self._dataset.dry_iter()[index])
-            if size is None:
-                return None
+        size = self._sizes.get(index) or measure_subject(self.dataset.dry_iter()[index])
+        if size is not None:
             self._sizes[index] = size
-        return self._sizes[index]
+        return size
 
     def _bound(self, size: SubjectSize) -> int:
         grown = size.scaled(self._growth)
-        work_bytes = bound_subject(grown, self._cost, map_bytes(self._sampler))
+        work_bytes = bound_subject(grown, self._cost, map_bytes(self.sampler))
         return max(work_bytes, self._bound_patch(size))
 
     def _bound_prepared(self, index: int, size: SubjectSize) -> int:
         work_bytes = THREAD_BYTES
         if not self._boxes_alone and index not in self._maps:
-            work_bytes = bound_subject(size, self._cost_prepared, map_bytes(self._sampler))
+            work_bytes = bound_subject(size, self._cost_prepared, map_bytes(self.sampler))
         return max(work_bytes, self._bound_patch(size))
 
     def _bound_patch(self, size: SubjectSize) -> int:
@@ -297,9 +289,9 @@ class SubjectSource:
 
         It is one of each epoch, which depends on the seed and the epoch alone.
         """
-        if not self._checked:
+        if not self.checked:
             return False
-        return turn.position == draw_below(len(self._planner), self._seed, "twice", turn.epoch)
+        return turn.position == draw_below(len(self.planner), self.seed, "twice", turn.epoch)
 
     def produce(
         self,
@@ -332,11 +324,12 @@ class SubjectSource:
 
         try:
             with listening(admit):
-                told: list[dict[str, str]] = []
+                told: dict[str, list[str]] = {}
                 if self.is_made_twice(turn):
-                    told = list(map(identify_items, self._make(turn, cancelled, drop=False)))
-                patches = self._make(turn, cancelled, drop=self._drop)
-                self._require_same(turn, told, patches)
+                    told = identify_items(self._make(turn, cancelled, drop=False))
+                patches = self._make(turn, cancelled, drop=self.drop)
+                if told:
+                    self._require_same(turn, told, identify_items(patches))
             patch_bytes = max(map(subject_bytes, patches), default=0)
         except CancelledWorkError:
             return None
@@ -345,41 +338,39 @@ class SubjectSource:
             anew = isinstance(error, _UnderchargedError | DamagedVolumeError)
             return None if anew else Production(error=error)
         self._largest_patch_bytes = max(self._largest_patch_bytes, patch_bytes)
-        return Production(patches, patch_bytes)
+        return Production(dict(enumerate(patches)), patch_bytes)
 
     def _make(self, turn: Turn, cancelled: Callable[[], bool], *, drop: bool) -> list[tio.Subject]:
         index, count = turn.index, self.counts[turn.index]
-        seed = derive_seed(self._seed, "subject", index, turn.epoch, turn.occurrence)
+        seed = derive_seed(self.seed, "subject", index, turn.epoch, turn.occurrence)
         with drawing_from(seed, cancelled):
             try:
                 with self._opened(index) as (subject, kept):
-                    patches = list(islice(draw_patches(self._sampler, subject, kept), count))
+                    patches = list(islice(draw_patches(self.sampler, subject, kept), count))
                     del subject
             finally:
                 self.content.release_index(index, drop=drop)
             if len(patches) < count:
                 raise RuntimeError(f"The patch sampler gave {len(patches)} of {count} patches.")
-            if self._patch_transform is not None:
+            if self.patch_transform is not None:
                 for number, patch in enumerate(patches):
-                    patches[number] = self._patch_transform(patch)
+                    patches[number] = self.patch_transform(patch)
         return patches
 
     def _require_same(
-        self, turn: Turn, told: Sequence[dict[str, str]], patches: Sequence[tio.Subject]
+        self, turn: Turn, told: dict[str, list[str]], found: dict[str, list[str]]
     ) -> None:
         """Refuse what a seed does not decide.
 
         Args:
             turn: The subject's.
-            told: What each patch was when it was made before; empty where it was not.
-            patches: The same again.
+            told: What its patches consisted of when they were made before.
+            found: The same of those made now.
 
         Raises:
             NotImplementedError: They differ in what the message names, images first.
         """
-        both = [(first, identify_items(patch)) for first, patch in zip(told, patches, strict=False)]
-        names = dict.fromkeys(name for pair in both for digests in pair for name in digests)
-        differing = [name for name in names if any(a.get(name) != b.get(name) for a, b in both)]
+        differing = [name for name in told | found if told.get(name) != found.get(name)]
         if differing:
             raise NotImplementedError(
                 f"Cannot repeat the patches of {self.name(turn.index)}: made twice from one seed "
@@ -391,12 +382,12 @@ class SubjectSource:
     @contextmanager
     def _opened(self, index: int) -> Iterator[tuple[tio.Subject, SamplerMap | None]]:
         """Yield a subject, of which a prepared one reads no more than is asked for, and its map."""
-        if reads_boxes(self._sampler):
+        if reads_boxes(self.sampler):
             with self.content.opened(index) as subject:
                 if subject is not None:
-                    yield subject, self._maps.of(index, self._sampler, subject)
+                    yield subject, self._maps.of(index, self.sampler, subject)
                     return
-        subject = get_subject(self._dataset, index)
+        subject = get_subject(self.dataset, index)
         self._calibrate(index, subject)
         yield subject, None
 

@@ -11,6 +11,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import starmap
 from typing import Any
 
 from tio_openneuro.queue.draw import EpochPlan, PassStart, Replacement, Turn
@@ -160,26 +161,16 @@ class QueueState:
             )
         for name, kind in _KINDS.items():
             _require(name, state.get(name), sound=_fits(state.get(name), kind))
-        found = cls(
-            seed=state["seed"],
-            window=state["window"],
-            start=PassStart(
-                state["epoch"],
-                state["step"],
-                state["next_index"],
-                frozenset(state["holes"]),
-                tuple(Replacement(*entry) for entry in state["replacements"]),
-            ),
-            order=state.get("order"),
-            skipped=tuple(SkippedSubject(*entry) for entry in state["skipped"]),
-            parts=state["parts"],
-            ranks=tuple(state["ranks"]),
-        )
-        start = found.start
-        _require("next_index", start.next_index, sound=start.next_index <= start.step)
-        _require("skipped", len(found.skipped), sound=len(found.skipped) <= LONGEST_SKIPPED)
-        _require("window", found.window, sound=found.parts.get("max_length") == str(found.window))
-        return found
+        epoch, step, next_index = state["epoch"], state["step"], state["next_index"]
+        shares = tuple(starmap(Replacement, state["replacements"]))
+        start = PassStart(epoch, step, next_index, frozenset(state["holes"]), shares)
+        skipped = tuple(starmap(SkippedSubject, state["skipped"]))
+        seed, window, parts = state["seed"], state["window"], state["parts"]
+        rank, world = state["ranks"]
+        _require("next_index", next_index, sound=next_index <= step)
+        _require("skipped", len(skipped), sound=len(skipped) <= LONGEST_SKIPPED)
+        _require("window", window, sound=parts.get("max_length") == str(window))
+        return cls(seed, window, start, state.get("order"), skipped, parts, (rank, world))
 
     def check(self, planner: Planner, ranks: Ranks) -> None:
         """Refuse what does not fit the subjects or this rank; tell the planner a kept order.

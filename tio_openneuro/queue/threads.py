@@ -1,4 +1,4 @@
-"""The threads of a queue: started together, replaced when they die, waited for at the end."""
+"""The threads of a queue: started together, and waited for at the end."""
 
 from __future__ import annotations
 
@@ -23,30 +23,19 @@ _TEAM = 2
 _PARALLEL_ELEMENTS = 1 << 16
 
 
-def _raise(error: BaseException) -> None:
-    raise error
-
-
 class Workers:
     """Daemon threads that all run one function, with fixed intra-op threads."""
 
-    def __init__(
-        self,
-        count: int,
-        target: Callable[[], None],
-        failed: Callable[[BaseException], None] = _raise,
-    ) -> None:
+    def __init__(self, count: int, target: Callable[[], None]) -> None:
         """Start nothing yet.
 
         Args:
             count: Number of threads; may be zero.
-            target: What each runs, until it returns.
-            failed: Told what stopped a thread, in that thread, whatever it was.
+            target: What each runs, until it returns. It raises nothing.
         """
         self._count = count
         self._target = target
-        self._failed = failed
-        self._threads: list[_Candidate] = []
+        self._threads: list[_Worker] = []
 
     @property
     def alive(self) -> bool:
@@ -54,13 +43,22 @@ class Workers:
         return any(thread.is_alive() for thread in self._threads)
 
     def start(self) -> None:
-        """Start the threads that are missing: all at first, later those that were stopped."""
-        self._threads = [each for each in self._threads if each.is_alive() and not each.stopped]
-        missing = self._count - len(self._threads)
-        if missing == 0:
+        """Start the threads, and others beside them until enough use the main arena; once.
+
+        In another one freed volumes are unmapped, and mapped anew by page faults: 20 ms of system
+        time a patch at 192**3, where it is 2 in the main one (2026-11-24).
+        """
+        if sum(thread.works for thread in self._threads) == self._count:
             return
         before = torch.get_num_threads()
-        self._hire(missing)
+        chosen = threading.Event()
+        while sum(thread.works for thread in self._threads) < self._count:
+            choosy = len(self._threads) < self._count + _CANDIDATES
+            self._threads.append(_Worker(self._target, chosen, choosy=choosy))
+        chosen.set()
+        for thread in self._threads:
+            if not thread.works:
+                thread.join(_START_S)
         # A thread's setting is also the default of threads that start later: the user's own
         # threads get back the number that this one has.
         torch.set_num_threads(before)
@@ -80,74 +78,42 @@ class Workers:
             if thread is not threading.current_thread():
                 thread.join(max(deadline - time.monotonic(), 0.0))
 
-    def _hire(self, count: int) -> None:
-        """Start threads, and others beside them until enough use the main arena.
 
-        In another one freed volumes are unmapped, and mapped anew by page faults: 20 ms of system
-        time a patch at 192**3, where it is 2 in the main one (2026-11-24).
-        """
-        chosen = threading.Event()
-        candidates: list[_Candidate] = []
-        while sum(c.fits for c in candidates) < count and len(candidates) < count + _CANDIDATES:
-            candidates.append(_Candidate(self._target, self._failed, chosen))
-        hired = sorted(candidates, key=lambda candidate: not candidate.fits)[:count]
-        for candidate in hired:
-            candidate.hired = True
-        chosen.set()
-        for candidate in candidates:
-            if candidate.hired:
-                candidate.begun.wait(_START_S)
-            else:
-                candidate.join(_START_S)
-        self._threads += hired
-
-
-class _Candidate(threading.Thread):
-    """A thread that is ready to work, and ends if it is not hired."""
+class _Worker(threading.Thread):
+    """A thread that works, or ends once enough others do, since its arena is not the main one."""
 
     def __init__(
-        self,
-        target: Callable[[], None],
-        failed: Callable[[BaseException], None],
-        chosen: threading.Event,
+        self, target: Callable[[], None], chosen: threading.Event, *, choosy: bool
     ) -> None:
-        """Start it, and wait until it knows whether it fits.
+        """Start it, and wait until it knows whether it works.
 
         Args:
-            target: What it runs if it is hired.
-            failed: Told what stopped it.
-            chosen: Set once it is decided who is.
+            target: What it runs.
+            chosen: Set once enough threads work. Before that its arena would be the next one's.
+            choosy: Whether it works in the main arena alone.
         """
         super().__init__(name="tio-openneuro-queue", daemon=True)
-        self.fits = False
-        self.hired = False
-        self.stopped = False
-        self.begun = threading.Event()
+        self.works = False
         self._work = target
-        self._failed = failed
         self._chosen = chosen
+        self._choosy = choosy
         self._asked = threading.Event()
         self.start()
         self._asked.wait(_START_S)
 
     def run(self) -> None:
-        """Wait for the decision, and work if hired."""
+        """Work, or wait for others."""
         try:
-            self.fits = in_main_arena()
-            self._asked.set()
-            self._chosen.wait(_START_S)
-            if self.hired:
+            self.works = in_main_arena() or not self._choosy
+            if self.works:
                 _count_as_busy()
                 torch.set_num_threads(INTRA_OP_THREADS)
-                self.begun.set()
-                self._work()
-        except BaseException as error:  # noqa: BLE001 - raised by whoever waits for the work
-            # Before anybody hears of it, who may look at once for threads to replace.
-            self.stopped = True
-            self._failed(error)
         finally:
             self._asked.set()
-            self.begun.set()
+        if self.works:
+            self._work()
+        else:
+            self._chosen.wait(_START_S)
 
 
 def _count_as_busy() -> None:

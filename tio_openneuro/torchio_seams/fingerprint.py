@@ -14,7 +14,7 @@ from __future__ import annotations
 import copyreg
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path, PurePath
@@ -72,13 +72,17 @@ def pin(transform: object, preprocess_id: str | None = None) -> str:
     return fingerprint.of(["preprocess", preprocess_id, transform]).hex()
 
 
-def identify_items(subject: tio.Subject) -> dict[str, str]:
-    """Return a digest of each image of a loaded subject, and of each other value, by its name.
+def identify_items(subjects: Iterable[tio.Subject]) -> dict[str, list[str]]:
+    """Return a digest of each image of loaded subjects, and of each other value, by its name.
 
     Images come first. Voxels and affines count bit for bit; NaN is what it is, too.
     """
-    items = sorted(subject.items(), key=lambda item: not isinstance(item[1], tio.Image))
-    return {name: identify(value) for name, value in items}
+    found: dict[str, list[str]] = {}
+    for subject in subjects:
+        items = sorted(subject.items(), key=lambda item: not isinstance(item[1], tio.Image))
+        for name, value in items:
+            found.setdefault(name, []).append(identify(value))
+    return found
 
 
 def identify_parts(

@@ -156,9 +156,13 @@ class OpenArray(Protocol):
 
 
 class FetchedImage(tio.Image):
-    """Behaviour that scalar images and label maps share; see the module's docstring."""
+    """Behaviour that scalar images and label maps share; see the module's docstring.
 
-    _source: ImageFiles | None = None
+    Attributes:
+        source: Where the voxels come from; None once the image was rebuilt around a tensor.
+    """
+
+    source: ImageFiles | None = None
     _array: OpenArray | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - TorchIO's own
@@ -170,18 +174,13 @@ class FetchedImage(tio.Image):
     def of(cls, source: ImageFiles, metadata: Metadata) -> Self:
         """Return an unloaded image of these files. Touches no content."""
         image = cls(source.path, metadata=metadata)
-        image._source = source
+        image.source = source
         return image
-
-    @property
-    def source(self) -> ImageFiles | None:
-        """Where the voxels come from; None once the image was rebuilt around a tensor."""
-        return self._source
 
     def move_to(self, engine: Engine | None) -> None:
         """Let another engine lease the image's content; a plain file's needs none."""
-        if self._source is not None and self._source.engine is not None:
-            self._source = replace(self._source, engine=engine)
+        if self.source is not None and self.source.engine is not None:
+            self.source = replace(self.source, engine=engine)
 
     @classmethod
     def lent(
@@ -198,7 +197,7 @@ class FetchedImage(tio.Image):
         image = cls(base.path)
         image.update(base)
         image[AFFINE] = affine
-        image._source = getattr(base, "source", None) if sourced else None
+        image.source = getattr(base, "source", None) if sourced else None
         image._array = array
         return image
 
@@ -224,12 +223,12 @@ class FetchedImage(tio.Image):
         if self._array is not None:
             self.load()
         image: Self = super().__copy__()  # type: ignore[no-untyped-call]
-        image._source = self._source
+        image.source = self.source
         return image
 
     def __repr__(self) -> str:
         """Show the image; an unloaded one by its path alone, since its header may be absent."""
-        if self._loaded or self._source is None:
+        if self._loaded or self.source is None:
             return str(super().__repr__())  # type: ignore[no-untyped-call]
         return f'{type(self).__name__}(path: "{self.path}"; not loaded)'
 
@@ -244,10 +243,10 @@ class FetchedImage(tio.Image):
             return
         if self._array is not None:
             self.set_data(torch.from_numpy(self._array.read()))
-        elif self._source is None:
+        elif self.source is None:
             super().load()
         else:
-            with self._source.lease() as leased:
+            with self.source.lease() as leased:
                 self.load_leased(leased)
 
     def load_leased(self, leased: Mapping[AnnexKey, VolumeFile]) -> None:
@@ -261,7 +260,7 @@ class FetchedImage(tio.Image):
             UnsafeDatasetError: A file is no image of the format that its name tells.
             DamagedImageError: A file is cut off, or fails its own checksum.
         """
-        source = self._source
+        source = self.source
         if self._loaded or source is None:
             return
         if source.grid_of is not None:
@@ -326,7 +325,7 @@ class FetchedImage(tio.Image):
 
     @contextmanager
     def _header(self) -> Iterator[None]:
-        source = self._source
+        source = self.source
         if self._loaded or source is None:
             yield
         elif len(source.files) == 1 and _is_plain(source.selector):

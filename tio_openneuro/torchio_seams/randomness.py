@@ -13,7 +13,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import CodeType, FunctionType
 from typing import Any
@@ -119,17 +119,16 @@ def drawing_from(
         True
     """
     install_seed_guard()
-    generator = torch.Generator()
-    generator.manual_seed(seed)
-    with _using(generator), _Redirect(cancelled):
+    with _using(seed) as generator, _Redirect(cancelled):
         yield generator
 
 
 @contextmanager
-def _using(generator: torch.Generator) -> Iterator[None]:
+def _using(seed: int) -> Iterator[torch.Generator]:
+    generator = torch.Generator().manual_seed(seed)
     token = _active.set(generator)
     try:
-        yield
+        yield generator
     finally:
         _active.reset(token)
 
@@ -147,19 +146,11 @@ def install_seed_guard() -> None:
         if getattr(original, _GUARD, False):
             return
 
-        @contextmanager
-        def use_seed(seed: int) -> Iterator[None]:
-            if _active.get() is None:
-                with original(seed):
-                    yield
-                return
-            generator = torch.Generator()
-            generator.manual_seed(int(seed))
-            with _using(generator):
-                yield
+        def use_seed(seed: int) -> AbstractContextManager[object]:
+            return original(seed) if _active.get() is None else _using(int(seed))
 
         setattr(use_seed, _GUARD, True)
-        tio.Transform._use_seed = staticmethod(use_seed)  # type: ignore[method-assign] # noqa: SLF001
+        tio.Transform._use_seed = staticmethod(use_seed)  # type: ignore[assignment, method-assign] # noqa: SLF001
 
 
 def find_other_generator(target: object) -> str:
