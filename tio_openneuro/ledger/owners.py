@@ -12,6 +12,8 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,15 +161,17 @@ def locked_owners(folder: Path) -> list[Path]:
     return held
 
 
-def holding_pids(folder: Path) -> list[int]:
-    """Return the processes that hold a root or an owner's file, where the system tells."""
-    files = [folder.parent, *folder.glob("owners/*.lock")]
-    wanted = {f":{path.stat().st_ino}" for path in files}
+def holding_pids(files: Iterable[Path], kinds: AbstractSet[str]) -> list[int]:
+    """Return the processes that hold a lock of these kinds on files, where the system tells."""
+    wanted = set()
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            wanted.add(f":{path.stat().st_ino}")
     pids = set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
             words = line.split()
-            if "FLOCK" in words and any(word.endswith(tuple(wanted)) for word in words[5:6]):
+            if kinds <= set(words) and any(word.endswith(tuple(wanted)) for word in words[5:6]):
                 pids.add(int(words[4]))
     return sorted(pids)
 

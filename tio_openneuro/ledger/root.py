@@ -107,7 +107,8 @@ def hold_root(folder: Path, why_lost: Callable[[], str], begin_anew: Callable[[]
                 lock_shared(descriptor)
                 return descriptor
             if time.monotonic() > deadline_s:
-                pids = ", ".join(map(str, holding_pids(folder))) or "others"
+                files = [folder.parent, *folder.glob("owners/*.lock")]
+                pids = ", ".join(map(str, holding_pids(files, {"FLOCK"}))) or "others"
                 message = (
                     f"Cannot use the ledger in {folder}: {why or 'it is lost'}, and it cannot be "
                     f"begun anew while processes that run use the root ({pids}): what they fetch "
