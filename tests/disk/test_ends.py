@@ -9,6 +9,7 @@ from pathlib import Path
 import filelock
 import psutil
 import pytest
+from conftest import heads
 from ends import ENDS, end, still_there
 from faulty import Fault, FaultKind, LoopbackOpenNeuro
 from workers import Nursery
@@ -21,7 +22,14 @@ from tio_openneuro.ledger.owners import holding_pids
 from tio_openneuro.sources.install import InstalledDataset, install
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the next process ends")
+ACCESSION = "ds900077"
 WORK = ("http", "git-annex", "clone")
+
+
+@pytest.fixture(scope="session")
+def _large(_published: LoopbackOpenNeuro) -> None:
+    """Publish a head of which a half is on disk, and not in a buffer, when the server hangs."""
+    _published.publish(ACCESSION, heads(1, shape=(96, 80, 64)))
 
 
 def unit_of(dataset: InstalledDataset) -> ContentUnit:
@@ -38,9 +46,9 @@ def unit_of(dataset: InstalledDataset) -> ContentUnit:
 def hang(root: Path, work: str) -> None:
     """Clone, or fetch from a clone, what never comes whole."""
     if work == "clone":
-        install("ds900001", root)
-    dataset = install("ds900001", root)
-    with Engine(root, disk_budget="1 MB") as engine, engine.lease(unit_of(dataset)):
+        install(ACCESSION, root)
+    dataset = install(ACCESSION, root)
+    with Engine(root, disk_budget="10 MB") as engine, engine.lease(unit_of(dataset)):
         pass
 
 
@@ -68,7 +76,10 @@ def wait_for(openneuro: LoopbackOpenNeuro, worker: psutil.Process, root: Path, w
 
 def held_bytes(root: Path) -> int:
     """Return the bytes of content, whole and partial, in the clones under a root."""
-    files = [*root.glob("clones/*/.git/annex/tmp/*"), *root.glob("clones/*/.git/annex/objects/*/*/*/*")]
+    files = [
+        *root.glob("clones/*/.git/annex/tmp/*"),
+        *root.glob("clones/*/.git/annex/objects/*/*/*/*"),
+    ]
     return sum(file.stat().st_size for file in files)
 
 
@@ -81,6 +92,7 @@ def counted_bytes(root: Path) -> int:
         db.close()
 
 
+@pytest.mark.usefixtures("_large")
 @pytest.mark.parametrize("work", WORK)
 @pytest.mark.parametrize("way", ENDS)
 def test_nothing_is_left_however_a_process_ends(
@@ -95,7 +107,7 @@ def test_nothing_is_left_however_a_process_ends(
     monkeypatch.setenv("TIO_OPENNEURO_FETCH", work)
     root.mkdir()
     if work != "clone":
-        install("ds900001", root)
+        install(ACCESSION, root)
     pattern = "git/*" if work == "clone" else "*"
     openneuro.set_faults(Fault(FaultKind.HANG, pattern, seconds=600.0, at=0.5))
     with nursery.start(fork_and_end, root, work, way) as worker:
@@ -114,16 +126,16 @@ def test_nothing_is_left_however_a_process_ends(
             assert forked.is_running()
             files = [root, *root.glob("ledger/owners/*"), *root.glob("clones/*/.git")]
             assert holding_pids(files, {"FLOCK"}) == holding_pids(files, {"OFDLCK"}) == []
-            lock = filelock.FileLock(root / "clones" / ".ds900001.lock")
+            lock = filelock.FileLock(root / "clones" / f".{ACCESSION}.lock")
             lock.acquire(timeout=0)
             lock.release()
             if work != "clone":
                 assert counted_bytes(root) >= held_bytes(root) > 0
-                with Engine(root, disk_budget="1 MB") as engine:
+                with Engine(root, disk_budget="10 MB") as engine:
                     assert engine.check() == []
             openneuro.clear_faults()
-            unit = unit_of(install("ds900001", root))
-            with Engine(root, disk_budget="1 MB") as engine, engine.lease(unit, timeout_s=60):
+            unit = unit_of(install(ACCESSION, root))
+            with Engine(root, disk_budget="10 MB") as engine, engine.lease(unit, timeout_s=60):
                 assert engine.statistics().used_bytes == held_bytes(root) == unit.size_bytes
         finally:
             forked.kill()

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from tio_openneuro.forks import close_apart, open_apart
+
 if sys.platform == "win32":  # pragma: no cover
     import msvcrt
 
@@ -115,10 +117,10 @@ class OwnerLock:
             FileNotFoundError: There is no such file, and none is to be made.
         """
         flags = os.O_RDWR | (os.O_CREAT if create else 0)
-        descriptor = os.open(path, flags, 0o600)
+        descriptor = open_apart(path, flags)
         if _try_lock(descriptor):
             return cls(path, descriptor)
-        os.close(descriptor)
+        close_apart(descriptor)
         return None
 
     @property
@@ -136,10 +138,9 @@ class OwnerLock:
         return os.fstat(self.descriptor).st_atime_ns
 
     def let_go(self) -> None:
-        """Close the descriptor; in a forked child this leaves the parent's lock as it is."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        """Close the descriptor."""
+        close_apart(self.descriptor)
+        self.descriptor = -1
 
     def remove(self) -> None:
         """Delete the file, then let go of the lock."""
@@ -186,17 +187,17 @@ def hold_folder(folder: Path, root: Path) -> int:
         root: Folder of clones and ledger.
 
     Returns:
-        The descriptor; -1 where a process of another root holds the folder.
+        The descriptor, for ``close_apart``; -1 where a process of another root holds the folder.
     """
     if sys.platform == "win32":  # It has no such lock, and opens no folder.
-        return os.open(os.devnull, os.O_RDONLY)
-    descriptor = os.open(folder, os.O_RDONLY)
+        return open_apart(Path(os.devnull), os.O_RDONLY)
+    descriptor = open_apart(folder, os.O_RDONLY)
     own = root.stat().st_ino & _MOST_OFFSET
     with contextlib.suppress(AttributeError, OSError):  # Not there on this system, or on NFS.
         _ask_range(descriptor, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, own, 1)
         for start, length in ((0, own), (own + 1, 0)):
             if _ask_range(descriptor, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length):
-                os.close(descriptor)
+                close_apart(descriptor)
                 return -1
     return descriptor
 
