@@ -88,16 +88,15 @@ class LedgerDatabase:
             self._insist(db, "BEGIN IMMEDIATE")
             found = db.execute("PRAGMA user_version").fetchone()[0]
             db.execute("COMMIT")
+            if found != self._version:
+                why = f"it is of version {found}, and this library's is {self._version}"
+                raise self._broken(why)
         except sqlite3.Error as error:
             db.close()
             raise self._broken(error) from error
         except LedgerError:
             db.close()
             raise
-        if found != self._version:
-            db.close()
-            why = f"it is of version {found}, and this library's is {self._version}"
-            raise self._broken(why)
         # What was seen of another connection's versions tells nothing of this one's.
         self._settled += _OF_CONNECTION
         return db
@@ -134,7 +133,7 @@ class LedgerDatabase:
 
         SQLite's own waits grow to 0.1 s, where a transaction takes less than a thousandth: with
         eight processes some would wait for seconds. Who has waited in vain waits no such time
-        again, until it was let in once: other threads, and what an error leads to, would add up.
+        again, until it has written once: other threads, and what an error leads to, would add up.
 
         Raises:
             LedgerError: Another process keeps the ledger to itself.
@@ -159,7 +158,6 @@ class LedgerDatabase:
                     pause.wait(pause_s * chance.uniform(0.5, 1.5))
                     pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 else:
-                    self._late = False
                     return
         finally:
             db.execute(f"PRAGMA busy_timeout = {int(1000 * _LOCKED_TIMEOUT_S)}")
@@ -178,6 +176,7 @@ class LedgerDatabase:
             db = self._connected()
             try:
                 self._insist(db, "BEGIN IMMEDIATE")
+                self._late = False
                 try:
                     for sql, values in self._owed:
                         db.execute(sql, values)
