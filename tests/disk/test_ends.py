@@ -124,7 +124,11 @@ def test_nothing_is_left_however_a_process_ends(
         try:
             assert still_there(children) == []
             assert forked.is_running()
-            files = [root, *root.glob("ledger/owners/*"), *root.glob("clones/*/.git")]
+            clones = ("clones/*/.git", "clones/*/.git/annex/tmp/*")
+            files = [
+                root,
+                *(file for name in ("ledger/owners/*", *clones) for file in root.glob(name)),
+            ]
             assert holding_pids(files, {"FLOCK"}) == holding_pids(files, {"OFDLCK"}) == []
             lock = filelock.FileLock(root / "clones" / f".{ACCESSION}.lock")
             lock.acquire(timeout=0)
