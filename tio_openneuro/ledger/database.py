@@ -89,14 +89,12 @@ class LedgerDatabase:
             found = db.execute("PRAGMA user_version").fetchone()[0]
             db.execute("COMMIT")
             if found != self._version:
-                why = f"it is of version {found}, and this library's is {self._version}"
-                raise self._broken(why)
-        except sqlite3.Error as error:
+                raise self._broken(f"it is of version {found}, this library's is {self._version}")
+        except (sqlite3.Error, LedgerError) as error:
             db.close()
+            if isinstance(error, LedgerError):
+                raise
             raise self._broken(error) from error
-        except LedgerError:
-            db.close()
-            raise
         # What was seen of another connection's versions tells nothing of this one's.
         self._settled += _OF_CONNECTION
         return db

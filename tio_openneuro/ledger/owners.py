@@ -1,8 +1,9 @@
 """Who is alive: one locked file per owner of reservations and leases.
 
 An owner is alive while somebody holds the lock of its file: the process itself, or a child that
-inherited the descriptor and may still write to disk. The kernel lets go of the lock when the last
-of them ends, however it ends; a forked process does not hold it. Never ends a process that is not the orphan of a dead owner.
+inherited the descriptor and may still write to disk, but not a forked process. The kernel lets go
+of the lock when the last of them ends, however it ends. Never ends a process that is not the orphan
+of a dead owner.
 """
 
 from __future__ import annotations
