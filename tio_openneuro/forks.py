@@ -2,8 +2,9 @@
 
 A fork can come at any time, from any thread of the user's. Before it, the gate closes first and
 the ledger last; after it, in parent and child, they open in reverse. Owners are held weakly: who
-is gone is not called. The only user of ``os.register_at_fork``, and the one piece of module-level
-state beside the gate itself.
+is gone is not called. A descriptor that holds a lock is opened here, and closed in the child, which
+would hold the lock as long as it lives, also after its parent. The only user of
+``os.register_at_fork``, and the one piece of module-level state beside the gate itself.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 Place = Literal["gate", "queue", "engine", "ledger"]
@@ -24,6 +26,7 @@ _Entry = tuple["weakref.ref[Any]", _Act, _Act, _Act]
 _MUTEX = threading.Lock()
 _ENTRIES: dict[Place, list[_Entry]] = {place: [] for place in _ORDER}
 _FORKING: list[tuple[Any, _Act, _Act]] = []
+_APART: set[int] = set()
 
 
 def _nothing(_: object) -> None:
@@ -52,6 +55,22 @@ def at_fork(
         _ENTRIES[place] = [*alive, (weakref.ref(owner), before, in_parent, in_child)]
 
 
+def open_apart(path: Path, flags: int, mode: int = 0o600) -> int:
+    """Open a file to lock it, so that no forked process ever holds the lock; return it."""
+    with _MUTEX:
+        descriptor = os.open(path, flags, mode)
+        _APART.add(descriptor)
+    return descriptor
+
+
+def close_apart(descriptor: int) -> None:
+    """Close what :func:`open_apart` opened in this process, unless it is closed."""
+    with _MUTEX:
+        if descriptor in _APART:
+            _APART.remove(descriptor)
+            os.close(descriptor)
+
+
 def _before() -> None:
     _MUTEX.acquire()
     for place in _ORDER:
@@ -70,6 +89,8 @@ def _in_parent() -> None:
 
 
 def _in_child() -> None:
+    while _APART:
+        os.close(_APART.pop())
     while _FORKING:
         owner, _, act = _FORKING.pop()
         act(owner)

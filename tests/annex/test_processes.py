@@ -1,12 +1,17 @@
 """Child processes: their environment, their deadlines, and that nothing of them stays."""
 
+import contextlib
 import os
+import random
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from ends import ENDS, end, still_there
+from workers import Nursery
 
 from tio_openneuro.annex.environment import child_environment, scripts_folder
 from tio_openneuro.annex.processes import CommandError, Coprocess, MissingProgramError, run
@@ -41,6 +46,8 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
 time.sleep(600)
 """
+# The same, and the grandchild leaves the process group.
+LEAVING = PARENT.replace('(600)"]', '(600)"], start_new_session=True')
 ECHO = """
 import sys
 for line in sys.stdin.buffer:
@@ -185,8 +192,7 @@ def test_what_a_dead_coprocess_left_is_killed() -> None:
 
 def test_pipes_are_closed_however_late_their_end_comes() -> None:
     """What left the group may hold them beyond :meth:`kill`; no descriptor stays open after it."""
-    leaving = PARENT.replace('(600)"]', '(600)"], start_new_session=True')
-    child = Coprocess([sys.executable, "-c", leaving])
+    child = Coprocess([sys.executable, "-c", LEAVING])
     grandchild = psutil.Process(int(child.read_line(10.0) or b"0"))
     child.kill()
     grandchild.kill()
@@ -220,3 +226,170 @@ def test_lock_is_held_while_a_child_that_inherited_it_lives(tmp_path: Path) -> N
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         child.kill()
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def note(folder: Path, name: str, *pids: int) -> None:
+    """Write process ids into a file that is there wholly or not at all."""
+    (folder / f"{name}.new").write_text(" ".join(map(str, pids)))
+    (folder / f"{name}.new").rename(folder / name)
+
+
+def noted(folder: Path, name: str) -> list[psutil.Process]:
+    """Wait for the file, and return the processes."""
+    deadline_s = time.monotonic() + 30
+    while not (folder / name).exists():
+        assert time.monotonic() < deadline_s, f"there is no {name}"
+        threading.Event().wait(0.01)
+    return [psutil.Process(int(word)) for word in (folder / name).read_text().split()]
+
+
+def start_both(folder: Path, name: str) -> None:
+    """Have a long-lived child and a program that runs to its end; note both and what they start."""
+    child = Coprocess([sys.executable, "-c", LEAVING])
+    pids = [child.pid, int(child.read_line(20.0) or b"0")]
+    script = LEAVING.replace("print(child.pid", f"print(child.pid, file=open({name!r}, 'w')")
+    command = [sys.executable, "-c", script]
+    threading.Thread(target=run, args=(command,), kwargs={"cwd": folder}, daemon=True).start()
+    while len(found := psutil.Process().children(recursive=True)) < 4 + supervisors():
+        threading.Event().wait(0.01)
+    note(folder, f"{name}-pids", *pids, *[one.pid for one in found])
+
+
+def supervisors() -> int:
+    """Return how many shells this process has for its children's end."""
+    return sum(one.cmdline()[:1] == ["/bin/sh"] for one in psutil.Process().children())
+
+
+def fork_and_end(folder: Path, way: str) -> None:
+    """Start children, fork a process that lives on, and end."""
+    start_both(folder, "own")
+    pid = os.fork()
+    if pid == 0:
+        threading.Event().wait()
+    note(folder, "forked", pid)
+    end(way)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("way", ENDS)
+def test_children_end_with_their_process(way: str, nursery: Nursery, tmp_path: Path) -> None:
+    """However it ends, none lives on, nor what they started, while a forked process does."""
+    with nursery.start(fork_and_end, tmp_path, way) as worker:
+        children, forked = noted(tmp_path, "own-pids"), noted(tmp_path, "forked")[0]
+        assert worker.wait(30)
+        try:
+            assert still_there(children) == []
+            assert forked.is_running()
+        finally:
+            forked.kill()
+
+
+def fork_and_start(folder: Path) -> None:
+    """Start children, and fork a process that starts some of its own; both live on."""
+    start_both(folder, "own")
+    if os.fork() == 0:
+        note(folder, "forked", os.getpid())
+        start_both(folder, "other")
+    threading.Event().wait()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_children_of_a_forked_process_are_its_own(nursery: Nursery, tmp_path: Path) -> None:
+    """They neither end with the process that it was forked from, nor outlive it."""
+    with nursery.start(fork_and_start, tmp_path) as worker:
+        forked, others = noted(tmp_path, "forked")[0], noted(tmp_path, "other-pids")
+        own = set(noted(tmp_path, "own-pids"))
+        worker.kill()
+        assert still_there(own) == []
+        assert [one for one in others if not one.is_running()] == []
+        forked.kill()
+        assert still_there(others) == []
+
+
+def restart_and_end(folder: Path) -> None:
+    """Start children, kill what watches over them, start one more, and end."""
+    start_both(folder, "own")
+    for one in psutil.Process().children():
+        if one.cmdline()[:1] == ["/bin/sh"]:
+            one.kill()
+    assert run(["cat"], stdin=b"text") == b"text"
+    late = Coprocess([sys.executable, "-c", LEAVING])
+    note(folder, "late", late.pid, int(late.read_line(20.0) or b"0"))
+    end("SIGKILL")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_supervisor_that_was_killed_is_replaced(nursery: Nursery, tmp_path: Path) -> None:
+    """The next start makes another, which ends the children of before as well."""
+    with nursery.start(restart_and_end, tmp_path) as worker:
+        children = noted(tmp_path, "own-pids") + noted(tmp_path, "late")
+        assert worker.wait(30)
+        assert still_there(children) == []
+
+
+def count_children() -> list[int]:
+    """Return how many children there are with one at work, and after each way of its end."""
+    counts = []
+    for finish in (Coprocess.kill, lambda child: child.finish(10.0)):
+        child = Coprocess([sys.executable, "-c", ECHO])
+        assert run(["cat"], stdin=b"text") == b"text"
+        counts.append(len(psutil.Process().children()))
+        finish(child)
+        counts.append(len(psutil.Process().children()))
+    for refused in (["no-such-program"], ["false"]):
+        with pytest.raises((MissingProgramError, CommandError)):
+            run(refused)
+        counts.append(len(psutil.Process().children()))
+    return counts
+
+
+def test_what_watches_over_children_ends_with_the_last(nursery: Nursery) -> None:
+    """No process is left, nor a dead one that nobody collected, once no child is."""
+    with nursery.start(count_children) as worker:
+        with_one = worker.result()[:4:2]
+        assert worker.result() == [with_one[0], 0, with_one[1], 0, 0, 0]
+        assert with_one == [2, 2]
+
+
+def die_while_starting(folder: Path, pause_s: float) -> None:
+    """Start programs in two threads until killed."""
+
+    def work() -> None:
+        while True:
+            child = Coprocess([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+            threading.Event().wait(pause_s)
+            child.kill()
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    note(folder, "started", os.getpid())
+    threading.Event().wait()
+
+
+def carried(mark: str) -> list[psutil.Process]:
+    """Return the processes whose environment has a variable."""
+    found = []
+    for one in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if mark in one.environ():
+                found.append(one)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads other processes' environments")
+def test_no_child_escapes_in_the_instant_of_its_start(
+    nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed twenty times while it starts children and ends them, a process leaves none."""
+    chance = random.Random(1)
+    for number in range(20):
+        mark = f"TEST_OF_ENDS_{number}"
+        monkeypatch.setenv(mark, "1")
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with nursery.start(die_while_starting, folder, 0.001) as worker:
+            noted(folder, "started")
+            threading.Event().wait(chance.uniform(0.0, 0.1))
+            worker.kill()
+        assert still_there(carried(mark)) == []

@@ -6,13 +6,17 @@ takes longer than what the command does.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
-from faulty import LoopbackOpenNeuro
+from ends import still_there
+from faulty import Fault, FaultKind, LoopbackOpenNeuro
 from workers import Nursery
 
 from tio_openneuro.cli import main
@@ -193,3 +197,48 @@ def test_wrong_usage_exits_with_2(enter: Callable[..., Ended]) -> None:
     assert enter("frobnicate").returncode == 2
     assert enter("fetch", "ds900001", "--image", "sub-*").returncode == 2
     assert run("--help").returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_command_with_its_children(
+    number: signal.Signals,
+    openneuro: LoopbackOpenNeuro,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It says so in one line, exits as a shell would say, and leaves no process and no owner."""
+    monkeypatch.setenv("TIO_OPENNEURO_FETCH", "git-annex")
+    openneuro.set_faults(Fault(FaultKind.HANG, seconds=600.0, at=0.5))
+    command = [SCRIPT, "fetch", "ds900001", *IMAGES, "--disk-budget", "1 MB"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not openneuro.faults_struck()[0]:
+            assert process.poll() is None
+            threading.Event().wait(0.01)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) > 2
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert said == f"tio-openneuro: interrupted ({number.name})\n"
+    assert still_there(children) == []
+    assert list((root / "ledger" / "owners").iterdir()) == []
+    openneuro.clear_faults()
+    with Engine(root, disk_budget="1 MB") as engine:
+        assert engine.check() == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_a_command_outlives_a_terminal_where_it_was_told_to(openneuro: LoopbackOpenNeuro) -> None:
+    """Under nohup, which has the signal ignored, a closed terminal ends nothing."""
+    openneuro.set_faults(Fault(FaultKind.HANG, seconds=600.0, at=0.5))
+    command = ["nohup", SCRIPT, "fetch", "ds900001", *IMAGES, "--disk-budget", "1 MB"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not openneuro.faults_struck()[0]:
+            assert process.poll() is None
+            threading.Event().wait(0.01)
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said.endswith("tio-openneuro: interrupted (SIGTERM)\n")

@@ -4,18 +4,23 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import sqlite3
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from fakes import decide
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from workers import Nursery
 
 from tio_openneuro.content import ContentId
 from tio_openneuro.errors import DiskBudgetError, LedgerError
+from tio_openneuro.ledger import database
 from tio_openneuro.ledger.database import make_database, why_lost
 from tio_openneuro.ledger.ledger import Ledger
 from tio_openneuro.ledger.owners import OwnerLock
@@ -554,3 +559,98 @@ def test_a_ledger_that_cannot_be_made_leaves_what_was_there(tmp_path: Path) -> N
     assert why_lost(path, SCHEMA_VERSION) == ""
     assert (tmp_path / "lost-ledger.sqlite").read_bytes() == b"lost"
     assert not list(tmp_path.glob("new-*"))
+
+
+def stop_inside(folder: Path, how: str) -> dict[str, str]:
+    """Stop this process in the middle of a transaction, or of the last owner's leaving."""
+    ledger = Ledger(folder, 100)
+    if how == "writing":
+        with ledger.transaction() as transaction:
+            transaction.request("late", [want("late", 10)])
+            os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        with contextlib.closing(sqlite3.connect(folder / "ledger.sqlite")) as db:
+            ledger._db._disconnect()
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            db.execute("BEGIN EXCLUSIVE")
+            os.kill(os.getpid(), signal.SIGSTOP)
+            db.rollback()
+    found = states(ledger)
+    ledger.close()
+    return found
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
+@pytest.mark.timeout(60)
+def test_a_process_that_is_stopped_in_a_transaction_is_named(
+    opening: Opening, folder: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others wait once, all calls together, are told who it is, and work once it goes on."""
+    monkeypatch.setattr(database, "_LOCKED_TIMEOUT_S", 5.0)
+    ledger = opening()
+    with nursery.start(stop_inside, folder, "writing") as worker:
+        while worker.process.status() != psutil.STATUS_STOPPED:
+            threading.Event().wait(0.01)
+        told = rf"process {worker.pid}\).*kill -CONT"
+        errors: list[LedgerError] = []
+
+        def call() -> None:
+            for _ in range(3):
+                with pytest.raises(LedgerError, match=told) as caught:
+                    ledger.end_lease(1)
+                errors.append(caught.value)
+
+        threads = [threading.Thread(target=call) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(errors) == 12
+        assert states(ledger) == {}
+        with pytest.raises(LedgerError, match=told):
+            opening()
+        worker.process.resume()
+        assert worker.result() == {"late": "reserved"}
+    arrive(ledger, "a", 60)
+    assert states(opening())["a"] == "present"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
+@pytest.mark.timeout(60)
+def test_a_process_that_keeps_the_whole_ledger_is_named(
+    opening: Opening, folder: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is stopped where nobody else may read either is no lost ledger."""
+    monkeypatch.setattr(database, "_LOCKED_TIMEOUT_S", 2.0)
+    with nursery.start(stop_inside, folder, "leaving") as worker:
+        while worker.process.status() != psutil.STATUS_STOPPED:
+            threading.Event().wait(0.01)
+        with pytest.raises(LedgerError, match=rf"process {worker.pid}\).*kill -CONT"):
+            opening()
+        worker.process.resume()
+        assert worker.result() == {}
+    arrive(opening(), "a", 60)
+
+
+def see_after_fork(folder: Path) -> list[bool]:
+    """Look whether a change is seen that happens around a fork: in the child, in the parent."""
+    ledger, other = Ledger(folder, 100), Ledger(folder, 100)
+    ledger.changes()
+    os.waitpid(os.fork() or os._exit(0), 0)  # Both have connections that have seen nothing.
+    seen = ledger.changes()
+    other.end_lease(1)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(ledger.changes() != seen)
+    child = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    found = [bool(child), ledger.changes() != seen]
+    ledger.close()
+    other.close()
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_change_is_seen_over_a_fork(folder: Path, nursery: Nursery) -> None:
+    """Who saw the ledger before a fork sees after it that another process has written."""
+    with nursery.start(see_after_fork, folder) as worker:
+        assert worker.result() == [True, True]

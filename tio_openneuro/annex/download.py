@@ -39,6 +39,7 @@ from tio_openneuro.annex.branch import is_amazon, journal_name
 from tio_openneuro.annex.messages import Failure
 from tio_openneuro.annex.transfer import POLL_S, NotOverHttpError, TransferError, Watch
 from tio_openneuro.content import AnnexKey
+from tio_openneuro.forks import close_apart, open_apart
 
 if sys.platform != "win32":
     import fcntl
@@ -261,11 +262,12 @@ class _Partial:
         self.key = key
         self.stated_bytes = key.size_bytes or 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b", buffering=0)
+        self._descriptor = open_apart(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        self._file = os.fdopen(self._descriptor, "a+b", buffering=0, closefd=False)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.close()
+            self.close()
             raise TransferError(Failure.BUSY) from None
         self._begin()
         if self.size_bytes > self.stated_bytes:
@@ -295,9 +297,8 @@ class _Partial:
 
     def close(self) -> None:
         """Let others write it."""
-        # A process forked meanwhile has the file open, and would keep it locked.
-        fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
+        close_apart(self._descriptor)
 
     def _begin(self) -> None:
         """Take the checksum of what is there."""

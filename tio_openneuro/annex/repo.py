@@ -152,7 +152,7 @@ class AnnexRepo:
 
         Goes on where an earlier try stopped. Each class of failure has its own number of tries
         at a remote (:mod:`tio_openneuro.annex.messages`); then the next remote is asked. If the
-        process is killed, the partial download stays, and git-annex ends with it or soon after.
+        process ends, in whatever way, the partial download stays, and git-annex ends with it.
 
         Args:
             key: The content wanted; present content is returned at once.

@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -36,6 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_ENDING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 _NEUTRAL_BUDGET = "1000 PB"  # the smallest stated budget of a root holds: this one never is
 
 Source = Annotated[str, typer.Argument(help="Accession (ds004199), git URL, or path of a clone.")]
@@ -327,13 +331,32 @@ def _shown(name: str, value: object) -> str:
     return format_size(value) if name.endswith("_bytes") and isinstance(value, int) else str(value)
 
 
+class _EndedError(SystemExit):
+    """A signal that ends the command: what is under way is left as after any error."""
+
+
+def _end(number: int, _frame: object) -> None:
+    """Raise, once: what a second signal would interrupt ends children and has deadlines."""
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise _EndedError(128 + number)
+
+
 def main() -> None:
-    """Run the command line; exit with 0 done, 1 failed with one message, 2 wrong usage."""
+    """Run the command line; exit with 0 done, 1 failed with one message, 2 wrong usage.
+
+    On SIGINT, SIGTERM and SIGHUP it ends its children, and exits with 128 and the signal's number.
+    """
+    for each in _ENDING:
+        # As nohup and a shell's background have it.
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, _end)
     try:
         app()
     except (TioOpenNeuroError, OSError, NotImplementedError) as error:
         typer.echo(f"tio-openneuro: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("tio-openneuro: interrupted", err=True)
-        sys.exit(1)
+    except _EndedError as ended:
+        name = signal.Signals(int(ended.code or 0) - 128).name
+        typer.echo(f"tio-openneuro: interrupted ({name})", err=True)
+        raise

@@ -101,7 +101,6 @@ class Engine:
         """Let go of the parent's leases; the thread that held the lock may be gone."""
         self._opening = threading.Lock()
         if self._leases is not None:
-            self._leases.abandon()
             # Kept, since closing a connection that was carried over a fork is not safe.
             self._inherited = self._leases
             self._leases = None

@@ -370,11 +370,6 @@ class Leases:
 
     # The end
 
-    def abandon(self) -> None:
-        """Let go of what a fork carried over, without touching what is the parent's."""
-        self.ledger.abandon()
-        self.store.let_go()
-
     def close(self) -> None:
         """End threads, fetches, children and the owner; at once, and at most once."""
         if self._closed or os.getpid() != self.pid:

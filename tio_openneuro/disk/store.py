@@ -37,6 +37,7 @@ from tio_openneuro.errors import (
     NotAnAnnexError,
     TioOpenNeuroError,
 )
+from tio_openneuro.forks import close_apart
 from tio_openneuro.ledger import (
     Changes,
     ContentRow,
@@ -266,17 +267,13 @@ class Store:
         return total
 
     def close(self) -> None:
-        """End the child processes of every clone used."""
+        """End the child processes of every clone used, and leave the clones to other roots."""
         with self._mutex:
             repos = [repo for repo, _ in self._used.values()]
         for repo in repos:
             repo.close()
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Leave the clones to other roots, as far as this process is concerned."""
         while self._held:
-            os.close(self._held.pop())
+            close_apart(self._held.pop())
 
     # Fetch
 

@@ -19,10 +19,12 @@ from typing import Any
 
 from tio_openneuro.errors import LedgerError
 from tio_openneuro.forks import at_fork
+from tio_openneuro.ledger.owners import holding_pids
 
 _LOCKED_TIMEOUT_S = 60.0
-_OPENING_TRIES = 200
-_OPENING_PAUSE_S = 0.02
+_LATER_TIMEOUT_S = 0.5
+# More than any connection sees of others' writes.
+_OF_CONNECTION = 1 << 40
 _FIRST_PAUSE_S = 0.0003
 _LONGEST_PAUSE_S = 0.003
 _NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
@@ -51,6 +53,7 @@ class LedgerDatabase:
         self._closed = False
         self._owed: list[Statement] = []
         self._settled = 0
+        self._late = False
         self._db: sqlite3.Connection | None = self._open()
         at_fork(
             "ledger",
@@ -69,41 +72,32 @@ class LedgerDatabase:
         self._mutex.release()
 
     def _open(self) -> sqlite3.Connection:
-        pause = threading.Event()
-        for attempt in range(_OPENING_TRIES):
-            try:
-                # Never a new one: that is made where nobody else can have another.
-                self._inode = self._path.stat().st_ino
-                uri = f"{self._path.absolute().as_uri()}?mode=rw"
-                db = sqlite3.connect(
-                    uri,
-                    uri=True,
-                    timeout=_LOCKED_TIMEOUT_S,
-                    isolation_level=None,
-                    check_same_thread=False,
-                )
-            except (OSError, sqlite3.Error) as error:
-                raise self._broken(error) from error
-            try:
-                # Switching to WAL fails at once, without waiting, while another process does it.
-                db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA foreign_keys = ON")
-                # The log is synced before it goes into the database, and by make_durable().
-                db.execute("PRAGMA synchronous = NORMAL")
-                db.execute("BEGIN IMMEDIATE")
-                found = db.execute("PRAGMA user_version").fetchone()[0]
-                db.execute("COMMIT")
-            except sqlite3.Error as error:
-                db.close()
-                if attempt == _OPENING_TRIES - 1 or "locked" not in str(error):
-                    raise self._broken(error) from error
-                pause.wait(_OPENING_PAUSE_S)
-            else:
-                if found == self._version:
-                    return db
-                db.close()
-                break
-        raise self._broken(f"it is of version {found}, and this library's is {self._version}")
+        try:
+            # Never a new one: that is made where nobody else can have another.
+            self._inode = self._path.stat().st_ino
+            uri = f"{self._path.absolute().as_uri()}?mode=rw"
+            db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise self._broken(error) from error
+        try:
+            # Switching to WAL fails at once, without waiting, while another process does it.
+            self._insist(db, "PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA foreign_keys = ON")
+            # The log is synced before it goes into the database, and by make_durable().
+            db.execute("PRAGMA synchronous = NORMAL")
+            self._insist(db, "BEGIN IMMEDIATE")
+            found = db.execute("PRAGMA user_version").fetchone()[0]
+            db.execute("COMMIT")
+            if found != self._version:
+                raise self._broken(f"it is of version {found}, this library's is {self._version}")
+        except (sqlite3.Error, LedgerError) as error:
+            db.close()
+            if isinstance(error, LedgerError):
+                raise
+            raise self._broken(error) from error
+        # What was seen of another connection's versions tells nothing of this one's.
+        self._settled += _OF_CONNECTION
+        return db
 
     def _disconnect(self) -> None:
         if self._db is not None:
@@ -132,6 +126,40 @@ class LedgerDatabase:
             f"is begun anew, with all that lies in the clones of this library."
         )
 
+    def _insist(self, db: sqlite3.Connection, statement: str) -> None:
+        """Execute what waits for others, in short steps.
+
+        SQLite's own waits grow to 0.1 s, where a transaction takes less than a thousandth: with
+        eight processes some would wait for seconds. Who has waited in vain waits no such time
+        again, until it has written once: other threads, and what an error leads to, would add up.
+
+        Raises:
+            LedgerError: Another process keeps the ledger to itself.
+        """
+        timeout_s = _LATER_TIMEOUT_S if self._late else _LOCKED_TIMEOUT_S
+        deadline_s = time.monotonic() + timeout_s
+        pause = threading.Event()
+        # Not the generator of the module, which is the user's.
+        chance = random.SystemRandom()
+        pause_s = _FIRST_PAUSE_S
+        db.execute("PRAGMA busy_timeout = 0")
+        try:
+            while True:
+                try:
+                    db.execute(statement)
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error):
+                        raise
+                    if time.monotonic() > deadline_s:
+                        self._late = True
+                        raise held(self._path) from error
+                    pause.wait(pause_s * chance.uniform(0.5, 1.5))
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                else:
+                    return
+        finally:
+            db.execute(f"PRAGMA busy_timeout = {int(1000 * _LOCKED_TIMEOUT_S)}")
+
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """Run one write transaction, rolled back whole where it fails.
@@ -145,7 +173,8 @@ class LedgerDatabase:
         with self._mutex:
             db = self._connected()
             try:
-                _begin(db)
+                self._insist(db, "BEGIN IMMEDIATE")
+                self._late = False
                 try:
                     for sql, values in self._owed:
                         db.execute(sql, values)
@@ -208,7 +237,11 @@ class LedgerDatabase:
             return not self._owed
 
     def changes(self) -> int:
-        """Return a number that differs once another process has written, or we what was owed."""
+        """Return a number that differs once another process has written, or we what was owed.
+
+        SQLite's own is of one connection, and begins at the same number in each, also in the one
+        that takes its place after a fork.
+        """
         with self._mutex:
             if self._owed:
                 self.settle()
@@ -245,6 +278,17 @@ class LedgerDatabase:
             self._disconnect()
 
 
+def held(path: Path) -> LedgerError:
+    """Return the error for a database that another process keeps to itself, naming it."""
+    files = [*path.parent.glob(f"{path.name}*")]
+    pids = ", ".join(map(str, holding_pids(files, {"POSIX", "WRITE"}))) or "none that is seen here"
+    return LedgerError(
+        f"Cannot write to the ledger {path}: for {_LOCKED_TIMEOUT_S:.0f} s another process has "
+        f"been in the middle of a transaction (process {pids}). Likely it is stopped, or in a "
+        f"debugger. Let it go on (`kill -CONT`), or end it (`kill -9`): nothing is lost by that."
+    )
+
+
 def why_lost(path: Path, version: int) -> str:
     """Return why a file is no ledger of that version; empty where it is one.
 
@@ -258,6 +302,8 @@ def why_lost(path: Path, version: int) -> str:
             (found,) = db.execute("PRAGMA user_version").fetchone()
             (damage,) = db.execute("PRAGMA quick_check(1)").fetchone()
         except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                raise held(path) from error
             if error.sqlite_errorcode not in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
                 raise
             return str(error)
@@ -295,30 +341,3 @@ def make_database(path: Path, tables: Sequence[str], version: int) -> None:
 def _is_full(error: BaseException | None) -> bool:
     """Return whether SQLite could not write for want of space."""
     return isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF in _NO_ROOM
-
-
-def _begin(db: sqlite3.Connection) -> None:
-    """Begin to write, waiting for others in short steps.
-
-    SQLite's own waits grow to 0.1 s, where a transaction takes less than a thousandth: with eight
-    processes some would wait for seconds.
-    """
-    deadline_s = time.monotonic() + _LOCKED_TIMEOUT_S
-    pause = threading.Event()
-    # Not the generator of the module, which is the user's.
-    chance = random.SystemRandom()
-    pause_s = _FIRST_PAUSE_S
-    db.execute("PRAGMA busy_timeout = 0")
-    try:
-        while True:
-            try:
-                db.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline_s:
-                    raise
-                pause.wait(pause_s * chance.uniform(0.5, 1.5))
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            else:
-                return
-    finally:
-        db.execute(f"PRAGMA busy_timeout = {int(1000 * _LOCKED_TIMEOUT_S)}")

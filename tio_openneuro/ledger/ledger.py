@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tio_openneuro.content import UNCLAIMED, ContentId
 from tio_openneuro.errors import LedgerError
+from tio_openneuro.forks import close_apart
 from tio_openneuro.ledger.database import LedgerDatabase, make_database, why_lost
 from tio_openneuro.ledger.owners import OwnerLock, OwnerRecord, runs, take_if_dead, this_process
 from tio_openneuro.ledger.root import (
@@ -126,11 +127,10 @@ class Ledger:
         return int(self._db.read(UNCLAIMED_BYTES)[0][0] or 0)
 
     def abandon(self) -> None:
-        """Let go of what a fork carried over, without touching what is the parent's."""
+        """Let go of the locks, as if this process had died."""
         self.lock.let_go()
-        if self._root >= 0:
-            os.close(self._root)
-            self._root = -1
+        close_apart(self._root)
+        self._root = -1
 
     def _enter(self, db: sqlite3.Connection, *, auto: bool) -> None:
         """Enter the owner, in a transaction: nobody who reaps sees the file before it is locked."""

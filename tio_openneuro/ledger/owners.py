@@ -1,8 +1,9 @@
 """Who is alive: one locked file per owner of reservations and leases.
 
 An owner is alive while somebody holds the lock of its file: the process itself, or a child that
-inherited the descriptor and may still write to disk. The kernel lets go of the lock when the last
-of them ends, however it ends. Never ends a process that is not the orphan of a dead owner.
+inherited the descriptor and may still write to disk, but not a forked process. The kernel lets go
+of the lock when the last of them ends, however it ends. Never ends a process that is not the orphan
+of a dead owner.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from tio_openneuro.forks import close_apart, open_apart
 
 if sys.platform == "win32":  # pragma: no cover
     import msvcrt
@@ -113,10 +118,10 @@ class OwnerLock:
             FileNotFoundError: There is no such file, and none is to be made.
         """
         flags = os.O_RDWR | (os.O_CREAT if create else 0)
-        descriptor = os.open(path, flags, 0o600)
+        descriptor = open_apart(path, flags)
         if _try_lock(descriptor):
             return cls(path, descriptor)
-        os.close(descriptor)
+        close_apart(descriptor)
         return None
 
     @property
@@ -134,10 +139,9 @@ class OwnerLock:
         return os.fstat(self.descriptor).st_atime_ns
 
     def let_go(self) -> None:
-        """Close the descriptor; in a forked child this leaves the parent's lock as it is."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        """Close the descriptor."""
+        close_apart(self.descriptor)
+        self.descriptor = -1
 
     def remove(self) -> None:
         """Delete the file, then let go of the lock."""
@@ -159,15 +163,17 @@ def locked_owners(folder: Path) -> list[Path]:
     return held
 
 
-def holding_pids(folder: Path) -> list[int]:
-    """Return the processes that hold a root or an owner's file, where the system tells."""
-    files = [folder.parent, *folder.glob("owners/*.lock")]
-    wanted = {f":{path.stat().st_ino}" for path in files}
+def holding_pids(files: Iterable[Path], kinds: AbstractSet[str]) -> list[int]:
+    """Return the processes that hold a lock of these kinds on files, where the system tells."""
+    wanted = set()
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            wanted.add(f":{path.stat().st_ino}")
     pids = set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
             words = line.split()
-            if "FLOCK" in words and any(word.endswith(tuple(wanted)) for word in words[5:6]):
+            if kinds <= set(words) and any(word.endswith(tuple(wanted)) for word in words[5:6]):
                 pids.add(int(words[4]))
     return sorted(pids)
 
@@ -182,17 +188,17 @@ def hold_folder(folder: Path, root: Path) -> int:
         root: Folder of clones and ledger.
 
     Returns:
-        The descriptor; -1 where a process of another root holds the folder.
+        The descriptor, for ``close_apart``; -1 where a process of another root holds the folder.
     """
     if sys.platform == "win32":  # It has no such lock, and opens no folder.
-        return os.open(os.devnull, os.O_RDONLY)
-    descriptor = os.open(folder, os.O_RDONLY)
+        return open_apart(Path(os.devnull), os.O_RDONLY)
+    descriptor = open_apart(folder, os.O_RDONLY)
     own = root.stat().st_ino & _MOST_OFFSET
     with contextlib.suppress(AttributeError, OSError):  # Not there on this system, or on NFS.
         _ask_range(descriptor, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, own, 1)
         for start, length in ((0, own), (own + 1, 0)):
             if _ask_range(descriptor, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length):
-                os.close(descriptor)
+                close_apart(descriptor)
                 return -1
     return descriptor
 

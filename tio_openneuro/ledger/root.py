@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from tio_openneuro.errors import DiskBudgetError, LedgerError
+from tio_openneuro.forks import close_apart, open_apart
 from tio_openneuro.ledger.owners import (
     holding_pids,
     lock_alone,
@@ -88,12 +89,12 @@ def hold_root(folder: Path, why_lost: Callable[[], str], begin_anew: Callable[[]
         begin_anew: Makes one; called while no other owner holds the root.
 
     Returns:
-        The root's descriptor, which holds it until it is closed.
+        The root's descriptor, for ``close_apart``, which holds it until then.
 
     Raises:
         LedgerError: The ledger is lost, and others hold the root.
     """
-    descriptor = os.open(folder.parent, os.O_RDONLY)
+    descriptor = open_apart(folder.parent, os.O_RDONLY)
     deadline_s = time.monotonic() + _ALONE_TIMEOUT_S
     pause = threading.Event()
     try:
@@ -107,7 +108,8 @@ def hold_root(folder: Path, why_lost: Callable[[], str], begin_anew: Callable[[]
                 lock_shared(descriptor)
                 return descriptor
             if time.monotonic() > deadline_s:
-                pids = ", ".join(map(str, holding_pids(folder))) or "others"
+                files = [folder.parent, *folder.glob("owners/*.lock")]
+                pids = ", ".join(map(str, holding_pids(files, {"FLOCK"}))) or "others"
                 message = (
                     f"Cannot use the ledger in {folder}: {why or 'it is lost'}, and it cannot be "
                     f"begun anew while processes that run use the root ({pids}): what they fetch "
@@ -117,7 +119,7 @@ def hold_root(folder: Path, why_lost: Callable[[], str], begin_anew: Callable[[]
             unlock(descriptor)
             pause.wait(_ALONE_PAUSE_S)
     except BaseException:
-        os.close(descriptor)
+        close_apart(descriptor)
         raise
 
 
