@@ -230,6 +230,7 @@ class Scene:
         self.number = number
         self.theirs: list[Theirs] = []
         self.expected: list[str] = []
+        self.allowed = ""
         self.options = ["--repair"]
         self.wrong: list[str] = []
         self.budget_bytes = BUDGET_BYTES
@@ -361,7 +362,7 @@ class Scene:
             return
         inode = path.stat().st_ino
         names = {Path(name) for name in seen.paths_of(inode)} if seen else set()
-        if not names or any(name.name == path.name and "tmp" in name.parts for name in names):
+        if not names or any(name.name == path.name and name.parent.name == "tmp" for name in names):
             self.theirs.append(Theirs(path, inode, self.began_s, digest(path)))
 
     def user_gets(self, number: int) -> None:
@@ -397,6 +398,7 @@ class Scene:
                 self.wrong.append(f"not told: {words}; but: {found}")
             else:
                 left.remove(told)
+        left = [each for each in left if not (self.allowed and re.search(self.allowed, each))]
         self.wrong += [f"told: {finding}" for finding in left]
         if self.start(doctor, self.root, self.options).result() != 0:
             self.wrong.append(f"doctor {' '.join(self.options)} failed")
@@ -582,6 +584,8 @@ def _(scene: Scene) -> None:
                     theirs.wait(60)
                 scene.user_has_got(number, theirs, watch if scene.way == "http" else None)
         assert worker.result() > 0
+    # The training may have ended before it came to that file.
+    scene.allowed = "replaced by a file that is not this library's"
 
 
 @attempt("user drops ours and gets theirs, while nobody runs")

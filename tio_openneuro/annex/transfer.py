@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import json
+import os
 import re
 import shutil
 import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -311,19 +311,38 @@ def find_whole(git_folder: Path, key: AnnexKey) -> Path | None:
     return None
 
 
-def find_spoilt(git_folder: Path, key: AnnexKey) -> Iterator[Path]:
-    """Yield the files under a key that are not its content: cut, rotten, renamed, a second one."""
+def find_objects(git_folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield every file below the annex's objects, after the name of its key."""
+    for folder, _, names in os.walk(git_folder / "annex" / "objects"):
+        parent = Path(folder)
+        under_key = AnnexKey.parse(parent.name) is not None
+        for name in names:
+            yield parent.name if under_key else name, parent / name
+
+
+def find_spoilt(
+    git_folder: Path, key: AnnexKey, among: Iterable[Path] | None = None
+) -> Iterator[Path]:
+    """Yield the files under a key that are not its content: cut, rotten, moved, a second one.
+
+    Args:
+        git_folder: The clone's.
+        key: The key.
+        among: Where to look; default: up and down the key's own path.
+    """
     whole = find_whole(git_folder, key)
-    for relative in key.object_paths():
-        folder = (git_folder / relative).parent
-        with contextlib.suppress(FileNotFoundError):
-            for file in folder.iterdir():
-                size_bytes = file_size(file)
-                # It may have come just now.
-                right = file.name == key.name and size_bytes == key.size_bytes
-                odd = file.suffix != ".lck" and size_bytes is not None
-                if odd and file != whole and (whole is not None or not right):
-                    yield file
+    places = [git_folder / relative for relative in key.object_paths()]
+    if among is None:
+        among = [folder / key.name for place in places for folder in place.parents[1:4]]
+        for place in places:
+            among += [Path(folder, n) for folder, _, names in os.walk(place.parent) for n in names]
+    for file in among:
+        size_bytes = file_size(file)
+        # It may have come just now.
+        right = file in places and size_bytes == key.size_bytes
+        odd = file.suffix != ".lck" and size_bytes is not None
+        if odd and file != whole and (whole is not None or not right):
+            yield file
     bad = git_folder / "annex" / "bad" / key.name
     if bad.exists():
         yield bad
@@ -331,19 +350,18 @@ def find_spoilt(git_folder: Path, key: AnnexKey) -> Iterator[Path]:
 
 def find_stored(git_folder: Path, tmp: Path) -> Iterator[StoredContent]:
     """Yield every object in a clone, and every partial download in ``tmp``."""
-    annex = git_folder / "annex"
-    # Path.glob raises where another process removes a folder meanwhile.
-    folders = sorted(glob.iglob("objects/*/*/*", root_dir=annex))  # noqa: PTH207
-    names = [Path(folder).name for folder in folders]
+    found: dict[str, list[Path]] = {}
+    for name, file in find_objects(git_folder):
+        found.setdefault(name, []).append(file)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        names += [file.name for file in (annex / "bad").iterdir()]
-    for name in dict.fromkeys(names):
+        found = {file.name: [] for file in (git_folder / "annex" / "bad").iterdir()} | found
+    for name, files in found.items():
         key = AnnexKey.parse(name) or AnnexKey(name, None)
         whole = find_whole(git_folder, key)
         size_bytes = None if whole is None else file_size(whole)
         if size_bytes is not None:
             yield StoredContent(name, size_bytes, partial=False)
-        for file in find_spoilt(git_folder, key):
+        for file in find_spoilt(git_folder, key, files):
             if size_bytes := file_size(file):
                 yield StoredContent(name, size_bytes, partial=True)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
