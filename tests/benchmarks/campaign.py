@@ -813,29 +813,34 @@ def publish(server: LoopbackOpenNeuro) -> None:
 
 def measure(runs: int, folder: Path, console: Console) -> dict[str, object]:
     """Run it, print its table and return its figures."""
-    rows: list[Row] = []
+    rows = {(name, way): Row(name, way) for name in ATTEMPTS for way in WAYS}
     (folder / "results").mkdir()
-    with LoopbackOpenNeuro(folder / "openneuro") as server, Nursery(folder / "results") as nursery:
+    with (
+        LoopbackOpenNeuro(folder / "openneuro") as server,
+        Nursery(folder / "results") as nursery,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
         publish(server)
-        for number, name in enumerate(ATTEMPTS):
-            for way in WAYS:
-                row = Row(name, way)
-                for run in range(runs if name in RACES else 1):
-                    place = folder / f"{number}-{way}-{run}"
-                    try:
-                        row.add(make(name, server, nursery, place, way, run))
-                    except Exception as error:  # noqa: BLE001 - the others are made all the same
-                        row.runs += 1
-                        row.wrong.append(f"run {run}: {type(error).__name__}: {error}")
-                rows.append(row)
-                console.print(f"{name}, {way}: {row.held:.3f} {row.lost} {row.wrong}")
-    table = Table(title=f"What lies on disk; races {runs} times")
+        for run in range(runs):
+            for number, (name, way) in enumerate(rows):
+                if run and name not in RACES:
+                    continue
+                row, place = Row(name, way), folder / f"{number}-{run}"
+                try:
+                    row = make(name, server, nursery, place, way, run)
+                except Exception as error:  # noqa: BLE001 - the others are made all the same
+                    row.wrong = [f"{type(error).__name__}: {error}"]
+                rows[name, way].add(row)
+                if not row.holds:
+                    console.print(f"run {run}: {row}")
+            console.print(f"run {run + 1} of {runs}, the races alone from the second on")
+    table = Table(title="What lies on disk")
     for column in ("attempt", "way", "runs", "held / budget", "lost", "told, mended", "children"):
         table.add_column(column)
-    for row in rows:
+    for row in rows.values():
         told = f"{len(row.wrong)} wrong" if row.wrong else "yes"
         cells = (row.attempt, row.way, row.runs, f"{row.held:.3f}", row.lost, told, row.children)
         table.add_row(*map(str, cells))
     console.print(table)
-    console.print(f"{sum(row.holds for row in rows)} of {len(rows)} rows hold.")
-    return {"rows": [vars(row) for row in rows]}
+    console.print(f"{sum(row.holds for row in rows.values())} of {len(rows)} rows hold.")
+    return {"rows": [vars(row) for row in rows.values()]}
