@@ -645,9 +645,10 @@ def _(scene: Scene) -> None:
         for path in stored.rglob("*-*"):
             if path.is_file():
                 path.write_bytes(bytes(14_000_000))
+    scene.server.set_connection_rate(20e6)
     sound, scene.budget_bytes = (scene.repo, scene.units), 1_100_000
     scene.install(accession)
-    with scene.engine() as engine, scene.refuses("incorrect size|states 1000000"):
+    with scene.engine() as engine, scene.refuses("more than 1000000 bytes"):
         use(engine, scene.units[:1])
     scene.repo, scene.units = sound
 

@@ -391,7 +391,7 @@ class AnnexRepo:
             pause_s = retries.pause_s(failed.why, sum(arrived))
             if pause_s is None:
                 return failed
-            if failed.why is Failure.BAD_RANGE:
+            if failed.why in {Failure.BAD_RANGE, Failure.CORRUPT}:
                 self.discard_partial(key)
             if failed.why is not Failure.BUSY:
                 self._count("retries")

@@ -277,6 +277,11 @@ class Watch:
             return TransferError(Failure.STALLED)
         if isinstance(progress, int):
             self._bytes = max(self._bytes, progress)
+        stated_bytes = self._request.key.size_bytes
+        if stated_bytes is not None and self._bytes > stated_bytes:
+            # git-annex would go on to the end, and compare then.
+            said = f"incorrect size: more than {stated_bytes} bytes"
+            return TransferError(Failure.CORRUPT, said)
         now_s = time.monotonic()
         # A crawl is as good as a stall: each window must bring a little.
         if self._bytes - self._window_bytes >= _CRAWL_BYTES_PER_S * self._stall_s:
