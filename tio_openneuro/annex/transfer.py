@@ -1,7 +1,8 @@
 """One ``git annex get`` coprocess, asked for one key at a time and watched while it answers.
 
-Owns the watchdog: a child that stands still, or stands because the disk is full, is killed with
-its process group; what it downloaded stays as a partial, which the next one resumes. Never
+Owns the watchdog: a child that stands still, stands because the disk is full, or is sent more than
+the key states (looked at ten times a second: so much may come meanwhile), is killed with its
+process group; what it downloaded stays as a partial, which the next one resumes. Never
 retries: that is :mod:`tio_openneuro.annex.repo`'s.
 """
 
