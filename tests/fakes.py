@@ -235,7 +235,7 @@ class FakeRepo:
 
     gone = unavailable
 
-    def discard_spoilt(self, key: AnnexKey) -> None:
+    def discard_spoilt(self, key: AnnexKey, *, everywhere: bool = False) -> None:
         """Remove an object of another size."""
         if self.locate(key) is None:
             self.object_path(key).unlink(missing_ok=True)

@@ -210,8 +210,11 @@ class ContentRepo(Protocol):
     def discard_partial(self, key: AnnexKey) -> None:
         """Remove what is left of an unfinished download of the key, if anything."""
 
-    def discard_spoilt(self, key: AnnexKey) -> None:
-        """Remove what takes room under the key and is not its content; in clones of ours alone."""
+    def discard_spoilt(self, key: AnnexKey, *, everywhere: bool = False) -> None:
+        """Remove what takes room under the key and is not its content; in clones of ours alone.
+
+        Where it is looked for: up and down the key's own path, or all through the clone.
+        """
 
     def stored(self) -> Iterator[StoredContent]:
         """Yield every object and every partial download that lies in the clone."""

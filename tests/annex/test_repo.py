@@ -237,6 +237,28 @@ class TestGet:
         assert openneuro.total("ds900001").requests == 1
         assert git(repo.path, "rev-parse", "git-annex") == before
 
+    def test_more_than_the_key_states_is_not_waited_for(
+        self, repo: AnnexRepo, openneuro: LoopbackOpenNeuro
+    ) -> None:
+        """git-annex would go on to the end of whatever comes; it is ended soon after."""
+        key = keys_of(repo)[0]
+        stored = openneuro.folder / "s3/openneuro.org/ds900001"
+        (file,) = [
+            path
+            for path in stored.rglob("*-*")
+            if path.is_file() and path.stat().st_size == key.size_bytes
+        ]
+        right = file.read_bytes()
+        openneuro.set_connection_rate(1_000_000)
+        try:
+            file.write_bytes(right + bytes(14_000_000))
+            with pytest.raises(ContentMismatchError, match=f"more than {key.size_bytes} bytes"):
+                repo.get(key)
+        finally:
+            file.write_bytes(right)
+            openneuro.set_connection_rate(None)
+        assert openneuro.total("ds900001").bytes < 14_000_000
+
     def test_credentials_in_the_environment_change_nothing(
         self, repo: AnnexRepo, monkeypatch: pytest.MonkeyPatch
     ) -> None:

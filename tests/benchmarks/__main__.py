@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.extend(str(room) for room in Path(__file__).parent.parent.iterdir() if room.is_dir())
 
 import budget
+import campaign
 import eviction
 import forks
 import growth
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "throughput": throughput,
     "ledger": ledger_cost,
     "budget": budget,
+    "campaign": campaign,
     "waiting": waiting,
     "indexing": indexing,
     "eviction": eviction,

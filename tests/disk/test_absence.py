@@ -152,6 +152,23 @@ def test_what_is_spoilt_in_our_clone_is_counted_and_fetched_again(
         assert held_bytes(root) == 0
 
 
+@pytest.mark.parametrize("place", ["{0}", "24/{0}", "zz/zz/{0}/{0}", "zz/zz/zz/zz/{0}", "zz/it"])
+def test_what_lies_where_no_key_belongs_is_told_and_cleared_away(
+    repo: AnnexRepo, root: Path, place: str
+) -> None:
+    """Among the objects, at whatever depth, by its own name or none; what belongs there stays."""
+    unit, other, *_ = units_of(repo)
+    with Engine(root, disk_budget=BUDGET) as engine:
+        path = fetch(engine, other, unit)
+        stray = path.parents[3] / place.format(path.name)
+        stray.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, stray)
+        (told,) = engine.check()
+        assert f"{path.stat().st_size} bytes of {stray.name}" in told
+        assert engine.check(repair=True) == []
+        assert held_bytes(root) == engine.statistics().used_bytes == engine.evict_all() > 0
+
+
 @pytest.mark.parametrize("where", ["config", "branch"])
 def test_an_annex_of_a_tuned_layout_is_refused(repo: AnnexRepo, root: Path, where: str) -> None:
     """What lies there would be looked for in the wrong place, and never counted."""

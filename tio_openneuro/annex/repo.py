@@ -38,6 +38,7 @@ from tio_openneuro.annex.transfer import (
     TransferError,
     TransferRequest,
     file_size,
+    find_objects,
     find_spoilt,
     find_stored,
     find_whole,
@@ -244,10 +245,17 @@ class AnnexRepo:
                 except (IsADirectoryError, PermissionError):
                     shutil.rmtree(leftover, ignore_errors=True)
 
-    def discard_spoilt(self, key: AnnexKey) -> None:
-        """Remove what takes room under the key and is not its content; in clones of ours alone."""
+    def discard_spoilt(self, key: AnnexKey, *, everywhere: bool = False) -> None:
+        """Remove what takes room under the key and is not its content; in clones of ours alone.
+
+        Args:
+            key: The key.
+            everywhere: Whether to walk through all objects, and not only up and down its path.
+        """
         self._refuse_unseen()
-        for file in find_spoilt(self._git_folder, key):
+        objects = find_objects(self._git_folder) if everywhere else ()
+        named = [file for name, file in objects if name == key.name]
+        for file in find_spoilt(self._git_folder, key, named or None):
             with contextlib.suppress(FileNotFoundError):
                 file.parent.chmod(0o755)
                 file.unlink()
@@ -383,7 +391,7 @@ class AnnexRepo:
             pause_s = retries.pause_s(failed.why, sum(arrived))
             if pause_s is None:
                 return failed
-            if failed.why is Failure.BAD_RANGE:
+            if failed.why in {Failure.BAD_RANGE, Failure.CORRUPT}:
                 self.discard_partial(key)
             if failed.why is not Failure.BUSY:
                 self._count("retries")

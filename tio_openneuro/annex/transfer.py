@@ -1,7 +1,8 @@
 """One ``git annex get`` coprocess, asked for one key at a time and watched while it answers.
 
-Owns the watchdog: a child that stands still, or stands because the disk is full, is killed with
-its process group; what it downloaded stays as a partial, which the next one resumes. Never
+Owns the watchdog: a child that stands still, stands because the disk is full, or is sent more than
+the key states (looked at ten times a second: so much may come meanwhile), is killed with its
+process group; what it downloaded stays as a partial, which the next one resumes. Never
 retries: that is :mod:`tio_openneuro.annex.repo`'s.
 """
 
@@ -9,15 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import json
+import os
 import re
 import shutil
 import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,11 @@ class Watch:
             return TransferError(Failure.STALLED)
         if isinstance(progress, int):
             self._bytes = max(self._bytes, progress)
+        stated_bytes = self._request.key.size_bytes
+        if stated_bytes is not None and self._bytes > stated_bytes:
+            # git-annex would go on to the end, and compare then.
+            said = f"incorrect size: more than {stated_bytes} bytes"
+            return TransferError(Failure.CORRUPT, said)
         now_s = time.monotonic()
         # A crawl is as good as a stall: each window must bring a little.
         if self._bytes - self._window_bytes >= _CRAWL_BYTES_PER_S * self._stall_s:
@@ -317,19 +323,38 @@ def find_whole(git_folder: Path, key: AnnexKey) -> Path | None:
     return None
 
 
-def find_spoilt(git_folder: Path, key: AnnexKey) -> Iterator[Path]:
-    """Yield the files under a key that are not its content: cut, rotten, renamed, a second one."""
+def find_objects(git_folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield every file below the annex's objects, after the name of its key."""
+    for folder, _, names in os.walk(git_folder / "annex" / "objects"):
+        parent = Path(folder)
+        under_key = AnnexKey.parse(parent.name) is not None
+        for name in names:
+            yield parent.name if under_key else name, parent / name
+
+
+def find_spoilt(
+    git_folder: Path, key: AnnexKey, among: Iterable[Path] | None = None
+) -> Iterator[Path]:
+    """Yield the files under a key that are not its content: cut, rotten, moved, a second one.
+
+    Args:
+        git_folder: The clone's.
+        key: The key.
+        among: Where to look; default: up and down the key's own path.
+    """
     whole = find_whole(git_folder, key)
-    for relative in key.object_paths():
-        folder = (git_folder / relative).parent
-        with contextlib.suppress(FileNotFoundError):
-            for file in folder.iterdir():
-                size_bytes = file_size(file)
-                # It may have come just now.
-                right = file.name == key.name and size_bytes == key.size_bytes
-                odd = file.suffix != ".lck" and size_bytes is not None
-                if odd and file != whole and (whole is not None or not right):
-                    yield file
+    places = [git_folder / relative for relative in key.object_paths()]
+    if among is None:
+        among = [folder / key.name for place in places for folder in place.parents[1:4]]
+        for place in places:
+            among += [Path(folder, n) for folder, _, names in os.walk(place.parent) for n in names]
+    for file in among:
+        size_bytes = file_size(file)
+        # It may have come just now.
+        right = file in places and size_bytes == key.size_bytes
+        odd = file.suffix != ".lck" and size_bytes is not None
+        if odd and file != whole and (whole is not None or not right):
+            yield file
     bad = git_folder / "annex" / "bad" / key.name
     if bad.exists():
         yield bad
@@ -337,19 +362,18 @@ def find_spoilt(git_folder: Path, key: AnnexKey) -> Iterator[Path]:
 
 def find_stored(git_folder: Path, tmp: Path) -> Iterator[StoredContent]:
     """Yield every object in a clone, and every partial download in ``tmp``."""
-    annex = git_folder / "annex"
-    # Path.glob raises where another process removes a folder meanwhile.
-    folders = sorted(glob.iglob("objects/*/*/*", root_dir=annex))  # noqa: PTH207
-    names = [Path(folder).name for folder in folders]
+    found: dict[str, list[Path]] = {}
+    for name, file in find_objects(git_folder):
+        found.setdefault(name, []).append(file)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        names += [file.name for file in (annex / "bad").iterdir()]
-    for name in dict.fromkeys(names):
+        found = {file.name: [] for file in (git_folder / "annex" / "bad").iterdir()} | found
+    for name, files in found.items():
         key = AnnexKey.parse(name) or AnnexKey(name, None)
         whole = find_whole(git_folder, key)
         size_bytes = None if whole is None else file_size(whole)
         if size_bytes is not None:
             yield StoredContent(name, size_bytes, partial=False)
-        for file in find_spoilt(git_folder, key):
+        for file in find_spoilt(git_folder, key, files):
             if size_bytes := file_size(file):
                 yield StoredContent(name, size_bytes, partial=True)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):

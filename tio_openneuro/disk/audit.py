@@ -110,7 +110,7 @@ def _mend(ledger: Ledger, store: Store, row: ContentRow) -> None:
     elif row.state is not ContentState.DROPPING and path is None:
         # An object of another size is not located, and takes room all the same.
         if store.is_own(row.content.clone):
-            repo.discard_spoilt(key_of(row.content))
+            repo.discard_spoilt(key_of(row.content), everywhere=True)
             repo.discard_partial(key_of(row.content))
         if not row.leased:
             ledger.disowned(row.content)
@@ -149,7 +149,7 @@ def _charge(ledger: Ledger, store: Store, content: ContentId) -> None:
         repo.drop(key)
         return
     if repo is not None:
-        repo.discard_spoilt(key)
+        repo.discard_spoilt(key, everywhere=True)
     held_bytes = _partials(store, {content.clone}).get(content, 0)
     if not held_bytes:
         return

@@ -112,7 +112,7 @@ class PreparedRepo:
 
     gone = unavailable
 
-    def discard_spoilt(self, key: AnnexKey) -> None:
+    def discard_spoilt(self, key: AnnexKey, *, everywhere: bool = False) -> None:
         """Do nothing: a file is whole or partial."""
 
     def close(self) -> None:

@@ -149,7 +149,11 @@ class Store:
     def _hold(self, repo: ContentRepo) -> str:
         """Return the ledger's name of a clone, which no other root may use meanwhile."""
         found = Path(os.path.realpath(git_folder(repo.path) or repo.path))
-        descriptor = hold_folder(found, self._root)
+        try:
+            descriptor = hold_folder(found, self._root)
+        except OSError as error:
+            message = f"Cannot use {repo.path}: {UNSEEN.format(self.name_of(repo.path))}."
+            raise NotAnAnnexError(message) from error
         if descriptor < 0:
             message = (
                 f"Cannot use the clone {repo.path} under the root {self._root}: a process that "
