@@ -52,6 +52,8 @@ from tio_openneuro.ledger.transaction import Transaction
 
 _OWNERS = "SELECT name, pid, created_s, budget_bytes FROM owner WHERE name <> ?"
 _NO_BUDGET_BYTES = 10**18
+# Beside the folder of the ledger: that there was one.
+_WITNESS = ".ledger"
 """The smallest budget of a root holds; this one never is."""
 
 
@@ -86,6 +88,8 @@ class Ledger:
                 folder, lambda: why_lost(path, SCHEMA_VERSION), lambda: self._begin_anew(path)
             )
             self._db = LedgerDatabase(path, SCHEMA_VERSION)
+            # Not before there is a ledger: a process killed in between would have lost none.
+            (folder.parent / _WITNESS).touch()
         except (sqlite3.Error, OSError) as error:
             message = f"Cannot use the ledger {path}: {error}. May you read and write it?"
             raise LedgerError(message) from error
@@ -99,9 +103,7 @@ class Ledger:
     @staticmethod
     def _begin_anew(path: Path) -> None:
         """Make a ledger where there is none, or none any more: what lies there is counted next."""
-        witness = path.parent.parent / ".ledger"
-        lost = witness.exists() or any(path.parent.glob(f"{path.name}*"))
-        witness.touch()
+        lost = (path.parent.parent / _WITNESS).exists() or any(path.parent.glob(f"{path.name}*"))
         tables = (*TABLES, *["INSERT INTO loss VALUES (1)"][:lost])
         make_database(path, tables, SCHEMA_VERSION)
 
