@@ -76,7 +76,7 @@ def test_a_version_within_the_source_is_the_version(
     assert install("DS900012@1.0.0", root) == old
     page = "https://openneuro.org/datasets/ds900012/versions/1.0.0"
     assert open_catalog(page, root).commit == old.commit
-    with pytest.raises(TioOpenNeuroError, match="holds all versions. Leave the version out"):
+    with pytest.raises(TioOpenNeuroError, match=r"holds all versions\. Leave the version out"):
         forget("ds900012@1.0.0", root, lambda _: 0)
     assert old.path.exists()
     forget("https://github.com/OpenNeuroDatasets/ds900012", root, lambda _: 0)
@@ -99,20 +99,20 @@ def test_what_exists_is_a_path(tmp_path: Path, root: Path, monkeypatch: pytest.M
         ("./data/ds", ["there is no", "data/ds", "Look at the path"]),
         (
             "/nowhere/ds004199",
-            ["there is no /nowhere/ds004199;", "exists of it is /.", "give 'ds0"],
+            ["there is no /nowhere/ds004199;", "of it / exists.", "give 'ds004199'"],
         ),
         ("~/not-here", ["there is no", "home/not-here"]),
         ("~nobody-at-all/x", ["there is no", "~nobody-at-all/x"]),
-        ("data/dataset", ["which holds datasets.", "Look at the path."]),
+        ("data/dataset", ["data exists.", "Look at the path."]),
         ("ds004199/", ["there is no", "For OpenNeuro's own give 'ds004199' alone"]),
         (r"C:\data\ds", ["there is no", "Look at the path"]),
         (Path("ds004199"), ["there is no", "For OpenNeuro's own give 'ds004199' alone"]),
         ("4199", ["no accession", "give 'ds004199' alone"]),
         ("ds-4199", ["no accession", "give 'ds004199' alone"]),
         ("ds00419", ["no accession", "give 'ds000419' alone"]),
-        ("ds0041990", ["no accession ('ds' and six digits", "Look at the spelling."]),
-        ("", ["Cannot use ''", "give an accession"]),
-        (" ", ["Cannot use ' '", "give an accession"]),
+        ("ds0041990", ["no accession (like 'ds004199', with six digits)", "Look at the spelling."]),
+        ("", ["no accession (like", "Cannot use ''"]),
+        (" ", ["no accession (like", "Cannot use ' '"]),
     ],
 )
 def test_a_mistake_is_answered_by_its_kind(

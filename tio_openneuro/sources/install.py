@@ -15,7 +15,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 
 import filelock
@@ -39,12 +38,10 @@ _ACCESSION = re.compile(r"ds\d{6}")
 # A dataset of OpenNeuro as people name it, with or without a version: its id (zeros left out), its
 # page's or repository's address, its DOI, or DataLad's name for it.
 _NAMED = re.compile(
-    r"(?:(?:https?://)?(?:www\.)?(?P<web>openneuro\.org/datasets/|github\.com/OpenNeuroDatasets/)"
-    r"|OpenNeuroDatasets/|///openneuro/"
-    r"|(?:(?:https?://)?(?:dx\.)?doi\.org/|doi:)?10\.18112/openneuro\.)?"
-    r"ds(?P<number>\d{6}|[1-9]\d{0,4})(?:\.git)?"
-    r"(?:(?:@|/versions/|/tree/|\.v(?=\d))(?P<version>[^\s/?#]+))?(?(web)(?:[/?#].*)?|)",
-    re.IGNORECASE,
+    r"(?i)(?:(?:https?://)?(?:www\.)?(openneuro\.org/datasets/|github\.com/OpenNeuroDatasets/)|"
+    r"OpenNeuroDatasets/|///openneuro/|(?:https?://doi\.org/|doi:)?10\.18112/openneuro\.)?"
+    r"ds(\d{6}|[1-9]\d{0,4})(?:\.git)?(?:(?:@|/versions/|/tree/|\.v(?=\d))([^\s/?#]+))?"
+    r"(?(1)(?:[/?#].*)?|)"
 )
 _ACCESSION_URL = "https://github.com/OpenNeuroDatasets/{}.git"
 _URL = re.compile(r"(https?|ssh|git|file)://.+|[\w.-]+@[\w.-]+:.+")
@@ -138,54 +135,38 @@ def identify(source: str | Path, version: str | None = None) -> tuple[_Origin | 
     is that path, unless it is an accession as it should be.
 
     Raises:
-        NotAnAnnexError: The source is empty.
         TioOpenNeuroError: It names another version than the one that is wanted.
     """
     folder, text = local_path(source), str(source).strip()
-    as_it_should_be = _ACCESSION.fullmatch(str(source)) is not None
-    if isinstance(source, Path) or (os.path.lexists(folder) and not as_it_should_be):
+    exact = _ACCESSION.fullmatch(str(source)) is not None
+    if isinstance(source, Path) or (os.path.lexists(folder) and not exact):
         return folder, version
     named = _NAMED.fullmatch(text)
     if named is None:
         return (_Origin.of_url(text) if _URL.fullmatch(text) else folder), version
-    accession, within = f"ds{int(named['number']):06}", named["version"]
+    accession, within = f"ds{int(named[2]):06}", named[3]
     if within and version not in {None, within}:
         raise TioOpenNeuroError(
-            f"Cannot use {text!r} with version={version!r}: these are two versions. Give "
-            f"{accession!r} and the one that you want."
+            f"Cannot use {text!r} with version={version!r}: these are two versions. Leave one out."
         )
     return _Origin(accession, accession, _ACCESSION_URL.format(accession)), within or version
 
 
 def local_path(source: str | Path) -> Path:
-    """Return a source as a path, whether or not it is one.
-
-    Raises:
-        NotAnAnnexError: The source is empty.
-    """
-    if not str(source).strip():
-        raise NotAnAnnexError(
-            f"Cannot use {source!r} as a dataset: give an accession (like 'ds004199'), a git URL "
-            f"or a path."
-        )
-    return Path(os.path.expanduser(source))  # noqa: PTH111 - Path's raises at an unknown ~user
+    """Return a source as a path, whether or not it is one; an empty one is not where we are."""
+    return Path(os.path.expanduser(source or "''"))  # noqa: PTH111 - Path's raises at ~nobody
 
 
 def _nowhere(source: str | Path, folder: Path) -> str:
     """Say what a source is not, and what to type instead."""
-    text = str(source)
-    number = re.search(r"(?:ds[-_ ]?|^(?=\d+\s*$))(\d{1,6})(?!\d)", text, re.IGNORECASE)
+    number = re.search(r"(?i)(?:ds[-_ ]?|^(?=\d+\s*$))(\d{1,6})(?!\d)", str(source))
     accession = f" For OpenNeuro's own give {f'ds{int(number[1]):06}'!r} alone." if number else ""
-    if isinstance(source, Path) or re.search(r"[/\\]|^[.~]", text):
+    if isinstance(source, Path) or re.search(r"[/\\]|^[.~]", source):
         path = folder.absolute()
-        there = next(parent for parent in path.parents if os.access(parent, os.R_OK))
-        near = get_close_matches(path.relative_to(there).parts[0], os.listdir(there)[:9999])
-        held = f", which holds {', '.join(near)}" if near else ""
-        return (
-            f"there is no {path}; what exists of it is {there}{held}. Look at the path.{accession}"
-        )
+        there = next(parent for parent in path.parents if os.path.lexists(parent))
+        return f"there is no {path}; of it {there} exists. Look at the path.{accession}"
     return (
-        "it is no accession ('ds' and six digits, like 'ds004199'), no git URL (https, ssh, file), "
+        f"it is no accession (like 'ds004199', with six digits), no git URL (https, ssh, file), "
         f"and no such path exists. Look at the spelling.{accession}"
     )
 
@@ -265,9 +246,8 @@ def forget(source: str | Path, root: Path, drop: Callable[[Path], int]) -> Forgo
     root = Path(root).expanduser().absolute()
     found, version = identify(source)
     if version is not None:
-        raise TioOpenNeuroError(
-            f"Cannot forget {source}: one clone holds all versions. Leave the version out."
-        )
+        message = f"Cannot forget {source}: one clone holds all versions. Leave the version out."
+        raise TioOpenNeuroError(message)
     if isinstance(found, Path) and git_folder(found) is not None:
         dropped_bytes = drop(found.resolve())
         beside = AnnexRepo(found.resolve(), root=root).beside
