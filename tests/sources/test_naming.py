@@ -110,7 +110,7 @@ def test_what_exists_is_a_path(tmp_path: Path, root: Path, monkeypatch: pytest.M
         ("4199", ["no accession", "give 'ds004199' alone"]),
         ("ds-4199", ["no accession", "give 'ds004199' alone"]),
         ("ds00419", ["no accession", "give 'ds000419' alone"]),
-        ("ds0041990", ["no accession (like 'ds004199', with six digits)", "Look at the spelling."]),
+        ("ds0041990", ["no accession (like 'ds004199')", "Look at the spelling."]),
         ("", ["no accession (like", "Cannot use ''"]),
         (" ", ["no accession (like", "Cannot use ' '"]),
     ],

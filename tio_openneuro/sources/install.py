@@ -138,17 +138,15 @@ def identify(source: str | Path, version: str | None = None) -> tuple[_Origin | 
         TioOpenNeuroError: It names another version than the one that is wanted.
     """
     folder, text = local_path(source), str(source).strip()
-    exact = _ACCESSION.fullmatch(str(source)) is not None
-    if isinstance(source, Path) or (os.path.lexists(folder) and not exact):
+    if isinstance(source, Path) or (os.path.lexists(folder) and not _ACCESSION.fullmatch(source)):
         return folder, version
     named = _NAMED.fullmatch(text)
     if named is None:
         return (_Origin.of_url(text) if _URL.fullmatch(text) else folder), version
     accession, within = f"ds{int(named[2]):06}", named[3]
     if within and version not in {None, within}:
-        raise TioOpenNeuroError(
-            f"Cannot use {text!r} with version={version!r}: these are two versions. Leave one out."
-        )
+        message = f"Cannot use {text!r} with version={version!r}: these are two versions."
+        raise TioOpenNeuroError(f"{message} Leave one out.")
     return _Origin(accession, accession, _ACCESSION_URL.format(accession)), within or version
 
 
@@ -165,10 +163,8 @@ def _nowhere(source: str | Path, folder: Path) -> str:
         path = folder.absolute()
         there = next(parent for parent in path.parents if os.path.lexists(parent))
         return f"there is no {path}; of it {there} exists. Look at the path.{accession}"
-    return (
-        f"it is no accession (like 'ds004199', with six digits), no git URL (https, ssh, file), "
-        f"and no such path exists. Look at the spelling.{accession}"
-    )
+    what = "it is no accession (like 'ds004199'), no git URL (https, ssh, file) and no path"
+    return f"{what} that exists. Look at the spelling.{accession}"
 
 
 def _install_own(
