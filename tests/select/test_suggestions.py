@@ -53,7 +53,7 @@ FILES = tree(
         ("xyz", r"Images that exist: sub-\*/anat/sub-\*_T1w\.nii\.gz \(2\), "),
         (
             "sub-*/anat/*.json",
-            r"matches 2 files that are no images \(\.json \(2\)\); try \.nii\.gz",
+            r"hits 2 files that are no images \(\.json \(2\)\); try \.nii\.gz",
         ),
         ("sub-*/anat", r"exist: sub-\*/anat/sub-\*_T1w\.nii\.gz \(2\), "),
     ],

@@ -39,14 +39,19 @@ app = typer.Typer(
 # Words of the library to what is typed here; what cannot be typed is left out of a list of ways.
 _TYPED = {
     r"[;,] or (?:pass|give) (?:on_multiple|required)=[^.]*": "",
-    r" = (?:Scalar|Label)\(.*?\)(?= among|, where)": "",
+    r" = (?:Scalar|Label)\((.*?)\)(?= among|, where)": r" = \1",
     r"(?:pass )?\b(version|unit)='([^']*)'": r"--\1 \2",
     r"\b(\w+=)'([^']*)'": r"\1\2",
     r"\bwith remotes=": "in Python with remotes=",
 }
 _NEUTRAL_BUDGET = "1000 PB"  # the smallest stated budget of a root holds: this one never is
 
-Source = Annotated[str, typer.Argument(help="Accession (ds004199), git URL, or path of a clone.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="Accession (ds004199, ds004199@1.0.6), its page, git URL, or path of a clone."
+    ),
+]
 Root = Annotated[
     Path,
     typer.Option(

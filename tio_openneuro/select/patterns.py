@@ -304,9 +304,7 @@ def _nearest(
     """Say what exists that comes nearest to a pattern without a match."""
     if matched and not images:
         endings = Counter(hit.parsed.extension for hit in matched)
-        return (
-            f"It matches {len(matched)} files that are no images ({listed(endings)}); try .nii.gz."
-        )
+        return f"It hits {len(matched)} files that are no images ({listed(endings)}); try .nii.gz."
     if pattern.glob is not None and not images:
         paths = (file.path for file in files if file.path.endswith(IMAGE_EXTENSIONS))
         shapes = Counter(map(_shape_of, paths))
@@ -360,7 +358,7 @@ def _nearest_entities(wanted: dict[str, object], parsed: list[BidsPath]) -> str:
         hint = "".join(f" Did you mean {m}?" for m in _meant(name, value, parsed)[:1])
         if present:
             return f"Values of {name!r} that exist there: {listed(present)}.{hint}"
-        known = Counter(key for p in parsed for key in (*FIELDS, *p.entities) if p.get(key))
+        known = Counter(key for p in parsed for key in (*p.entities, *FIELDS[:4]) if p.get(key))
         return f"No image there has the entity {name!r}; they have {listed(known)}.{hint}"
     return "Those that match lie outside raw and derivatives; give scope='all' to take them."
 

@@ -191,9 +191,7 @@ def _combination_names(unit: str, combinations: Sequence[Combination]) -> list[s
         return [unit]
     files = [[hit.parsed for hit in hits_of([each])] for each in combinations]
     for part, sign, mark in (("stem", "_", "-"), ("stem", "_", ""), ("path", "/", "")):
-        words = [
-            [w for f in each for w in getattr(f, part).split(sign) if mark in w] for each in files
-        ]
+        words = [[w for f in fs for w in getattr(f, part).split(sign) if mark in w] for fs in files]
         common = set(words[0]).intersection(*words[1:])
         names = [
             "_".join([unit, *dict.fromkeys(word for word in own if word not in common)])
