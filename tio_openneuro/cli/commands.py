@@ -46,12 +46,7 @@ _TYPED = {
 }
 _NEUTRAL_BUDGET = "1000 PB"  # the smallest stated budget of a root holds: this one never is
 
-Source = Annotated[
-    str,
-    typer.Argument(
-        help="Accession (ds004199, ds004199@1.0.6), its page, git URL, or path of a clone."
-    ),
-]
+Source = Annotated[str, typer.Argument(help="Accession (ds004199), git URL, or path of a clone.")]
 Root = Annotated[
     Path,
     typer.Option(
