@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,7 +21,10 @@ from faulty import Fault, FaultKind, LoopbackOpenNeuro
 from workers import Nursery
 
 from tio_openneuro.cli import main
+from tio_openneuro.dataset import DataladSubjectsDataset
 from tio_openneuro.disk.engine import Engine
+from tio_openneuro.errors import TioOpenNeuroError
+from tio_openneuro.select import Scalar
 from tio_openneuro.sizes import format_size
 
 SCRIPT = Path(sys.executable).parent / "tio-openneuro"
@@ -129,6 +133,76 @@ def test_plan_foretells_from_metadata_alone(
     assert record["link_busy_s"] == pytest.approx(record["first_epoch_bytes"] / 1e4 + later_s, 0.02)
     assert "link busy" in enter("plan", "ds900001", *IMAGES).stdout
     assert openneuro.total("ds900001").requests == 0
+
+
+def test_plan_says_what_it_leaves_out_and_why(
+    openneuro: LoopbackOpenNeuro, enter: Callable[..., Ended]
+) -> None:
+    """As ``info`` does, for people and programs, and every unit under some reason."""
+    label = ["--label", "lesion=sub-0[1-4]/anat/*_mask.nii.gz"]
+    record = json.loads(enter("plan", "ds900001", *IMAGES, *label, "--json").stdout)
+    assert (record["units"], record["skipped"]) == (4, 2)
+    assert record["skipped_reasons"] == {"no file for 'lesion'": 2}
+    assert "skipped reasons: no file" in enter("plan", "ds900001", *IMAGES, *label).stdout
+    damaged = {f"sub-{n:02}/anat/sub-{n:02}_T1w.nii.gz": b"x" * n for n in range(1, 15)}
+    openneuro.publish("ds900013", {**damaged, "sub-20/anat/sub-20_T1w.nii.gz": b"image" * 99})
+    for command in ("plan", "info"):
+        record = json.loads(enter(command, "ds900013", *IMAGES, "--json").stdout)
+        assert (record["units"], record["skipped"]) == (1, 14)
+        assert sum(record["skipped_reasons"].values()) == 14
+        assert record["skipped_reasons"]["4 other reasons"] == 4
+
+
+@pytest.mark.parametrize(
+    ("python", "line", "words", "typed"),
+    [
+        (
+            {"images": {"t1": Scalar(suffix="t1w")}},
+            ["--image", "t1:suffix=t1w"],
+            ["'t1' = Scalar(suffix='t1w')", "Did you mean suffix='T1w'?"],
+            ["'t1' = suffix=t1w among", "Did you mean suffix=T1w?"],
+        ),
+        (
+            {"images": {"t1": Scalar("sub-*/anat/*")}},
+            ["--image", "t1=sub-*/anat/*"],
+            ["narrow the pattern; or pass on_multiple='first'"],
+            ["'t1' = 'sub-*/anat/*', where one is wanted", "To choose, narrow the pattern."],
+        ),
+        (
+            {"images": {"t1": Scalar("sub-*/*/*")}},
+            ["--label", "t1=sub-*/*/*"],
+            ["or pass on_multiple='first', 'all'"],
+            ["or pass combine=union to merge them."],
+        ),
+        (
+            {"version": "2.0.0", "images": {"t1": Scalar(suffix="T1w")}},
+            ["--version", "2.0.0", "--image", "t1:suffix=T1w"],
+            ["'ds900001@1.0.0' with version='2.0.0'"],
+            ["'ds900001@1.0.0' with --version 2.0.0"],
+        ),
+    ],
+    ids=["entity", "several", "label", "version"],
+)
+@pytest.mark.usefixtures("openneuro")
+def test_each_caller_is_told_what_they_can_type(
+    root: Path,
+    enter: Callable[..., Ended],
+    python: dict[str, Any],
+    line: list[str],
+    words: list[str],
+    typed: list[str],
+) -> None:
+    """One failure, parameters in Python, options on the command line."""
+    source = "ds900001@1.0.0" if "version" in python else "ds900001"
+    with pytest.raises(TioOpenNeuroError) as caught:
+        DataladSubjectsDataset(source, root=root, **python)
+    failed = enter("info", source, *line)
+    assert failed.returncode == 1
+    for texts, said in ((words, str(caught.value)), (typed, failed.stderr)):
+        for text in texts:
+            assert text in said
+    for parameter in ("Scalar(", "Label(", "on_multiple=", "version=", "='"):
+        assert parameter not in failed.stderr
 
 
 @pytest.mark.usefixtures("openneuro")

@@ -147,7 +147,10 @@ ANATOMY = tree(
         (Scalar("sub-*/anat/*_FLARE.nii.gz"), r"sub-\*/anat/sub-\*_FLAIR\.nii\.gz \(1\)"),
         (Scalar("sub-*/anat/*_T1w.json"), r"1 files that are no images \(\.json \(1\)\)"),
         (Scalar(suffix="T2w"), r"Values of 'suffix' that exist there: T1w \(4\), FLAIR \(1\)"),
-        (Scalar(sufix="T1w"), "no image there has the entity 'sufix'; did you mean 'suffix'"),
+        (
+            Scalar(sufix="T1w"),
+            "no image there has the entity 'sufix'; .* did you mean suffix='T1w'",
+        ),
         (Scalar(suffix="T1w", scope="fmriprep"), r"'scope' .*raw \(3\), prep \(1\)"),
     ],
 )

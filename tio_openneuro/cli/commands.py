@@ -40,6 +40,14 @@ app = typer.Typer(
 _ENDING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
+# Words of the library to what is typed here; what cannot be typed is left out of a list of ways.
+_TYPED = {
+    r"[;,] or (?:pass|give) (?:on_multiple|required)=[^.]*": "",
+    r" = (?:Scalar|Label)\((.*?)\)(?= among|, where)": r" = \1",
+    r"(?:pass )?\b(version|unit)='([^']*)'": r"--\1 \2",
+    r"\b(\w+=)'([^']*)'": r"\1\2",
+    r"\bwith remotes=": "in Python with remotes=",
+}
 _NEUTRAL_BUDGET = "1000 PB"  # the smallest stated budget of a root holds: this one never is
 
 Source = Annotated[str, typer.Argument(help="Accession (ds004199), git URL, or path of a clone.")]
@@ -102,14 +110,13 @@ def info(
     as_json: Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Show what a dataset has and what patterns select of it, from git metadata alone."""
-    from tio_openneuro.cli.summary import summarise, summarise_selection
+    from tio_openneuro.cli.summary import summarise, usable_units
     from tio_openneuro.sources import open_catalog
 
     catalog = open_catalog(source, root, version=version)
     record = dataclasses.asdict(summarise(catalog))
     if patterns := _patterns(image, label):
-        selected = summarise_selection(catalog, patterns, cast(Unit, unit))
-        record |= dataclasses.asdict(selected)
+        record |= dataclasses.asdict(usable_units(catalog, patterns, cast(Unit, unit))[1])
     _report(str(source), record, as_json=as_json)
 
 
@@ -129,15 +136,19 @@ def plan(
 ) -> None:
     """Tell what training will fetch and how long the link is busy, from git metadata alone."""
     from tio_openneuro.cli.plan import plan_disk
-    from tio_openneuro.cli.summary import unit_contents
+    from tio_openneuro.cli.summary import usable_units
     from tio_openneuro.sources import open_catalog
 
     catalog = open_catalog(source, root, version=version)
-    units = unit_contents(catalog, _patterns(image, label), cast(Unit, unit))
+    units, selected = usable_units(catalog, _patterns(image, label), cast(Unit, unit))
+    if not units:
+        reasons = "; ".join(selected.skipped_reasons)
+        raise SelectionError(f"Cannot plan {catalog.dataset_id}: no unit can be had ({reasons}).")
     automatic = disk_budget == "auto"
     budget_bytes = Ledger.planned_budget(root) if automatic else parse_size(disk_budget)
     found = plan_disk(units, budget_bytes, epochs=epochs, seed=seed)
     record = {"dataset": catalog.dataset_id, "commit": catalog.commit, **dataclasses.asdict(found)}
+    record |= {"skipped": selected.skipped, "skipped_reasons": selected.skipped_reasons}
     record |= {"epochs": epochs, "rate_bytes": parse_size(rate)}
     record["link_busy_s"] = round(found.seconds(parse_size(rate), epochs), 1)
     _report(f"Plan for {source}", record, as_json=as_json)
@@ -298,7 +309,7 @@ def _patterns(image: list[str], label: list[str]) -> dict[str, Scalar | Label]:
             try:
                 patterns[name] = kind(wanted) if sign == "=" else kind(**entities)
             except SelectionError as error:
-                raise typer.BadParameter(f"{text!r}: {error}") from error
+                raise typer.BadParameter(f"{text!r}: {_typed(error)}") from error
     return patterns
 
 
@@ -342,6 +353,14 @@ def _end(number: int, _frame: object) -> None:
     raise _EndedError(128 + number)
 
 
+def _typed(error: Exception) -> str:
+    """Return the words of an error with the options of the command line in place of Python's."""
+    said = str(error)
+    for python, typed in _TYPED.items():
+        said = re.sub(python, typed, said)
+    return said
+
+
 def main() -> None:
     """Run the command line; exit with 0 done, 1 failed with one message, 2 wrong usage.
 
@@ -354,7 +373,7 @@ def main() -> None:
     try:
         app()
     except (TioOpenNeuroError, OSError, NotImplementedError) as error:
-        typer.echo(f"tio-openneuro: {error}", err=True)
+        typer.echo(f"tio-openneuro: {_typed(error)}", err=True)
         sys.exit(1)
     except _EndedError as ended:
         name = signal.Signals(int(ended.code or 0) - 128).name

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tio_openneuro.content import AnnexKey
-from tio_openneuro.errors import SelectionError
 from tio_openneuro.select import IMAGE_EXTENSIONS, Label, Scalar, Unit, parse_path, select
 from tio_openneuro.sources import Catalog
 
@@ -95,64 +94,41 @@ def summarise(catalog: Catalog) -> Summary:
     )
 
 
-def summarise_selection(
+def usable_units(
     catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit
-) -> SelectionSummary:
-    """Count what patterns select of the catalog.
+) -> tuple[dict[str, dict[str, int]], SelectionSummary]:
+    """Return the units that can be had, in the dataset's order, and what is left out.
 
     Args:
         catalog: The dataset's files.
         patterns: Patterns by image name.
         unit: What one unit is.
+
+    Returns:
+        The bytes of each file by its key, by unit; and how many units there are, and are not.
 
     Raises:
         SelectionError: The patterns select nothing.
     """
-    units, why = _usable(catalog, patterns, unit)
+    lost = _unavailable(catalog)
+    selection = select(catalog.files, patterns, unit=unit)
+    why = Counter(skip.reason for skip in selection.skipped)
+    units: dict[str, dict[str, int]] = {}
+    for row in selection.rows:
+        files = [file for found in row.images.values() for file in found]
+        reasons = [lost[f.key] for f in files if f.key is not None and f.key in lost]
+        if reasons:
+            why[reasons[0]] += 1
+        else:
+            units[row.unit] = {str(f.key or f.path): f.size_bytes or 0 for f in files}
     sizes = {key: size for contents in units.values() for key, size in contents.items()}
-    reasons = dict(Counter(why).most_common(_SHOWN_REASONS))
-    return SelectionSummary(len(units), sum(sizes.values()), len(why), reasons)
-
-
-def unit_contents(
-    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit
-) -> dict[str, dict[str, int]]:
-    """Return the bytes of each file of each unit that can be had, in the dataset's order.
-
-    Args:
-        catalog: The dataset's files.
-        patterns: Patterns by image name.
-        unit: What one unit is.
-
-    Raises:
-        SelectionError: The patterns select nothing, or nothing that can be had.
-    """
-    units, why = _usable(catalog, patterns, unit)
-    if not units:
-        message = f"Cannot use {catalog.dataset_id}: no unit can be had ({', '.join({*why})})."
-        raise SelectionError(message)
-    return units
+    reasons_shown = dict(why.most_common(_SHOWN_REASONS))
+    if rest := why.total() - sum(reasons_shown.values()):
+        reasons_shown[f"{len(why) - _SHOWN_REASONS} other reasons"] = rest
+    return units, SelectionSummary(len(units), sum(sizes.values()), why.total(), reasons_shown)
 
 
 def _unavailable(catalog: Catalog) -> dict[AnnexKey, str]:
     """Return the keys that no remote can give, each with the reason."""
     keys = [file.key for file in catalog.files if file.key is not None]
     return catalog.repo.unavailable(keys) if catalog.repo is not None else {}
-
-
-def _usable(
-    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit
-) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Return the units that can be had, with their files' bytes, and why others cannot."""
-    lost = _unavailable(catalog)
-    selection = select(catalog.files, patterns, unit=unit)
-    why = [skip.reason for skip in selection.skipped]
-    units: dict[str, dict[str, int]] = {}
-    for row in selection.rows:
-        files = [file for found in row.images.values() for file in found]
-        reasons = [lost[f.key] for f in files if f.key is not None and f.key in lost]
-        if reasons:
-            why.append(reasons[0])
-        else:
-            units[row.unit] = {str(f.key or f.path): f.size_bytes or 0 for f in files}
-    return units, why

@@ -32,11 +32,13 @@ class Vocabulary:
     Attributes:
         long_names: Entity by its key in names, ``{"acq": "acquisition"}``.
         datatypes: Names of datatype folders, ``"anat"``.
+        suffixes: Last parts of names, ``"T1w"``.
         endings: Extensions with more than one dot, longest first.
     """
 
     long_names: Mapping[str, str]
     datatypes: frozenset[str]
+    suffixes: frozenset[str]
     endings: tuple[str, ...]
 
 
@@ -49,6 +51,7 @@ def vocabulary() -> Vocabulary:
     return Vocabulary(
         {str(entry["name"]): str(name) for name, entry in objects["entities"].items()},
         frozenset(str(entry["value"]) for entry in objects["datatypes"].values()),
+        frozenset(str(entry["value"]) for entry in objects["suffixes"].values()),
         tuple(sorted(endings, key=lambda ending: (-len(ending), ending))),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cached_property
@@ -17,7 +17,7 @@ from typing import Literal
 
 from tio_openneuro.content import TreeFile
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select.bids import FIELDS, BidsPath, entity_name, parse_path
+from tio_openneuro.select.bids import FIELDS, BidsPath, entity_name, parse_path, vocabulary
 
 NIFTI_EXTENSIONS = (".nii.gz", ".nii")
 IMAGE_EXTENSIONS = (*NIFTI_EXTENSIONS, ".mgz", ".mgh", ".nrrd", ".mha", ".tif", ".tiff", ".png")
@@ -49,6 +49,7 @@ class ImagePattern:
         if glob is not None and not (isinstance(glob, str) and glob.strip()):
             raise SelectionError(
                 f"{name} cannot select by an empty pattern, nor by what is no text: {glob!r}."
+                " Give a glob from the dataset's root, 'sub-*/anat/*_T1w.nii.gz'."
             )
         if glob is None and not entities:
             raise SelectionError(
@@ -303,15 +304,41 @@ def _nearest(
     """Say what exists that comes nearest to a pattern without a match."""
     if matched and not images:
         endings = Counter(hit.parsed.extension for hit in matched)
-        return f"It matches {len(matched)} files that are no images ({listed(endings)})."
+        return f"It hits {len(matched)} files that are no images ({listed(endings)}); try .nii.gz."
     if pattern.glob is not None and not images:
         paths = (file.path for file in files if file.path.endswith(IMAGE_EXTENSIONS))
         shapes = Counter(map(_shape_of, paths))
-        near = get_close_matches(_shape_of(pattern.glob), list(shapes)[:2000], cutoff=0.3)
-        if near:
-            return f"The nearest that exist: {listed(Counter({n: shapes[n] for n in near}))}."
-        return f"Images that exist: {listed(shapes)}." if shapes else "It holds no images."
+        near = Counter({shape: shapes[shape] for shape in _alike(pattern.glob, shapes)})
+        which = "The nearest" if near else "Images"
+        return f"{which} that exist: {listed(near or shapes)}." if shapes else "It holds no images."
     return _nearest_entities(dict(pattern.entities), [hit.parsed for hit in images])
+
+
+def _alike(glob: str, shapes: Iterable[str]) -> list[str]:
+    """Return the shapes that a glob means in another case, place or spelling, the surest alone."""
+    glob = _shape_of(re.sub(r"^\w+=|\.(?=\*)", "", glob.replace("\\", "/").strip(" /")))
+    within = re.sub(r"^.*?(?=sub-|derivatives/)", "", glob)
+    for kind in ("{0}", "{1}", "{1}*", "**/{0}", "**/*{0}", "{0}/**", "**/{0}/**", "**/*{0}*"):
+        expression = re.compile(f"(?is){compile_glob(kind.format(glob, within))[1].pattern}")
+        if found := [shape for shape in shapes if expression.fullmatch(shape)]:
+            return found
+    return get_close_matches(glob, list(shapes)[:2000], cutoff=0.3)
+
+
+def _meant(name: str, wanted: object, parsed: list[BidsPath]) -> list[str]:
+    """Return what may be meant by an entity that no image has, by its value, then by spelling."""
+    text = str(wanted)
+    parts = {part.lower() for part in re.findall(r"[^\W_]*[^\W\d_][^\W_]*", text)}
+    every = {
+        f"{other}={path.get(other)!r}": path.get(other).lower()
+        for path in parsed
+        for other in (name, "suffix", "datatype", "pipeline", *path.entities)
+        if path.get(other)
+    }
+    # What BIDS knows is no misspelling, nor is a number.
+    guess = parts and text not in vocabulary().suffixes
+    near = get_close_matches(f"{name}={text!r}", every, cutoff=0.8) if guess else []
+    return [each for each, value in every.items() if value in parts] + near
 
 
 def _nearest_entities(wanted: dict[str, object], parsed: list[BidsPath]) -> str:
@@ -328,12 +355,11 @@ def _nearest_entities(wanted: dict[str, object], parsed: list[BidsPath]) -> str:
             path.pipeline or path.scope if by_scope else path.get(name) for path in parsed
         )
         present = Counter({text: count for text, count in values.items() if text})
+        hint = "".join(f" Did you mean {m}?" for m in _meant(name, value, parsed)[:1])
         if present:
-            return f"Values of {name!r} that exist there: {listed(present)}."
-        known = Counter(key for path in parsed for key in path.entities)
-        near = get_close_matches(name, [*known, *FIELDS], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f". Entities: {listed(known)}."
-        return f"No image there has the entity {name!r}{hint}"
+            return f"Values of {name!r} that exist there: {listed(present)}.{hint}"
+        known = Counter(key for p in parsed for key in (*p.entities, *FIELDS[:4]) if p.get(key))
+        return f"No image there has the entity {name!r}; they have {listed(known)}.{hint}"
     return "Those that match lie outside raw and derivatives; give scope='all' to take them."
 
 

@@ -183,20 +183,23 @@ def _only(values: Iterable[str]) -> str:
 
 
 def _combination_names(unit: str, combinations: Sequence[Combination]) -> list[str]:
-    """Name each combination by the unit and the entities that tell it from the others."""
+    """Name each combination by the unit and what tells it from the others.
+
+    That is the entities, else the words of the files' names, else names and folders.
+    """
     if len(combinations) == 1:
         return [unit]
-    parts = [
-        [part for hit in hits_of([each]) for part in hit.parsed.stem.split("_") if "-" in part]
-        for each in combinations
-    ]
-    common = set(parts[0]).intersection(*parts[1:])
-    names = [
-        "_".join([unit, *dict.fromkeys(token for token in own if token not in common)])
-        for own in parts
-    ]
-    counts = Counter(names)
-    return [f"{n}_{k}" if counts[n] > 1 else n for k, n in enumerate(names, start=1)]
+    files = [[hit.parsed for hit in hits_of([each])] for each in combinations]
+    for part, sign, mark in (("stem", "_", "-"), ("stem", "_", ""), ("path", "/", "")):
+        words = [[w for f in fs for w in getattr(f, part).split(sign) if mark in w] for fs in files]
+        common = set(words[0]).intersection(*words[1:])
+        names = [
+            "_".join([unit, *dict.fromkeys(word for word in own if word not in common)])
+            for own in words
+        ]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name}_{number}" for number, name in enumerate(names, start=1)]
 
 
 def _check_uniform(rows: Sequence[SelectedUnit], images: Mapping[str, Scalar | Label]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tio_openneuro.annex import AnnexRepo, index_tree, read_blobs, read_blobs_if_present
 from tio_openneuro.content import AnnexKey, TreeFile
 from tio_openneuro.errors import SelectionError, UnsafeDatasetError
-from tio_openneuro.sources.install import install
+from tio_openneuro.sources.install import install, local_path
 
 _LONGEST_TEXT_BYTES = 64 << 20
 
@@ -71,7 +71,8 @@ def open_catalog(
     """Clone the source where needed, and list its files at the wanted version.
 
     Args:
-        source: Accession, git URL, path of a clone, or path of a plain BIDS folder.
+        source: Accession (or what names one: a page's URL, a DOI, ``ds004199@1.0.6``), git URL,
+            path of a clone, or path of a plain BIDS folder.
         root: Folder of clones and ledger.
         version: Tag or commit; None for the newest snapshot.
         remotes: Names of further annex remotes to trust.
@@ -81,7 +82,7 @@ def open_catalog(
         NotAnAnnexError: The source is neither an annex dataset nor a BIDS folder.
         RemoteUnavailableError: The source cannot be reached.
     """
-    folder = Path(source).expanduser()
+    folder = local_path(source)
     if (folder / "dataset_description.json").is_file() and not (folder / ".git").exists():
         folder = folder.resolve()
         return Catalog(folder.name, folder, "", "", tuple(_walk(folder)), None)

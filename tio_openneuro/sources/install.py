@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,14 @@ from tio_openneuro.sources.remotes import enable, usable
 _LOG = logging.getLogger(__name__)
 
 _ACCESSION = re.compile(r"ds\d{6}")
+# A dataset of OpenNeuro as people name it, with or without a version: its id (zeros left out), its
+# page's or repository's address, its DOI, or DataLad's name for it.
+_NAMED = re.compile(
+    r"(?i)(?:(?:https?://)?(?:www\.)?(openneuro\.org/datasets/|github\.com/OpenNeuroDatasets/)|"
+    r"OpenNeuroDatasets/|///openneuro/|(?:https?://doi\.org/|doi:)?10\.18112/openneuro\.)?"
+    r"ds(\d{6}|[1-9]\d{0,4})(?:\.git)?(?:(?:@|/versions/|/tree/|\.v(?=\d))([^\s/?#]+))?"
+    r"(?(1)(?:[/?#].*)?|)"
+)
 _ACCESSION_URL = "https://github.com/OpenNeuroDatasets/{}.git"
 _URL = re.compile(r"(https?|ssh|git|file)://.+|[\w.-]+@[\w.-]+:.+")
 _LOCK_TIMEOUT_S = 3600.0
@@ -94,9 +103,10 @@ def install(
 
     Args:
         source: Accession, git URL (https, http, ssh, git, file), git bundle, or path of a clone.
+            Where no such path exists, also what :func:`identify` takes for an accession.
         root: Folder under which clones are kept.
-        version: Tag, branch or commit; None: the newest snapshot tag in the clone, else the
-            default branch.
+        version: Tag, branch or commit; None: the one that the source names, else the newest
+            snapshot tag in the clone, else the default branch.
         remotes: Names of further annex remotes to trust.
 
     Raises:
@@ -107,20 +117,54 @@ def install(
     """
     names = tuple(remotes or ())
     clones = Path(root).expanduser().absolute() / "clones"
-    folder = Path(source).expanduser()
-    if isinstance(source, str) and _ACCESSION.fullmatch(source):
-        origin = _Origin(source, source, _ACCESSION_URL.format(source))
-        return _install_own(origin, clones, version, names)
-    if isinstance(source, str) and _URL.fullmatch(source):
-        return _install_own(_Origin.of_url(source), clones, version, names)
-    if folder.is_dir():
-        return _use_where_it_is(folder.resolve(), version, names)
-    if folder.is_file():
-        return _install_own(_Origin.of_url(str(folder.resolve())), clones, version, names)
-    raise NotAnAnnexError(
-        f"Cannot use {str(source)!r} as a dataset: it is no accession (like 'ds004199'), no git "
-        f"URL (https, ssh, file), and no such path exists. Look at the spelling."
-    )
+    found, version = identify(source, version)
+    if isinstance(found, _Origin):
+        return _install_own(found, clones, version, names)
+    if found.is_dir():
+        return _use_where_it_is(found.resolve(), version, names)
+    if found.is_file():
+        return _install_own(_Origin.of_url(str(found.resolve())), clones, version, names)
+    raise NotAnAnnexError(f"Cannot use {str(source)!r} as a dataset: {_nowhere(source, found)}")
+
+
+def identify(source: str | Path, version: str | None = None) -> tuple[_Origin | Path, str | None]:
+    """Return where a dataset comes from, or its path; and the version that is wanted.
+
+    An id of OpenNeuro may lack zeros or be written large, follow the address of its page or
+    repository or stand in a DOI, and name a version (``ds004199@1.0.6``). What exists as a path
+    is that path, unless it is an accession as it should be.
+
+    Raises:
+        TioOpenNeuroError: It names another version than the one that is wanted.
+    """
+    folder, text = local_path(source), str(source).strip()
+    if isinstance(source, Path) or (os.path.lexists(folder) and not _ACCESSION.fullmatch(source)):
+        return folder, version
+    named = _NAMED.fullmatch(text)
+    if named is None:
+        return (_Origin.of_url(text) if _URL.fullmatch(text) else folder), version
+    accession, within = f"ds{int(named[2]):06}", named[3]
+    if within and version not in {None, within}:
+        message = f"Cannot use {text!r} with version={version!r}: these are two versions."
+        raise TioOpenNeuroError(f"{message} Leave one out.")
+    return _Origin(accession, accession, _ACCESSION_URL.format(accession)), within or version
+
+
+def local_path(source: str | Path) -> Path:
+    """Return a source as a path, whether or not it is one; an empty one is not where we are."""
+    return Path(os.path.expanduser(source or "''"))  # noqa: PTH111 - Path's raises at ~nobody
+
+
+def _nowhere(source: str | Path, folder: Path) -> str:
+    """Say what a source is not, and what to type instead."""
+    number = re.search(r"(?i)(?:ds[-_ ]?|^(?=\d+\s*$))(\d{1,6})(?!\d)", str(source))
+    accession = f" For OpenNeuro's own give {f'ds{int(number[1]):06}'!r} alone." if number else ""
+    if isinstance(source, Path) or re.search(r"[/\\]|^[.~]", source):
+        path = folder.absolute()
+        there = next(parent for parent in path.parents if os.path.lexists(parent))
+        return f"there is no {path}; of it {there} exists. Look at the path.{accession}"
+    what = "it is no accession (like 'ds004199'), no git URL (https, ssh, file) and no path"
+    return f"{what} that exists. Look at the spelling.{accession}"
 
 
 def _install_own(
@@ -196,15 +240,17 @@ def forget(source: str | Path, root: Path, drop: Callable[[Path], int]) -> Forgo
         NotAnAnnexError: There is no such clone, or it is no repository any more.
     """
     root = Path(root).expanduser().absolute()
-    folder = Path(source).expanduser()
-    if git_folder(folder) is not None:
-        dropped_bytes = drop(folder.resolve())
-        beside = AnnexRepo(folder.resolve(), root=root).beside
+    found, version = identify(source)
+    if version is not None:
+        message = f"Cannot forget {source}: one clone holds all versions. Leave the version out."
+        raise TioOpenNeuroError(message)
+    if isinstance(found, Path) and git_folder(found) is not None:
+        dropped_bytes = drop(found.resolve())
+        beside = AnnexRepo(found.resolve(), root=root).beside
         if beside is not None and beside.exists():
             remove(beside)
-        return Forgotten(folder.resolve(), dropped_bytes, removed=False)
-    known = isinstance(source, str) and _ACCESSION.fullmatch(source)
-    origin = _Origin(str(source), str(source), "") if known else _Origin.of_url(str(source))
+        return Forgotten(found.resolve(), dropped_bytes, removed=False)
+    origin = found if isinstance(found, _Origin) else _Origin.of_url(str(found.resolve()))
     clone = root / "clones" / origin.folder_name
     if clone.is_dir() and git_folder(clone) is None:
         raise NotAnAnnexError(
