@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import torchio as tio
 
 from tio_openneuro.dataset.dataset import DataladSubjectsDataset
@@ -98,7 +99,7 @@ def _adapted(row: SubjectRow, engine: Engine | None, missing: dict[str, Any]) ->
     for name, nothing in missing.items():
         value = subject.get(name, nothing)
         if nothing == "" and not isinstance(value, str):
-            value = "" if value != value else f"{value:g}"  # noqa: PLR0124 - nan
+            value = "" if np.isnan(value) else np.format_float_positional(value, trim="-")
         subject[name] = value
     subject.update_attributes()
     for image in cast("list[FetchedImage]", subject.get_images(intensity_only=False)):

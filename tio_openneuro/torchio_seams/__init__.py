@@ -20,12 +20,14 @@ from tio_openneuro.torchio_seams.images import (
     FetchedSubject,
     ImageFiles,
     Metadata,
+    SidecarReader,
 )
 from tio_openneuro.torchio_seams.in_place import get_subject, transform_in_place
 from tio_openneuro.torchio_seams.parts import walk_parts
 from tio_openneuro.torchio_seams.private_names import (
     is_loaded,
     leave_unfilled,
+    reserved_names,
     share_subjects,
     transform_of,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "KeptMaps",
     "Metadata",
     "SamplerMap",
+    "SidecarReader",
     "UnpinnedError",
     "draw_patches",
     "drawing_from",
@@ -71,6 +74,7 @@ __all__ = [
     "pin",
     "reads_boxes",
     "refuse_random",
+    "reserved_names",
     "share_subjects",
     "transform_in_place",
     "transform_of",

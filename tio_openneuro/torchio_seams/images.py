@@ -13,9 +13,11 @@ around a tensor (1.2.1), which is why patches need these subclasses too.
 
 from __future__ import annotations
 
+import json
+import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,39 +33,104 @@ from tio_openneuro.content import AnnexKey, ContentFile, ContentRepo, ContentUni
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.ram import available_bytes
-from tio_openneuro.select import Label, Scalar
+from tio_openneuro.select import Label, Scalar, decode_text
+from tio_openneuro.sources import read_texts
 from tio_openneuro.torchio_seams.in_place import read_file
 from tio_openneuro.volumes import VolumeFile, refuse_bomb
+
+_LOG = logging.getLogger(__name__)
+_NO_FIELDS = (
+    "Sidecar %s of %s is no JSON object; it is left out, and so is every other one of this dataset "
+    "that is none, without another word."
+)
 
 Box = Sequence[tuple[int, int]]
 
 
 class Metadata(Mapping[str, Any]):
-    """Hold an image's sidecar; read-only, and collated by TorchIO as a list.
+    """Hold an image's sidecars; read-only, read when asked for, and collated by TorchIO as a list.
 
     A ``dict`` would be collated key by key, which fails where two subjects' scanners wrote
-    different fields (``torchio.data.loader._stack``, 1.2.1).
+    different fields (``torchio.data.loader._stack``, 1.2.1). Copies and pickles hold no fields that
+    were read, but the way to them.
     """
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        """Copy the fields."""
+    __slots__ = ("_fields", "_found", "_read")
+
+    def __init__(
+        self, fields: Mapping[str, Any], read: Callable[[], dict[str, Any]] = dict
+    ) -> None:
+        """Copy the fields that are known.
+
+        Args:
+            fields: They go before those that are read.
+            read: Returns the others; can be pickled.
+        """
         self._fields = dict(fields)
+        self._read = read
+        self._found: dict[str, Any] | None = None
+
+    @property
+    def _all(self) -> dict[str, Any]:
+        if self._found is None:
+            self._found = self._read() | self._fields
+        return self._found
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - JSON holds anything
         """Return one field."""
-        return self._fields[name]
+        return self._all[name]
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the fields' names."""
-        return iter(self._fields)
+        return iter(self._all)
 
     def __len__(self) -> int:
         """Return the number of fields."""
-        return len(self._fields)
+        return len(self._all)
 
     def __repr__(self) -> str:
         """Show it as the dictionary it is."""
-        return f"Metadata({self._fields!r})"
+        return f"Metadata({self._all!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled without the fields that were read."""
+        return type(self), (self._fields, self._read)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return the same object, which nothing changes."""
+        return self
+
+    def pin_memory(self) -> Self:
+        """Return the same object, which holds no tensor: torch would read it to find some."""
+        return self
+
+
+@dataclass
+class SidecarReader:
+    """Read sidecars of one dataset.
+
+    Attributes:
+        folder: The clone, or the plain BIDS folder.
+        told: Whether it was said that there is one without JSON fields.
+    """
+
+    folder: Path
+    told: bool = False
+
+    def read(self, files: Sequence[TreeFile]) -> dict[str, Any]:
+        """Return the fields of some sidecars, of which later ones override."""
+        fields: dict[str, Any] = {}
+        for path, text in read_texts(self.folder, files).items():
+            try:
+                found = json.loads(decode_text(text))
+            except (ValueError, RecursionError):
+                found = None
+            if isinstance(found, dict):
+                fields |= found
+            elif not self.told:
+                self.told = True
+                _LOG.warning(_NO_FIELDS, path, self.folder.name)
+        return fields
 
 
 @dataclass(frozen=True)
