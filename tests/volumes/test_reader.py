@@ -65,6 +65,7 @@ def nifti_bytes(
     header["vox_offset"] = len(header.binaryblock) + 4 + len(extension)
     header["scl_slope"], header["scl_inter"] = 1, 0
     header.set_sform(PLACED, 1)
+    header["pixdim"][1:4] = abs(PLACED.diagonal()[:3])
     for name, value in (fields or {}).items():
         header[name] = value
     extender = b"\1\0\0\0" if extension else bytes(4)
@@ -178,6 +179,7 @@ def test_place_in_space(tmp_path: Path, sform: int, qform: int, factor: float) -
     """With either form, both, and neither; also mirrored."""
     path = tmp_path / "image.nii.gz"
     fields = {**quaternion_fields(qform, factor), "sform_code": sform}
+    fields |= {"srow_x": [-1.1, 0, 0, 90], "srow_y": [0, 0.9, 0, -126], "srow_z": [0, 0, 2, -72]}
     path.write_bytes(gzip.compress(nifti_bytes(numbers("i2", (6, 5, 4)), fields=fields)))
     assert_equal_to_torchio(path)
 

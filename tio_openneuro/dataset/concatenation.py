@@ -99,7 +99,8 @@ def _adapted(row: SubjectRow, engine: Engine | None, missing: dict[str, Any]) ->
     for name, nothing in missing.items():
         value = subject.get(name, nothing)
         if nothing == "" and not isinstance(value, str):
-            value = "" if np.isnan(value) else np.format_float_positional(value, trim="-")
+            number = cast("float", value)
+            value = "" if number != number else np.format_float_positional(number, trim="-")  # noqa: PLR0124 - nan
         subject[name] = value
     subject.update_attributes()
     for image in cast("list[FetchedImage]", subject.get_images(intensity_only=False)):

@@ -201,30 +201,23 @@ def _read_table(content: bytes, place: str | None = None, taken: str = "") -> _T
     if not lines:
         return _Table((), ())
     delimiter = next((mark for mark in ("\t", ",", ";") if mark in lines[0]), "\t")
-    table = [_cells(line, delimiter) for line in lines]
-    width = max(map(len, table))
-    header, *body = ([*cells, *[""] * (width - len(cells))] for cells in table)
-    headers = unique_headers([h or f"column_{n}" for n, h in enumerate(header, 1)], {taken})
+    header, *body = (_cells(line, delimiter) for line in lines)
+    own = {n for cells in [header, *body] for n, cell in enumerate(cells) if _given(cell)}
     when = _position(header, _SESSION_HEADERS)
-    whose = None if place else _position(header, _SUBJECT_HEADERS) or 0
-    kept = [
-        n
-        for n in range(width)
-        if n != whose
-        and (n != when or place is None)
-        and (header[n] or any(_given(cells[n]) for cells in body))
-    ]
+    whose = -1 if place else max(_position(header, _SUBJECT_HEADERS), 0)
+    shown = [*header, *[""] * (max(own, default=0) + 1 - len(header))]
+    headers = unique_headers([h or f"column_{n}" for n, h in enumerate(shown, start=1)], {taken})
+    kept = {n: headers[n] for n in sorted(own - {whose} - ({when} if place is not None else set()))}
     rows: list[_Row] = []
     for cells in body:
-        subject = place or normalise_id(cells[whose or 0])
-        session = "" if when is None else normalise_id(_given(cells[when]), "ses-")
+        given = dict(enumerate(map(_given, cells)))
+        subject = place or normalise_id(given.get(whose, ""))
+        session = normalise_id(given.get(when, ""), "ses-")
         if subject:
-            rows.append(
-                (subject, session, {headers[n]: t for n in kept if (t := _given(cells[n]))})
-            )
-    id_column = headers[whose or 0] if place is None else ""
-    columns = [name for n, name in enumerate(headers) if n in kept or name == id_column]
-    return _Table(columns, rows, id_column)
+            values = {name: given[n] for n, name in kept.items() if given.get(n)}
+            rows.append((subject, session, values))
+    ids = [headers[whose]] if place is None else []
+    return _Table([*ids, *kept.values()], rows, *ids)
 
 
 def decode_text(content: bytes) -> str:
@@ -256,10 +249,10 @@ def unique_headers(headers: Sequence[str], taken: Collection[str]) -> list[str]:
     return list(names)[len(taken) :]
 
 
-def _position(headers: Sequence[str], known: Sequence[str]) -> int | None:
-    """Return which header is one of those known, the best known first."""
+def _position(headers: Sequence[str], known: Sequence[str]) -> int:
+    """Return which header is one of those known, the best known first; -1 where none is."""
     lowered = [header.lower().replace(" ", "_") for header in headers]
-    return next((lowered.index(name) for name in known if name in lowered), None)
+    return next((lowered.index(name) for name in known if name in lowered), -1)
 
 
 def _given(text: str) -> str:

@@ -36,7 +36,7 @@ from tio_openneuro.ram import available_bytes
 from tio_openneuro.select import Label, Scalar, decode_text
 from tio_openneuro.sources import read_texts
 from tio_openneuro.torchio_seams.in_place import read_file
-from tio_openneuro.volumes import VolumeFile, refuse_bomb
+from tio_openneuro.volumes import VolumeFile, read_grid, refuse_bomb
 
 _LOG = logging.getLogger(__name__)
 _NO_FIELDS = (
@@ -333,9 +333,9 @@ class FetchedImage(tio.Image):
             return
         if source.grid_of is not None:
             with source.grid_of.opened(leased) as files:
-                grid = tio.ScalarImage(files[0].path)  # type: ignore[no-untyped-call]
-                self.set_data(torch.zeros(1, *grid.spatial_shape, dtype=torch.uint8))
-                self.affine = grid.affine
+                whole = partial(read_file, self, files[0], source.grid_of.files[0].path)
+                shape, self.affine = read_grid(files[0]) or whole()
+            self.set_data(torch.zeros(1, *np.shape(shape)[-3:], dtype=torch.uint8))
             return
         with source.opened(leased) as files:
             self._read(source, files)
@@ -376,36 +376,33 @@ class FetchedImage(tio.Image):
         if not self._loaded and self._array is not None:
             channels, i, j, k = self._array.shape
             return channels, i, j, k
-        with self._header():
-            return super().shape
+        grid = self._grid()
+        return super().shape if grid is None else grid[0]
 
     @property
     def affine(self) -> Any:  # noqa: ANN401 - TorchIO's own
         """Affine, 4 x 4, float64; of an unloaded image from its header, fetched first."""
         if not self._loaded and self._array is not None:
             return self[AFFINE]
-        with self._header():
-            return super().affine
+        grid = self._grid()
+        return super().affine if grid is None else grid[1]
 
     @affine.setter
     def affine(self, matrix: Any) -> None:  # noqa: ANN401 - TorchIO's own
         self[AFFINE] = self._parse_affine(matrix)
 
-    @contextmanager
-    def _header(self) -> Iterator[None]:
+    def _grid(self) -> tuple[tuple[int, int, int, int], Any] | None:
+        """Return shape and affine by the header; load the image and return None where it lies."""
         source = self._source
         if self._loaded or source is None:
-            yield
-        elif len(source.files) == 1 and _is_plain(source.selector):
+            return None
+        if len(source.files) == 1 and _is_plain(source.selector):
             with source.lease() as leased, source.opened(leased) as files:
-                nominal, self.path = self.path, files[0].path
-                try:
-                    yield
-                finally:
-                    self.path = nominal
-        else:
-            self.load()
-            yield
+                grid = read_grid(files[0])
+            if grid is not None:
+                return grid
+        self.load()
+        return None
 
 
 class FetchedScalarImage(FetchedImage, tio.ScalarImage):

@@ -6,6 +6,7 @@ of inventing voxels. Never reads more than it must to know a size.
 """
 
 from tio_openneuro.volumes.headers import (
+    VOLUME_SUFFIXES,
     ImageSize,
     SubjectSize,
     VolumeFile,
@@ -14,17 +15,20 @@ from tio_openneuro.volumes.headers import (
     refuse_bomb,
     sum_sizes,
 )
-from tio_openneuro.volumes.reader import read_nifti
+from tio_openneuro.volumes.reader import read_grid, read_nifti, read_slowly
 from tio_openneuro.volumes.reading_gate import install_reading_gate
 
 __all__ = [
+    "VOLUME_SUFFIXES",
     "ImageSize",
     "SubjectSize",
     "VolumeFile",
     "announce_files",
     "install_reading_gate",
     "listening",
+    "read_grid",
     "read_nifti",
+    "read_slowly",
     "refuse_bomb",
     "sum_sizes",
 ]

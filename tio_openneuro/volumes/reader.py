@@ -14,11 +14,13 @@ from __future__ import annotations
 import io
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Self, cast
 
+import nibabel
 import numpy as np
 import SimpleITK
 import torch
@@ -27,7 +29,13 @@ from torchio.data.io import get_ras_affine_from_sitk
 
 from tio_openneuro.errors import DamagedImageError
 from tio_openneuro.sizes import format_size
-from tio_openneuro.volumes.headers import GZIP, PLAIN_EXTENSION_BYTES, NiftiHeader, VolumeFile
+from tio_openneuro.volumes.headers import (
+    GZIP,
+    LEAST_SLOPE,
+    PLAIN_EXTENSION_BYTES,
+    NiftiHeader,
+    VolumeFile,
+)
 
 # 64 kB to 1 MB make no difference (2026-11-21).
 _CHUNK_BYTES = 1 << 18
@@ -39,11 +47,8 @@ _SPATIAL = 3
 _VECTOR_AXIS = 4
 _LEAST_VOLUME = 1e-3
 _DIMENSIONS = range(2, 5)
-# Between this and nothing SimpleITK may take numbers for unscaled that are scaled.
-_LEAST_SLOPE = 1e-12
 # Codes of NIfTI: SimpleITK reorders symmetric matrices, and turns displacements round.
 _REORDERED_INTENTS = frozenset({1005, 1006})
-_VECTOR_INTENT = 1007
 # Not uint64, of which torch knows little, nor complex numbers, colours and float128.
 _PIXELS = {
     "u1": "UInt8",
@@ -87,19 +92,16 @@ class _Layout:
         while len(shape) > _VECTOR_AXIS + 1 and shape[-1] == 1:
             shape.pop()
         vector = shape[_VECTOR_AXIS] > 1
-        stored = header.stored.str[1:] if header.stored is not None else ""
+        stored = header.stored.str[1:]
         if (
             not header.single
             or stored not in _PIXELS
             or len(shape) > _VECTOR_AXIS + 1
-            or min(shape) < 1
-            or (vector and (shape[_SPATIAL] > 1 or header.intent != _VECTOR_INTENT))
+            or header.is_misread
             or header.intent in _REORDERED_INTENTS
         ):
             return None
-        least = header.header_bytes + 4
-        # Written so that a NaN is out of bounds as well.
-        if not least <= header.offset_bytes <= least + PLAIN_EXTENSION_BYTES:
+        if header.offset_bytes > header.header_bytes + 4 + PLAIN_EXTENSION_BYTES:
             return None
         scale: tuple[float, float] | None = (header.slope, header.intercept)
         if scale in {(0.0, 0.0), (1.0, 0.0)}:
@@ -121,11 +123,6 @@ class _Layout:
         kind = "f4" if self.scale is not None and self.stored != "f8" else self.stored
         return int(getattr(SimpleITK, f"sitk{'Vector' if self.vector else ''}{_PIXELS[kind]}"))
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the voxels as they are stored."""
-        return prod(self.shape) * np.dtype(self.stored).itemsize
-
 
 def _can_scale(header: NiftiHeader) -> bool:
     """Tell whether scaled numbers come out the same here.
@@ -136,8 +133,8 @@ def _can_scale(header: NiftiHeader) -> bool:
     slope, intercept = header.slope, header.intercept
     return (
         platform.machine() in {"x86_64", "AMD64"}
-        and _LEAST_SLOPE < abs(slope) < float("inf")
-        and (slope != 1 or abs(intercept) > _LEAST_SLOPE)
+        and LEAST_SLOPE < abs(slope) < float("inf")
+        and (slope != 1 or abs(intercept) > LEAST_SLOPE)
         and abs(intercept) < float("inf")
     )
 
@@ -198,21 +195,24 @@ def read_nifti(volume: VolumeFile, name: str) -> tuple[torch.Tensor, Any] | None
         DamagedImageError: The file holds less than its header states, or its compressed data are
             damaged. Also said of a file that TorchIO is to read, as far as its type is known.
     """
-    layout = _Layout.of(volume.nifti) if volume.nifti is not None else None
-    if layout is None:
+    header, path = volume.nifti, volume.path
+    if header is None:
         return None
-    path = volume.path
+    volume.refuse_fault(name)
+    if not header.single:
+        return None
+    layout = _Layout.of(header)
     with path.open("rb", buffering=0) as file:
         compressed = file.read(len(GZIP)) == GZIP
         file.seek(0)
         if compressed != path.name.endswith(".gz"):
             return None
-        affine = _read_affine(path, layout)
+        affine = None if layout is None else _read_affine(path, header, layout)
         source = _Inflated(file) if compressed else file
         try:
-            _skip(source, layout.offset_bytes)
-            if affine is None:
-                _skip(source, layout.size_bytes)
+            _skip(source, int(header.offset_bytes))
+            if layout is None or affine is None:
+                _skip(source, header.size_bytes)
             else:
                 tensor = _read_voxels(source, layout)
             if isinstance(source, _Inflated):
@@ -220,13 +220,57 @@ def read_nifti(volume: VolumeFile, name: str) -> tuple[torch.Tensor, Any] | None
         except _DAMAGES as error:
             raise DamagedImageError(
                 f"Cannot load {name}: {str(error).rstrip('.')}. Its header states "
-                f"{format_size(layout.size_bytes)} ({layout.size_bytes} bytes) of voxels; the file "
+                f"{format_size(header.size_bytes)} ({header.size_bytes} bytes) of voxels; the file "
                 f"has {format_size(path.stat().st_size)}. Likely it is damaged: leave the unit out."
             ) from error
     return None if affine is None else (tensor, affine)
 
 
-def _read_affine(path: Path, layout: _Layout) -> Any:  # noqa: ANN401 - TorchIO's own
+def read_grid(volume: VolumeFile) -> tuple[tuple[int, int, int, int], Any] | None:
+    """Return shape and affine of what :func:`read_nifti` would return, from the header alone."""
+    layout = None if volume.nifti is None else _Layout.of(volume.nifti)
+    if volume.nifti is None or layout is None:
+        return None
+    affine = _read_affine(volume.path, volume.nifti, layout)
+    return None if affine is None else (layout.shape, affine)
+
+
+def read_slowly(
+    volume: VolumeFile, name: str, read: Callable[[Path], tuple[torch.Tensor, Any]]
+) -> tuple[torch.Tensor, Any]:
+    """Read a NIfTI or MGH file as TorchIO does, unless SimpleITK misreads it: then by nibabel.
+
+    Args:
+        volume: A local file, of which :func:`read_nifti` returned None.
+        name: What the file is called, for messages.
+        read: TorchIO's own way, which returns voxels and affine.
+
+    Raises:
+        DamagedImageError: Neither can read it.
+    """
+    header = volume.nifti
+    try:
+        if header is None or not header.is_misread:
+            tensor, affine = read(volume.path)
+            if header is None or (
+                tuple(tensor.shape[1:]) == (*header.shape, 1, 1)[:_SPATIAL]
+                and header.has_place(affine)
+            ):
+                return tensor, affine
+        image: Any = nibabel.load(volume.path, mmap=False)
+        voxels = image.get_fdata(dtype=np.float32)
+        voxels = voxels.reshape(*[*voxels.shape, 1, 1][:_SPATIAL], -1)
+        return torch.from_numpy(np.moveaxis(voxels, -1, 0)), image.affine
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DamagedImageError(
+            f"Cannot load {name}: {str(error).strip() or type(error).__name__}. Likely the file "
+            f"is damaged: leave the unit out."
+        ) from error
+
+
+def _read_affine(path: Path, header: NiftiHeader, layout: _Layout) -> Any:  # noqa: ANN401 - TorchIO's own
     """Return the affine as SimpleITK reads it, or None where it sees another image than we."""
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
     reader.SetFileName(str(path))
@@ -248,7 +292,7 @@ def _read_affine(path: Path, layout: _Layout) -> Any:  # noqa: ANN401 - TorchIO'
     affine = get_ras_affine_from_sitk(reader)
     # It refuses to read the voxels of an image without extent.
     flat = abs(np.linalg.det(affine)) < _LEAST_VOLUME * prod(reader.GetSpacing()[:_SPATIAL])
-    return None if flat or not np.isfinite(affine).all() else affine
+    return affine if header.has_place(affine) and not flat else None
 
 
 def _read_voxels(source: io.RawIOBase, layout: _Layout) -> torch.Tensor:
