@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, Self, SupportsIndex
 
@@ -39,10 +40,7 @@ from tio_openneuro.torchio_seams.in_place import read_file
 from tio_openneuro.volumes import VolumeFile, read_grid, refuse_bomb
 
 _LOG = logging.getLogger(__name__)
-_NO_FIELDS = (
-    "Sidecar %s of %s is no JSON object; it is left out, and so is every other one of this dataset "
-    "that is none, without another word."
-)
+_NO_FIELDS = "Left out: %s of %s, which is no JSON object, and without a word each other such one."
 
 Box = Sequence[tuple[int, int]]
 
@@ -55,8 +53,6 @@ class Metadata(Mapping[str, Any]):
     were read, but the way to them.
     """
 
-    __slots__ = ("_fields", "_found", "_read")
-
     def __init__(
         self, fields: Mapping[str, Any], read: Callable[[], dict[str, Any]] = dict
     ) -> None:
@@ -66,35 +62,31 @@ class Metadata(Mapping[str, Any]):
             fields: They go before those that are read.
             read: Returns the others; can be pickled.
         """
-        self._fields = dict(fields)
-        self._read = read
-        self._found: dict[str, Any] | None = None
+        self._known, self._read = dict(fields), read
 
-    @property
-    def _all(self) -> dict[str, Any]:
-        if self._found is None:
-            self._found = self._read() | self._fields
-        return self._found
+    @cached_property
+    def _fields(self) -> dict[str, Any]:
+        return self._read() | self._known
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - JSON holds anything
         """Return one field."""
-        return self._all[name]
+        return self._fields[name]
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the fields' names."""
-        return iter(self._all)
+        return iter(self._fields)
 
     def __len__(self) -> int:
         """Return the number of fields."""
-        return len(self._all)
+        return len(self._fields)
 
     def __repr__(self) -> str:
         """Show it as the dictionary it is."""
-        return f"Metadata({self._all!r})"
+        return f"Metadata({self._fields!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Be pickled without the fields that were read."""
-        return type(self), (self._fields, self._read)
+        return type(self), (self._known, self._read)
 
     def __deepcopy__(self, memo: object) -> Self:
         """Return the same object, which nothing changes."""
@@ -107,29 +99,25 @@ class Metadata(Mapping[str, Any]):
 
 @dataclass
 class SidecarReader:
-    """Read sidecars of one dataset.
+    """Read sidecars of one dataset, and tell once that one has no fields.
 
     Attributes:
         folder: The clone, or the plain BIDS folder.
-        told: Whether it was said that there is one without JSON fields.
     """
 
     folder: Path
-    told: bool = False
+    _told: bool = False
 
     def read(self, files: Sequence[TreeFile]) -> dict[str, Any]:
         """Return the fields of some sidecars, of which later ones override."""
         fields: dict[str, Any] = {}
         for path, text in read_texts(self.folder, files).items():
             try:
-                found = json.loads(decode_text(text))
-            except (ValueError, RecursionError):
-                found = None
-            if isinstance(found, dict):
-                fields |= found
-            elif not self.told:
-                self.told = True
-                _LOG.warning(_NO_FIELDS, path, self.folder.name)
+                fields |= json.loads(decode_text(text))
+            except (ValueError, TypeError, RecursionError):
+                if not self._told:
+                    _LOG.warning(_NO_FIELDS, path, self.folder.name)
+                self._told = True
         return fields
 
 

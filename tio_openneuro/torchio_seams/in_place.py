@@ -20,7 +20,7 @@ from torchio.data.io import read_image
 
 from tio_openneuro.torchio_seams.parts import inner_transforms
 from tio_openneuro.torchio_seams.private_names import is_loaded, transform_of
-from tio_openneuro.volumes import VOLUME_SUFFIXES, VolumeFile, read_nifti, read_slowly
+from tio_openneuro.volumes import VolumeFile, read_volume
 
 # False to TorchIO, and told from the False of a user or of TorchIO's own.
 _SPARED = 0
@@ -75,9 +75,8 @@ def read_file(image: tio.Image, file: VolumeFile, name: str) -> tuple[torch.Tens
             lies.
     """
     plain = image.reader is read_image and not image.check_nans
-    if not plain or not file.path.name.endswith(VOLUME_SUFFIXES):
-        return image.read_and_check(file.path)
-    return read_nifti(file, name) or read_slowly(file, name, image.read_and_check)
+    read = image.read_and_check
+    return read_volume(file, name, read) if plain else read(file.path)
 
 
 def transform_in_place(

@@ -6,7 +6,6 @@ of inventing voxels. Never reads more than it must to know a size.
 """
 
 from tio_openneuro.volumes.headers import (
-    VOLUME_SUFFIXES,
     ImageSize,
     SubjectSize,
     VolumeFile,
@@ -15,11 +14,10 @@ from tio_openneuro.volumes.headers import (
     refuse_bomb,
     sum_sizes,
 )
-from tio_openneuro.volumes.reader import read_grid, read_nifti, read_slowly
+from tio_openneuro.volumes.reader import read_grid, read_volume
 from tio_openneuro.volumes.reading_gate import install_reading_gate
 
 __all__ = [
-    "VOLUME_SUFFIXES",
     "ImageSize",
     "SubjectSize",
     "VolumeFile",
@@ -27,8 +25,7 @@ __all__ = [
     "install_reading_gate",
     "listening",
     "read_grid",
-    "read_nifti",
-    "read_slowly",
+    "read_volume",
     "refuse_bomb",
     "sum_sizes",
 ]

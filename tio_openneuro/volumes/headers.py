@@ -37,10 +37,10 @@ GZIP = b"\x1f\x8b"
 _LEAST_ITEM_BYTES = 4
 _NIFTI2_BYTES = 540
 _MOST_DIMENSIONS = 7
-_FIFTH = 4
-VECTOR_INTENT = 1007
+_VECTOR_INTENT = 1007
 # Between this and nothing SimpleITK may take numbers for unscaled that are scaled.
 LEAST_SLOPE = 1e-12
+LEAVE_OUT = "Likely it is damaged: leave the unit out."
 _SINGLE = (b"n+1", b"n+2")
 _MAGICS = (*_SINGLE, b"ni1", b"ni2")
 _FARTHEST = 1 << 62
@@ -133,21 +133,38 @@ class NiftiHeader:
         """Take out what is asked for often."""
         self.header_bytes: int = self.fields.template_dtype.itemsize
         self.single: bool = self._of("magic") in _SINGLE
-        self.shape = tuple(self._of("dim")[1 : self._of("dim")[0] + 1])
+        self.shape: list[int] = self._of("dim")[1 : self._of("dim")[0] + 1]
         code, types = self._of("datatype"), cast("Any", nifti1.data_type_codes)
-        self.stored = np.dtype(types.dtype[code]) if code in types else np.dtype("V0")
+        self.stored: str = np.dtype(types.dtype[code]).str[1:] if code in types else "V0"
         self.offset_bytes: float = self._of("vox_offset")
         self.slope: float = self._of("scl_slope")
         self.intercept: float = self._of("scl_inter")
         self.intent: int = self._of("intent_code")
 
-    def _of(self, name: str) -> Any:  # noqa: ANN401 - numbers, text or lists of them
+    def _of(self, name: str) -> Any:  # noqa: ANN401 - a number, text, or a list of numbers
         return self.fields[name].tolist()
+
+    @property
+    def tensor_shape(self) -> tuple[int, int, int, int]:
+        """Channels and spatial shape, ``(C, I, J, K)``; in the file I is fastest, C slowest."""
+        rows, columns, slices, *_ = (*self.shape, 1, 1)
+        return prod(self.shape[3:]), rows, columns, slices
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the channels are components of a vector, the file's fifth dimension."""
+        return prod(self.shape[4:]) > 1
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the voxels as they are stored."""
-        return prod(self.shape) * self.stored.itemsize
+        return prod(self.shape) * np.dtype(self.stored).itemsize
+
+    @property
+    def scale(self) -> tuple[float, float] | None:
+        """Slope and intercept, or None where the numbers stay as they are."""
+        scale = self.slope, self.intercept
+        return None if scale in {(0.0, 0.0), (1.0, 0.0)} else scale
 
     @property
     def is_misread(self) -> bool:
@@ -156,7 +173,7 @@ class NiftiHeader:
         It adds the intercept where there is no slope, takes tiny slopes for none, and knows a
         fifth dimension as that of a vector alone.
         """
-        if prod(self.shape[_FIFTH:]) > 1 and self.intent != VECTOR_INTENT:
+        if prod(self.shape[5 if self.intent == _VECTOR_INTENT else 4 :]) > 1:
             return True
         if self.slope and isfinite(self.slope):
             return abs(self.slope) < LEAST_SLOPE
@@ -185,14 +202,21 @@ class NiftiHeader:
             "sizeof_hdr": self._of("sizeof_hdr") != self.header_bytes,
             "magic": self._of("magic") not in _MAGICS,
             "dim": min(self.shape) < 1 or len(rest) > 1,
-            "datatype": not self.stored.itemsize,
+            "datatype": not np.dtype(self.stored).itemsize,
             "vox_offset": self.single
             and not self.header_bytes + 4 <= self.offset_bytes < _FARTHEST,
             "scl_inter": self.slope and isfinite(self.slope) and not isfinite(self.intercept),
             decisive: self._of(decisive) not in (0, *_PLACES),
             "quatern_b": coded and decisive == "qform_code" and turned > _LONGEST_TURN,
         } | {name: not np.isfinite(self.fields[name].flat[:4]).all() for name in place}
-        return next((f"its {name} is {self._of(name)}" for name in wrong if wrong[name]), "")
+        return next(
+            (
+                f"its {name} is {self._of(name)}, which no image has"
+                for name in wrong
+                if wrong[name]
+            ),
+            "",
+        )
 
 
 @dataclass(eq=False)
@@ -247,12 +271,9 @@ class VolumeFile:
         """
         fault = self.nifti.fault if self.nifti is not None else ""
         if not self.path.exists():
-            fault = "it is not there any more"
+            fault = "the file is not there any more"
         if fault:
-            raise DamagedImageError(
-                f"Cannot load {name}: {fault}, which no image can have. Likely the file is "
-                f"damaged: leave the unit out."
-            )
+            raise DamagedImageError(f"Cannot load {name}: {fault}. {LEAVE_OUT}")
 
 
 def _parse_nifti(first: bytes) -> NiftiHeader | None:
@@ -270,13 +291,12 @@ def _parse_nifti(first: bytes) -> NiftiHeader | None:
 
 
 def _measure_nifti(header: NiftiHeader) -> ImageSize:
-    shape = [abs(size) for size in header.shape]
-    item_bytes = max(header.stored.itemsize, _LEAST_ITEM_BYTES)
+    item_bytes = max(np.dtype(header.stored).itemsize, _LEAST_ITEM_BYTES)
     extension_bytes = int(header.offset_bytes) - header.header_bytes
-    channels, voxels = prod(shape[3:]), prod(shape[:3])
+    channels, voxels = prod(header.shape[3:]), prod(header.shape[:3])
     if extension_bytes > PLAIN_EXTENSION_BYTES:
-        voxels += extension_bytes // (item_bytes * max(channels, 1)) + 1
-    return max(channels, 1), voxels, item_bytes
+        voxels += extension_bytes // (item_bytes * channels) + 1
+    return channels, voxels, item_bytes
 
 
 def _measure_mgh(header: bytes) -> ImageSize | None:
