@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
 import torchio as tio
 
 from tio_openneuro.dataset.dataset import DataladSubjectsDataset
@@ -99,8 +98,7 @@ def _adapted(row: SubjectRow, engine: Engine | None, missing: dict[str, Any]) ->
     for name, nothing in missing.items():
         value = subject.get(name, nothing)
         if nothing == "" and not isinstance(value, str):
-            number = cast("float", value)
-            value = "" if number != number else np.format_float_positional(number, trim="-")  # noqa: PLR0124 - nan
+            value = "" if value != value else f"{value:.15g}"  # noqa: PLR0124 - nan
         subject[name] = value
     subject.update_attributes()
     for image in cast("list[FetchedImage]", subject.get_images(intensity_only=False)):

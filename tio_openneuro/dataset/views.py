@@ -52,10 +52,8 @@ class SplitViews:
         values = self._column(column)
         counts = Counter(value for value in values if value != "" and value == value)  # noqa: PLR0124 - nan
         if not counts:
-            raise SelectionError(
-                f"Cannot balance column {column!r} of {self.dataset_id}: none of its "
-                f"{len(values)} units has a value in it. Choose another column."
-            )
+            nothing = f"no unit of {self.dataset_id} has a value in it. Choose another one."
+            raise SelectionError(f"Cannot balance column {column!r}: {nothing}")
         return [1 / (len(counts) * counts[value]) if counts[value] else 0.0 for value in values]
 
     def _column(self, column: str) -> list[Any]:

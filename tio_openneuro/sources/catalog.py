@@ -11,13 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tio_openneuro.annex import (
-    AnnexRepo,
-    CommandError,
-    index_tree,
-    read_blobs,
-    read_blobs_if_present,
-)
+from tio_openneuro.annex import AnnexRepo, index_tree, read_blobs, read_blobs_if_present
 from tio_openneuro.content import AnnexKey, TreeFile
 from tio_openneuro.errors import SelectionError, UnsafeDatasetError
 from tio_openneuro.sources.install import install
@@ -77,7 +71,7 @@ def read_texts(folder: Path, files: Sequence[TreeFile]) -> dict[str, bytes]:
     try:
         blobs = iter(read_blobs(folder, [file.blob for file in files if file.blob]))
         return {f.path: next(blobs) if f.blob else (folder / f.path).read_bytes() for f in files}
-    except (KeyError, OSError, CommandError) as error:
+    except (KeyError, OSError) as error:
         gone = f"it is gone since the dataset was opened ({error}). Open the dataset anew."
         raise SelectionError(f"Cannot read {files[0].path} of {folder}: {gone}") from error
 

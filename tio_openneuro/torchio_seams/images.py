@@ -53,9 +53,7 @@ class Metadata(Mapping[str, Any]):
     were read, but the way to them.
     """
 
-    def __init__(
-        self, fields: Mapping[str, Any], read: Callable[[], dict[str, Any]] = dict
-    ) -> None:
+    def __init__(self, fields: Mapping[str, Any], read: Callable[[], Any] = dict) -> None:
         """Copy the fields that are known.
 
         Args:

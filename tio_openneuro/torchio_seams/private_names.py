@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from inspect import signature
-from typing import Any
 
 import torch
 import torchio as tio
@@ -22,8 +21,7 @@ def reserved_names() -> frozenset[str]:
     Those of every attribute of a subject, what its constructor cannot take, and what samplers,
     queues and transforms read or write. An image called so, or a value, would be taken for that.
     """
-    image: Any = tio.ScalarImage(tensor=torch.zeros(1, 1, 1, 1))  # type: ignore[no-untyped-call]
-    subject = tio.Subject(image=image)
+    subject = tio.Subject(image=tio.ScalarImage(tensor=torch.zeros(1, 1, 1, 1)))  # type: ignore[no-untyped-call]
     made = signature(tio.RandomLabelsToImage).parameters["image_key"].default
     taken = {*dir(subject), *signature(tio.Subject.__init__).parameters} - {*subject}
     return frozenset(taken | {HISTORY, LOCATION, NUM_SAMPLES, made, "name"})

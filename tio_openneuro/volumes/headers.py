@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import numpy as np
 from nibabel import nifti1, nifti2
-from nibabel.spatialimages import HeaderDataError
 
 from tio_openneuro.errors import DamagedImageError, RamBudgetError, UnsafeDatasetError
 from tio_openneuro.sizes import format_size
@@ -39,19 +38,20 @@ _NIFTI2_BYTES = 540
 _MOST_DIMENSIONS = 7
 _VECTOR_INTENT = 1007
 # Between this and nothing SimpleITK may take numbers for unscaled that are scaled.
-LEAST_SLOPE = 1e-12
+_LEAST_SLOPE = 1e-12
 LEAVE_OUT = "Likely it is damaged: leave the unit out."
 _SINGLE = (b"n+1", b"n+2")
 _MAGICS = (*_SINGLE, b"ni1", b"ni2")
-_FARTHEST = 1 << 62
-_PLACES = range(1, 6)
+_FAR = 1 << 62
+_CODES = range(6)
+# What says where an image lies, by the code that says so.
 _PLACE_FIELDS = {
     "sform_code": ("srow_x", "srow_y", "srow_z"),
     "qform_code": ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    "": ("pixdim",),
 }
 # Metres and micrometres, by their codes; all else is taken for millimetres.
 _UNITS_MM = {1: 1e3, 3: 1e-3}
-_LONGEST_TURN = 1 + 1e-6
 _MGH_VERSION = 1
 _MGH_FRAMES = 4
 
@@ -124,99 +124,85 @@ class NiftiHeader:
     Attributes:
         fields: As nibabel has them, which corrected nothing.
         order: Order of bytes, ``"<"`` or ``">"``.
+        header_bytes: Where the header ends.
+        single: Whether its magic says that the voxels follow in the same file.
+        tensor_shape: Channels and spatial shape, ``(C, I, J, K)``; in the file I is fastest.
+        is_vector: Whether channels are components of a vector, the file's fifth dimension.
+        stored: The voxels' type as in NumPy, ``"i2"``; ``"V0"`` where its code is unknown.
+        size_bytes: Bytes of the voxels as they are stored.
+        offset_bytes: Where they begin.
+        scale: Slope and intercept, or None where the numbers stay as they are.
+        intent: Its code of what the numbers mean.
+        is_misread: Whether SimpleITK 2.5.7 makes other voxels of it than the standard says: it adds
+            the intercept where there is no slope, takes tiny slopes for none, and knows a fifth
+            dimension as that of a vector alone.
     """
 
     fields: Any
     order: str
 
     def __post_init__(self) -> None:
-        """Take out what is asked for often."""
+        """Take out what the reader asks for."""
         self.header_bytes: int = self.fields.template_dtype.itemsize
         self.single: bool = self._of("magic") in _SINGLE
         self.shape: list[int] = self._of("dim")[1 : self._of("dim")[0] + 1]
+        rows, columns, slices = [*self.shape, 1, 1][:3]
+        self.tensor_shape = prod(self.shape[3:]), rows, columns, slices
+        self.is_vector = prod(self.shape[4:]) > 1
         code, types = self._of("datatype"), cast("Any", nifti1.data_type_codes)
         self.stored: str = np.dtype(types.dtype[code]).str[1:] if code in types else "V0"
+        self.size_bytes = prod(self.shape) * np.dtype(self.stored).itemsize
         self.offset_bytes: float = self._of("vox_offset")
-        self.slope: float = self._of("scl_slope")
-        self.intercept: float = self._of("scl_inter")
+        scale = slope, intercept = self._of("scl_slope"), self._of("scl_inter")
+        self.is_scaled = bool(slope) and isfinite(slope)
+        self.scale = scale if self.is_scaled and scale != (1, 0) else None
         self.intent: int = self._of("intent_code")
+        self.is_misread = (
+            prod(self.shape[5 if self.intent == _VECTOR_INTENT else 4 :]) > 1
+            or (self.is_scaled and abs(slope) < _LEAST_SLOPE)
+            or (not self.is_scaled and abs(intercept) > 0)
+        )
 
     def _of(self, name: str) -> Any:  # noqa: ANN401 - a number, text, or a list of numbers
         return self.fields[name].tolist()
 
-    @property
-    def tensor_shape(self) -> tuple[int, int, int, int]:
-        """Channels and spatial shape, ``(C, I, J, K)``; in the file I is fastest, C slowest."""
-        rows, columns, slices, *_ = (*self.shape, 1, 1)
-        return prod(self.shape[3:]), rows, columns, slices
+    def _place(self, name: str) -> np.ndarray[Any, Any] | None:
+        """Return an affine of nibabel's, with sizes above zero, or None where it is no number."""
+        sound = self.fields.copy()
+        sound["pixdim"][:4] = -1 if sound["pixdim"][0] == -1 else 1, *abs(sound["pixdim"][1:4])
+        with suppress(ValueError):
+            affine = getattr(sound, f"get_{name}")()
+            return affine if np.isfinite(affine).all() else None
+        return None
 
-    @property
-    def is_vector(self) -> bool:
-        """Whether the channels are components of a vector, the file's fifth dimension."""
-        return prod(self.shape[4:]) > 1
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the voxels as they are stored."""
-        return prod(self.shape) * np.dtype(self.stored).itemsize
-
-    @property
-    def scale(self) -> tuple[float, float] | None:
-        """Slope and intercept, or None where the numbers stay as they are."""
-        scale = self.slope, self.intercept
-        return None if scale in {(0.0, 0.0), (1.0, 0.0)} else scale
-
-    @property
-    def is_misread(self) -> bool:
-        """Whether SimpleITK 2.5.7 makes other voxels of it than the standard says.
-
-        It adds the intercept where there is no slope, takes tiny slopes for none, and knows a
-        fifth dimension as that of a vector alone.
-        """
-        if prod(self.shape[5 if self.intent == _VECTOR_INTENT else 4 :]) > 1:
-            return True
-        if self.slope and isfinite(self.slope):
-            return abs(self.slope) < LEAST_SLOPE
-        return abs(self.intercept) > 0
-
-    def has_place(self, affine: np.ndarray[Any, Any]) -> bool:
-        """Tell whether an affine, in mm, is a place that the header states, or it states none."""
-        found, unit_mm = [], _UNITS_MM.get(self._of("xyzt_units") & 7, 1.0)
+    def agrees(self, shape: Sequence[int], affine: np.ndarray[Any, Any]) -> bool:
+        """Tell whether a tensor's shape and its place, in mm, are among those that it states."""
+        unit_mm = _UNITS_MM.get(self._of("xyzt_units") & 7, 1.0)
         # Of two dimensions SimpleITK knows no third axis.
-        seen = np.ix_(range(3), range(4)) if len(self.shape) > 2 else np.ix_((0, 1), (0, 1, 3))
-        for code, read in (("sform_code", "get_sform"), ("qform_code", "get_qform")):
-            with suppress(ValueError, HeaderDataError):
-                found += [getattr(self.fields, read)()] if self._of(code) in _PLACES else []
+        seen = np.ix_(range(3), range(4)) if self.shape[2:] else np.ix_((0, 1), (0, 1, 3))
+        coded = [name for name in ("sform", "qform") if self._of(f"{name}_code") > 0]
+        found = [place for name in coded if (place := self._place(name)) is not None]
         near = (np.allclose(affine[seen], unit_mm * each[seen], 1e-3, 1e-3) for each in found)
-        return bool(np.isfinite(affine).all()) and (not found or any(near))
+        return tuple(shape[1:]) == self.tensor_shape[1:] and (not coded or any(near))
 
     @cached_property
     def fault(self) -> str:
         """What it cannot mean, in words that name the field; empty where it is sound."""
-        rest = [size for size in self.shape[3:] if size > 1]
-        decisive = "sform_code" if self._of("sform_code") else "qform_code"
-        coded = self._of(decisive) != 0
-        place = _PLACE_FIELDS[decisive] if coded else ("pixdim",)
-        turned = sum(self._of(name) ** 2 for name in _PLACE_FIELDS["qform_code"][:3])
+        code = "sform_code" if self._of("sform_code") else "qform_code"
         wrong = {
             "sizeof_hdr": self._of("sizeof_hdr") != self.header_bytes,
             "magic": self._of("magic") not in _MAGICS,
-            "dim": min(self.shape) < 1 or len(rest) > 1,
+            "dim": min(self.shape) < 1 or sum(size > 1 for size in self.shape[3:]) > 1,
             "datatype": not np.dtype(self.stored).itemsize,
-            "vox_offset": self.single
-            and not self.header_bytes + 4 <= self.offset_bytes < _FARTHEST,
-            "scl_inter": self.slope and isfinite(self.slope) and not isfinite(self.intercept),
-            decisive: self._of(decisive) not in (0, *_PLACES),
-            "quatern_b": coded and decisive == "qform_code" and turned > _LONGEST_TURN,
-        } | {name: not np.isfinite(self.fields[name].flat[:4]).all() for name in place}
-        return next(
-            (
-                f"its {name} is {self._of(name)}, which no image has"
-                for name in wrong
-                if wrong[name]
-            ),
-            "",
-        )
+            "vox_offset": self.single and not self.header_bytes + 4 <= self.offset_bytes < _FAR,
+            "scl_inter": self.is_scaled and not isfinite(self._of("scl_inter")),
+            code: self._of(code) not in _CODES,
+        }
+        named = [f"its {name} is {self._of(name)}" for name in wrong if wrong[name]]
+        if self._place("best_affine") is None:
+            place = _PLACE_FIELDS[code if self._of(code) else ""]
+            named.append(", ".join(f"its {name} is {self._of(name)}" for name in place))
+        return f"{named[0]}, which no image has" if named else ""
 
 
 @dataclass(eq=False)

@@ -30,7 +30,6 @@ from tio_openneuro.errors import DamagedImageError
 from tio_openneuro.sizes import format_size
 from tio_openneuro.volumes.headers import (
     GZIP,
-    LEAST_SLOPE,
     LEAVE_OUT,
     PLAIN_EXTENSION_BYTES,
     VOLUME_SUFFIXES,
@@ -61,35 +60,11 @@ _PIXELS = {
     "i4": "Int32",
     "i8": "Int64",
 }
+# SimpleITK's factor and sum may be fused into one operation, which rounds once less, where the
+# processor's baseline has it; that of x86-64 has not.
+_UNFUSED = frozenset({"x86_64", "AMD64"})
 # isal's stubs have its error for an instance.
 _DAMAGES: tuple[type[Exception], ...] = (EOFError, cast("type[Exception]", igzip_lib.error))
-
-
-def _is_certain(header: NiftiHeader) -> bool:
-    """Tell whether SimpleITK reads the voxels as they are read here, as far as the header tells."""
-    return (
-        header.single
-        and header.stored in _PIXELS
-        and not header.is_misread
-        and header.intent not in _REORDERED_INTENTS
-        and header.offset_bytes <= header.header_bytes + 4 + PLAIN_EXTENSION_BYTES
-        and (header.scale is None or _can_scale(header))
-    )
-
-
-def _can_scale(header: NiftiHeader) -> bool:
-    """Tell whether scaled numbers come out the same here.
-
-    SimpleITK's factor and sum may be fused into one operation, which rounds once less, where the
-    processor's baseline has it; that of x86-64 has not.
-    """
-    slope, intercept = header.slope, header.intercept
-    return (
-        platform.machine() in {"x86_64", "AMD64"}
-        and LEAST_SLOPE < abs(slope) < float("inf")
-        and (slope != 1 or abs(intercept) > LEAST_SLOPE)
-        and abs(intercept) < float("inf")
-    )
 
 
 class _Inflated(io.RawIOBase):
@@ -208,10 +183,7 @@ def read_volume(
     try:
         if found is None and (header is None or not header.is_misread):
             found = read(volume.path)
-            size = None if header is None else header.tensor_shape[1:]
-            if header is not None and (
-                found[0].shape[1:] != size or not header.has_place(found[1])
-            ):
+            if header is not None and not header.agrees(found[0].shape, found[1]):
                 found = None
         if found is None:
             image: Any = nibabel.load(volume.path, mmap=False)
@@ -228,7 +200,15 @@ def read_volume(
 
 def _read_affine(path: Path, header: NiftiHeader) -> Any:  # noqa: ANN401 - TorchIO's own
     """Return the affine as SimpleITK reads it, or None where it may see another image than we."""
-    if header.fault or not _is_certain(header):
+    if (
+        header.fault
+        or header.is_misread
+        or header.stored not in _PIXELS
+        or not header.single
+        or header.intent in _REORDERED_INTENTS
+        or header.offset_bytes > header.header_bytes + 4 + PLAIN_EXTENSION_BYTES
+        or (header.scale is not None and platform.machine() not in _UNFUSED)
+    ):
         return None
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
     reader.SetFileName(str(path))
@@ -252,7 +232,7 @@ def _read_affine(path: Path, header: NiftiHeader) -> Any:  # noqa: ANN401 - Torc
     affine = get_ras_affine_from_sitk(reader)
     # It refuses to read the voxels of an image without extent.
     flat = abs(np.linalg.det(affine)) < _LEAST_VOLUME * prod(reader.GetSpacing()[:_SPATIAL])
-    return affine if header.has_place(affine) and not flat else None
+    return affine if header.agrees(header.tensor_shape, affine) and not flat else None
 
 
 def _read_voxels(source: io.RawIOBase, header: NiftiHeader) -> torch.Tensor:
