@@ -64,7 +64,8 @@ class Metadata(Mapping[str, Any]):
 
     @cached_property
     def _fields(self) -> dict[str, Any]:
-        return self._read() | self._known
+        fields: dict[str, Any] = self._read()
+        return fields | self._known
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - JSON holds anything
         """Return one field."""
