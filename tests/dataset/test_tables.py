@@ -113,7 +113,7 @@ def test_missing_values_are_no_class_of_weights(tmp_path: Path) -> None:
 
 
 def test_concat_keeps_each_digit_of_a_number(tmp_path: Path) -> None:
-    """A column that is text in one dataset and numbers in the other is text, and rounded nowhere."""
+    """A column that is text in one dataset and numbers in the other is text, and not rounded."""
     numbers = "participant_id\tcode\n1\t1234567.25\n2\t30\n"
     first = write_bids(tmp_path / "a", volumes(2), participants=numbers)
     second = write_bids(tmp_path / "b", volumes(1), participants="participant_id\tcode\n1\tx\n")
@@ -128,7 +128,7 @@ def test_concat_keeps_each_digit_of_a_number(tmp_path: Path) -> None:
 def test_sidecars_are_read_as_tables_are_and_when_asked_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In any encoding; one word about those that are none, for all of them; none at construction."""
+    """In any encoding; one word about all those that are none, and none at construction."""
     folder = write_bids(tmp_path / "bids", volumes(6))
     site = '{"InstitutionName": "Z\u00fcrich", "EchoTime": 2}'
     stored = [site.encode("cp1252"), site.encode("utf-16"), b"\xef\xbb\xbf" + site.encode()]

@@ -6,9 +6,7 @@ Touches git objects only, never image content.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,6 @@ from tio_openneuro.torchio_seams import (
     FetchedSubject,
     ImageFiles,
     Metadata,
-    SidecarReader,
     reserved_names,
 )
 
@@ -127,7 +124,7 @@ class _Builder:
         self._texts = {file.path: file for file in texts if file.path.endswith(".json")}
         self._sidecars = Sidecars(self._texts)
         self._events = Sidecars((file.path for file in catalog.files), "_events.tsv")
-        self._reader = SidecarReader(catalog.folder)
+        self._told: list[str] = []
         self._names = self._column_names()
 
     def row(self, row: SelectedUnit) -> SubjectRow:
@@ -176,16 +173,14 @@ class _Builder:
 
     def _image(self, source: ImageFiles) -> tio.Image:
         fields: dict[str, Any] = {}
-        read: Callable[[], dict[str, Any]] = dict
+        sidecars: list[TreeFile] = []
         for file in source.files[:1]:
-            sidecars = tuple(map(self._texts.__getitem__, self._sidecars.find(file.path)))
-            if sidecars:
-                read = partial(self._reader.read, sidecars)
+            sidecars = [self._texts[path] for path in self._sidecars.find(file.path)]
             events = self._events.find(file.path, "events")
             if events:
                 fields["events"] = events[-1]
         kind = FetchedLabelMap if isinstance(source.selector, Label) else FetchedScalarImage
-        return kind.of(source, Metadata(fields, read))
+        return kind.of(source, Metadata(fields, (source.folder, sidecars, self._told)))
 
     def _column_names(self) -> dict[str, str]:
         """Return the attribute of each column: its own name, unless a subject has that already."""

@@ -20,7 +20,6 @@ from tio_openneuro.torchio_seams.images import (
     FetchedSubject,
     ImageFiles,
     Metadata,
-    SidecarReader,
 )
 from tio_openneuro.torchio_seams.in_place import get_subject, transform_in_place
 from tio_openneuro.torchio_seams.parts import walk_parts
@@ -56,7 +55,6 @@ __all__ = [
     "KeptMaps",
     "Metadata",
     "SamplerMap",
-    "SidecarReader",
     "UnpinnedError",
     "draw_patches",
     "drawing_from",

@@ -17,7 +17,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -43,6 +43,7 @@ _LOG = logging.getLogger(__name__)
 _NO_FIELDS = "Left out: %s of %s, which is no JSON object, and without a word each other such one."
 
 Box = Sequence[tuple[int, int]]
+SidecarFiles = tuple[Path, Sequence[TreeFile], list[str]]
 
 
 class Metadata(Mapping[str, Any]):
@@ -53,18 +54,27 @@ class Metadata(Mapping[str, Any]):
     were read, but the way to them.
     """
 
-    def __init__(self, fields: Mapping[str, Any], read: Callable[[], Any] = dict) -> None:
-        """Copy the fields that are known.
+    def __init__(self, fields: Mapping[str, Any], files: SidecarFiles | None = None) -> None:
+        """Copy the fields that are known, and read none.
 
         Args:
-            fields: They go before those that are read.
-            read: Returns the others; can be pickled.
+            fields: They go before those of the sidecars.
+            files: Folder of the dataset; the sidecars, of which later ones override; and which of
+                the dataset's was told to have no fields: its images share that list.
         """
-        self._known, self._read = dict(fields), read
+        self._known, self._files = dict(fields), files or (Path(), (), [])
 
     @cached_property
     def _fields(self) -> dict[str, Any]:
-        fields: dict[str, Any] = self._read()
+        folder, files, told = self._files
+        fields: dict[str, Any] = {}
+        for path, text in read_texts(folder, files).items():
+            try:
+                fields = {**fields, **json.loads(decode_text(text))}
+            except (ValueError, TypeError, RecursionError):
+                if not told:
+                    _LOG.warning(_NO_FIELDS, path, folder.name)
+                told[:] = [path]
         return fields | self._known
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - JSON holds anything
@@ -85,7 +95,7 @@ class Metadata(Mapping[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Be pickled without the fields that were read."""
-        return type(self), (self._known, self._read)
+        return type(self), (self._known, self._files)
 
     def __deepcopy__(self, memo: object) -> Self:
         """Return the same object, which nothing changes."""
@@ -94,30 +104,6 @@ class Metadata(Mapping[str, Any]):
     def pin_memory(self) -> Self:
         """Return the same object, which holds no tensor: torch would read it to find some."""
         return self
-
-
-@dataclass
-class SidecarReader:
-    """Read sidecars of one dataset, and tell once that one has no fields.
-
-    Attributes:
-        folder: The clone, or the plain BIDS folder.
-    """
-
-    folder: Path
-    _told: bool = False
-
-    def read(self, files: Sequence[TreeFile]) -> dict[str, Any]:
-        """Return the fields of some sidecars, of which later ones override."""
-        fields: dict[str, Any] = {}
-        for path, text in read_texts(self.folder, files).items():
-            try:
-                fields |= json.loads(decode_text(text))
-            except (ValueError, TypeError, RecursionError):
-                if not self._told:
-                    _LOG.warning(_NO_FIELDS, path, self.folder.name)
-                self._told = True
-        return fields
 
 
 @dataclass(frozen=True)

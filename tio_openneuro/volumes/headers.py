@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite, prod
+from math import inf, isfinite, prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,9 +40,8 @@ _VECTOR_INTENT = 1007
 # Between this and nothing SimpleITK may take numbers for unscaled that are scaled.
 _LEAST_SLOPE = 1e-12
 LEAVE_OUT = "Likely it is damaged: leave the unit out."
-_SINGLE = (b"n+1", b"n+2")
-_MAGICS = (*_SINGLE, b"ni1", b"ni2")
-_FAR = 1 << 62
+# Whether the voxels follow in the same file.
+_MAGICS = {b"n+1": True, b"n+2": True, b"ni1": False, b"ni2": False}
 _CODES = range(6)
 # What says where an image lies, by the code that says so.
 _PLACE_FIELDS = {
@@ -144,7 +143,7 @@ class NiftiHeader:
     def __post_init__(self) -> None:
         """Take out what the reader asks for."""
         self.header_bytes: int = self.fields.template_dtype.itemsize
-        self.single: bool = self._of("magic") in _SINGLE
+        self.single = _MAGICS.get(self._of("magic"), False)
         self.shape: list[int] = self._of("dim")[1 : self._of("dim")[0] + 1]
         rows, columns, slices = [*self.shape, 1, 1][:3]
         self.tensor_shape = prod(self.shape[3:]), rows, columns, slices
@@ -157,11 +156,9 @@ class NiftiHeader:
         self.is_scaled = bool(slope) and isfinite(slope)
         self.scale = scale if self.is_scaled and scale != (1, 0) else None
         self.intent: int = self._of("intent_code")
-        self.is_misread = (
-            prod(self.shape[5 if self.intent == _VECTOR_INTENT else 4 :]) > 1
-            or (self.is_scaled and abs(slope) < _LEAST_SLOPE)
-            or (not self.is_scaled and abs(intercept) > 0)
-        )
+        unknown = self.shape[5 if self.intent == _VECTOR_INTENT else 4 :]
+        wrong = abs(slope) < _LEAST_SLOPE if self.is_scaled else abs(intercept) > 0
+        self.is_misread = wrong or prod(unknown) > 1
 
     def _of(self, name: str) -> Any:  # noqa: ANN401 - a number, text, or a list of numbers
         return self.fields[name].tolist()
@@ -194,7 +191,7 @@ class NiftiHeader:
             "magic": self._of("magic") not in _MAGICS,
             "dim": min(self.shape) < 1 or sum(size > 1 for size in self.shape[3:]) > 1,
             "datatype": not np.dtype(self.stored).itemsize,
-            "vox_offset": self.single and not self.header_bytes + 4 <= self.offset_bytes < _FAR,
+            "vox_offset": self.single and not self.header_bytes + 4 <= self.offset_bytes < inf,
             "scl_inter": self.is_scaled and not isfinite(self._of("scl_inter")),
             code: self._of(code) not in _CODES,
         }
