@@ -108,7 +108,7 @@ def test_missing_values_are_no_class_of_weights(tmp_path: Path) -> None:
     with open_bids(write_bids(tmp_path / "bids", volumes(5), participants=table)) as dataset:
         assert dataset.weights("sex") == [0.25, 0.0, 0.5, 0.25, 0.0]
         assert dataset.weights("age") == [0.5, 0.0, 0.25, 0.25, 0.0]
-        with pytest.raises(tno.SelectionError, match="'none': no unit of bids has a value"):
+        with pytest.raises(tno.SelectionError, match="'none': no unit has a value"):
             dataset.weights("none")
 
 

@@ -52,8 +52,7 @@ class SplitViews:
         values = self._column(column)
         counts = Counter(value for value in values if value != "" and value == value)  # noqa: PLR0124 - nan
         if not counts:
-            nothing = f"no unit of {self.dataset_id} has a value in it. Choose another one."
-            raise SelectionError(f"Cannot balance column {column!r}: {nothing}")
+            raise SelectionError(f"Cannot balance {column!r}: no unit has a value in it.")
         return [1 / (len(counts) * counts[value]) if counts[value] else 0.0 for value in values]
 
     def _column(self, column: str) -> list[Any]:

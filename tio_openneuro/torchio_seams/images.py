@@ -39,7 +39,6 @@ from tio_openneuro.sources import read_texts
 from tio_openneuro.torchio_seams.in_place import read_file
 from tio_openneuro.volumes import VolumeFile, read_grid, refuse_bomb
 
-_LOG = logging.getLogger(__name__)
 _NO_FIELDS = "Left out: %s of %s, which is no JSON object, and without a word each other such one."
 
 Box = Sequence[tuple[int, int]]
@@ -50,8 +49,8 @@ class Metadata(Mapping[str, Any]):
     """Hold an image's sidecars; read-only, read when asked for, and collated by TorchIO as a list.
 
     A ``dict`` would be collated key by key, which fails where two subjects' scanners wrote
-    different fields (``torchio.data.loader._stack``, 1.2.1). Copies and pickles hold no fields that
-    were read, but the way to them.
+    different fields (``torchio.data.loader._stack``, 1.2.1). A pickle holds no fields that were
+    read, but the way to them; copies share them.
     """
 
     def __init__(self, fields: Mapping[str, Any], files: SidecarFiles | None = None) -> None:
@@ -73,7 +72,7 @@ class Metadata(Mapping[str, Any]):
                 fields = {**fields, **json.loads(decode_text(text))}
             except (ValueError, TypeError, RecursionError):
                 if not told:
-                    _LOG.warning(_NO_FIELDS, path, folder.name)
+                    logging.getLogger(__name__).warning(_NO_FIELDS, path, folder.name)
                 told[:] = [path]
         return fields | self._known
 
@@ -299,7 +298,8 @@ class FetchedImage(tio.Image):
         Raises:
             RamBudgetError: A header states more than the RAM that is available.
             UnsafeDatasetError: A file is no image of the format that its name tells.
-            DamagedImageError: A file is cut off, or fails its own checksum.
+            DamagedImageError: A file is gone or cut off, fails its own checksum, or has a header
+                that lies.
         """
         source = self._source
         if self._loaded or source is None:
