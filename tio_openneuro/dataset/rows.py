@@ -193,8 +193,8 @@ class _Builder:
         if renamed:
             each = "; ".join(f"{c!r} of {table.files[c]} becomes {n!r}" for c, n in renamed.items())
             warnings.warn(
-                f"Columns of {self._catalog.dataset_id} are called as a subject's images or "
-                f"attributes, or as what TorchIO or the queue looks for: {each}.",
+                f"{self._catalog.dataset_id} has columns that a subject's images or attributes, "
+                f"TorchIO or the queue already use: {each}.",
                 stacklevel=6,
             )
         return names | renamed
