@@ -307,8 +307,9 @@ class FetchedImage(tio.Image):
         if source.grid_of is not None:
             with source.grid_of.opened(leased) as files:
                 whole = partial(read_file, self, files[0], source.grid_of.files[0].path)
-                shape, self.affine = read_grid(files[0]) or whole()
-            self.set_data(torch.zeros(1, *np.shape(shape)[-3:], dtype=torch.uint8))
+                grid, self.affine = read_grid(files[0]) or whole()
+            shape = grid.shape if isinstance(grid, torch.Tensor) else grid
+            self.set_data(torch.zeros(1, *shape[1:], dtype=torch.uint8))
             return
         with source.opened(leased) as files:
             self._read(source, files)
