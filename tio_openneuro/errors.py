@@ -11,7 +11,7 @@
     ├── SelectionError           the patterns do not select what can be batched (ValueError)
     ├── SplitError               the units cannot be divided as asked (ValueError)
     ├── UnsafeDatasetError       the repository tries what it must not
-    ├── DamagedImageError        a file is cut off, or fails its own checksum
+    ├── DamagedImageError        a file is gone or cut off, fails its checksum, or its header lies
     └── LedgerError              disk and ledger disagree, or the root cannot hold a ledger
 
 Every message says what could not be done, to which named thing, the numbers, the likely cause,
@@ -79,7 +79,7 @@ class UnsafeDatasetError(TioOpenNeuroError):
 
 
 class DamagedImageError(TioOpenNeuroError):
-    """An image file holds less than its header states, or fails its own checksum."""
+    """An image file is gone, cut off, fails its own checksum, or has a header that lies."""
 
 
 class LedgerError(TioOpenNeuroError):

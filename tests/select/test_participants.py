@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tio_openneuro.select.participants import Participants, normalise_id
 
@@ -86,8 +88,9 @@ def test_ids_repeated_per_session_have_a_row_each() -> None:
         "participant_id\tsession_id\tage\tsite\n"
         "sub-1\tses-a\t\tX\nsub-1\tses-b\t31\tY\nsub-2\ta\t40\tX\n"
     )
-    assert row(text, "sub-1", "ses-b") == {"participant_id": "sub-1", "age": 31.0, "site": "Y"}
-    assert row(text, "sub-1") == {"participant_id": "sub-1", "age": 31.0, "site": "X"}
+    second = {"participant_id": "sub-1", "session_id": "ses-b", "age": 31.0, "site": "Y"}
+    assert row(text, "sub-1", "ses-b") == second
+    assert row(text, "sub-1") == second | {"session_id": "ses-a", "site": "X"}
     assert row(text, "sub-2", "ses-a")["age"] == 40.0
 
 
@@ -143,6 +146,176 @@ def test_sessions_are_joined_and_typed_across_subjects() -> None:
     missing = table.row("sub-2", "ses-z")
     assert isnan(float(missing.pop("age")))
     assert missing == {"participant_id": "sub-2", "sex": "M", "score": ""}
+
+
+def tables(**files: bytes) -> Participants:
+    """Return what the tables of a dataset say, by their paths with a space for each slash."""
+    named = {path.replace(" ", "/") + ".tsv": content for path, content in files.items()}
+
+    def read(paths: Sequence[str]) -> Mapping[str, bytes]:
+        return {path: named[path] for path in paths if path in named}
+
+    return Participants.read(read, [*named, "sub-01/anat/sub-01_T1w.nii.gz"])
+
+
+@pytest.mark.parametrize("place", ["sub-01 sub-01_sessions", "sub-01 sessions", "sub-01_sessions"])
+@pytest.mark.parametrize("header", ["subject_id", "participant_id", "age"])
+def test_place_of_a_table_is_believed_before_ids_in_it(place: str, header: str) -> None:
+    """Whatever a sessions' table calls its subject, its rows are those of its folder or name."""
+    own = f"{header}\tsession_id\tscore\nA7\tses-1\t5\nA7\tses-2\t6\n".encode()
+    found = tables(**{"participants": b"participant_id\tsex\nsub-01\tF\n", place: own})
+    values = found.row("sub-01", "ses-2")
+    assert values["participant_id"] == "sub-01"
+    assert (values["sex"], values["score"]) == ("F", 6.0)
+    name = "participant_id_2" if header == "participant_id" else header
+    assert values[name] == "A7"
+    assert found.files[name] == place.replace(" ", "/") + ".tsv"
+
+
+def test_column_of_both_tables_is_there_twice() -> None:
+    """A session's own value goes first, and that of participants.tsv is kept beside it."""
+    found = tables(
+        **{
+            "participants": b"participant_id\tage\tparticipant_age\nsub-01\t30\told\nsub-02\t4\t\n",
+            "sub-01 sub-01_sessions": b"session_id\tage\nses-1\t31\nses-2\t32\n",
+        }
+    )
+    assert found.row("sub-01", "ses-2") == {
+        "participant_id": "sub-01",
+        "age": 32.0,
+        "participant_age": "old",
+        "participant_age_2": 30.0,
+    }
+    assert found.row("sub-01")["age"] == 30.0
+    assert found.row("sub-02", "ses-1")["age"] == 4.0
+
+
+def test_only_row_of_a_subject_is_that_of_all_its_sessions() -> None:
+    """A session that participants.tsv does not name has the row of the one that it names."""
+    text = "participant_id\tsession\tage\nsub-1\t1\t30\nsub-2\tses-1\t40\nsub-2\tses-02\t41\n"
+    assert row(text, "sub-1", "ses-pre") == {"participant_id": "sub-1", "session": "1", "age": 30.0}
+    assert row(text, "sub-2", "ses-2")["age"] == 41.0
+    assert isnan(float(row(text, "sub-2", "ses-3")["age"]))
+
+
+def test_ids_without_zeros_reach_the_rows_of_their_folder() -> None:
+    """A spreadsheet's ``1`` is sub-01 also where that has a sessions' table, and never sub-1."""
+    own = b"session_id\tscore\nses-1\t5\n"
+    found = tables(**{"participants": b"participant_id\tage\n1\t30\n", "sub-01 sessions": own})
+    expected = {"participant_id": "sub-01", "age": 30.0, "score": 5.0}
+    assert found.row("sub-01", "ses-1") == expected
+    both = tables(**{"participants": b"participant_id\tage\n1\t30\n", "sub-1 sessions": own})
+    assert both.row("sub-1")["age"] == 30.0
+    assert isnan(float(both.row("sub-01")["age"]))
+
+
+def test_cells_may_be_quoted_and_more_than_headers() -> None:
+    """A comma within quotes parts no cells, a lone quote is text, and no cell is cut off."""
+    text = 'participant_id,name,note\nsub-1,"Smith, ""J""",5" tall\nsub-2,"x,y,more\n'
+    assert row(text, "1") == {
+        "participant_id": "sub-1",
+        "name": 'Smith, "J"',
+        "note": '5" tall',
+        "column_4": "",
+    }
+    assert row(text, "2")["name"] == '"x'
+    assert (row(text, "2")["note"], row(text, "2")["column_4"]) == ("y", "more")
+    more = row("participant_id\tage\nsub-1\t3\t\tlast\n", "1")
+    assert more == {"participant_id": "sub-1", "age": 3.0, "column_4": "last"}
+
+
+def test_number_that_a_float_does_not_hold_stays_text() -> None:
+    """A serial number of 18 digits keeps each of them."""
+    assert row("participant_id\tserial\nsub-1\t123456789012345678\n", "1")["serial"] == (
+        "123456789012345678"
+    )
+
+
+# -- any tables at all -----------------------------------------------------------------------
+
+HEADERS = st.sampled_from(
+    [
+        *("age", "age ", " sex", "", "session", "session_id", "subject_id", "column_2", "a.b"),
+        *("age_2", "participant_age", "participant_participant_age", "participant_id", '"q"'),
+        "gr\u00f6\u00dfe",
+    ]
+)
+# Each takes a number that no other cell of the example has.
+CELLS = st.sampled_from(
+    [
+        "",
+        "n/a",
+        " ",
+        "{}",
+        "{}.5",
+        "-{}e2",
+        "0{}",
+        "1234567890{}",
+        "v{}",
+        "v {}.x",
+        '"q{}"',
+        "\u00e9{}",
+    ]
+)
+FOLDERS = ("sub-01", "sub-2", "sub-1.5")
+VISITS = ("ses-1", "ses-02", "ses-pre.1")
+
+
+def as_number(value: object) -> object:
+    """Return a value as the number that it is, if it is one."""
+    try:
+        return float(str(value))
+    except ValueError:
+        return value
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    data=st.data(),
+    line_end=st.sampled_from(["\n", "\r\n"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "cp1252", "utf-16"]),
+)
+def test_no_value_of_a_table_is_lost_or_moved(
+    data: st.DataObject, line_end: str, encoding: str
+) -> None:
+    """What a session carries are the values of its two rows: all of them, and no others."""
+    numbers = iter(range(1000, 9000))
+
+    def cells(most: int) -> list[str]:
+        drawn = data.draw(st.lists(CELLS, max_size=most))
+        return [cell.format(next(numbers)) for cell in drawn]
+
+    def write(rows: list[list[str]]) -> bytes:
+        return line_end.join("\t".join(row) for row in rows).encode(encoding)
+
+    def given_of(row: Sequence[str]) -> set[object]:
+        texts = {text.strip().strip('"') for text in row[1:]}
+        return {as_number(text) for text in texts - {"", "n/a"}}
+
+    header = ["participant_id", *data.draw(st.lists(HEADERS, max_size=4))]
+    people = {folder: [folder, *cells(6)] for folder in FOLDERS}
+    files = {"participants.tsv": write([header, *people.values()])}
+    visits: dict[str, dict[str, list[str]]] = {folder: {} for folder in FOLDERS}
+    for folder in data.draw(st.sets(st.sampled_from(FOLDERS))):
+        chosen = data.draw(st.lists(st.sampled_from(VISITS), unique=True))
+        visits[folder] = {session: [session, *cells(5)] for session in chosen}
+        own = ["session_id", *data.draw(st.lists(HEADERS, max_size=3))]
+        path = f"{folder}/{folder}_sessions.tsv"
+        files[path] = write([own, *visits[folder].values()])
+    table = Participants.read(
+        lambda paths: {path: files[path] for path in paths if path in files},
+        [*files, *(f"{folder}/anat/{folder}_T1w.nii" for folder in FOLDERS)],
+    )
+    for folder in FOLDERS:
+        for session in VISITS:
+            values = table.row(folder, session)
+            assert tuple(values) == table.columns
+            assert {type(values[n]) for n in table.columns if n in table.numeric} <= {float}
+            assert {type(values[n]) for n in table.columns if n not in table.numeric} <= {str}
+            assert values.pop("participant_id") == folder
+            expected = given_of(people[folder]) | given_of(visits[folder].get(session, []))
+            carried = {as_number(v) for v in values.values() if v != "" and v == v}  # noqa: PLR0124
+            assert carried == expected
 
 
 def test_dataset_without_tables_has_no_columns() -> None:

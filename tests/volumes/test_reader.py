@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torchio.data.io import read_image
 
 from tio_openneuro.content import TreeFile
-from tio_openneuro.errors import DamagedImageError, UnsafeDatasetError
+from tio_openneuro.errors import DamagedImageError
 from tio_openneuro.select.patterns import Scalar
 from tio_openneuro.torchio_seams.images import FetchedScalarImage, ImageFiles, Metadata
 from tio_openneuro.volumes.headers import VolumeFile
@@ -65,6 +65,7 @@ def nifti_bytes(
     header["vox_offset"] = len(header.binaryblock) + 4 + len(extension)
     header["scl_slope"], header["scl_inter"] = 1, 0
     header.set_sform(PLACED, 1)
+    header["pixdim"][1:4] = abs(PLACED.diagonal()[:3])
     for name, value in (fields or {}).items():
         header[name] = value
     extender = b"\1\0\0\0" if extension else bytes(4)
@@ -178,6 +179,7 @@ def test_place_in_space(tmp_path: Path, sform: int, qform: int, factor: float) -
     """With either form, both, and neither; also mirrored."""
     path = tmp_path / "image.nii.gz"
     fields = {**quaternion_fields(qform, factor), "sform_code": sform}
+    fields |= {"srow_x": [-1.1, 0, 0, 90], "srow_y": [0, 0.9, 0, -126], "srow_z": [0, 0, 2, -72]}
     path.write_bytes(gzip.compress(nifti_bytes(numbers("i2", (6, 5, 4)), fields=fields)))
     assert_equal_to_torchio(path)
 
@@ -212,8 +214,6 @@ def test_file_as_nibabel_writes_it(tmp_path: Path) -> None:
     [
         ({"second": True}, "i2"),
         ({"srow_x": [1.0, 0.5, 0, 0], "srow_y": [0, 1.0, 0, 0]}, "i2"),
-        ({"scl_slope": 0, "scl_inter": 7}, "i2"),
-        ({"scl_slope": np.nan, "scl_inter": 0}, "i2"),
         ({"intent_code": 1006}, "f4"),
         ({"magic": b"ni1"}, "i2"),
         ({}, "u8"),
@@ -223,8 +223,6 @@ def test_file_as_nibabel_writes_it(tmp_path: Path) -> None:
     ids=[
         "nifti2",
         "shear",
-        "intercept",
-        "nan",
         "displacement",
         "pair",
         "uint64",
@@ -245,8 +243,8 @@ def test_what_is_not_certain_is_left_to_torchio(
     image = fetched(path)
     try:
         voxels, affine = by_torchio(path)
-    except (RuntimeError, AssertionError) as error:
-        with pytest.raises(type(error)):
+    except (RuntimeError, AssertionError):
+        with pytest.raises(DamagedImageError, match=r"image\.nii\.gz"):
             load_quietly(image)
         return
     load_quietly(image)
@@ -403,8 +401,8 @@ def test_whatever_the_header_says_it_is_torchios_answer_or_none(
     tmp_path: Path, kind, shape, order, fields, text_bytes, cuts
 ) -> None:
     """No combination of fields makes the fast reader differ from TorchIO's."""
-    if len(shape) == 5 and "intent_code" in fields:
-        shape[3] = 1
+    # Of more than four dimensions TorchIO knows those of a vector.
+    shape[3:] = [*(1 for _ in shape[3:-1]), *shape[3:][-1:]]
     content = nifti_bytes(
         numbers(kind, tuple(shape)),
         order=order,
@@ -415,7 +413,12 @@ def test_whatever_the_header_says_it_is_torchios_answer_or_none(
     members = [gzip.compress(content[a:b], 1) for a, b in itertools.pairwise(ends)]
     path = tmp_path / ("image.nii.gz" if cuts else "plain.nii")
     path.write_bytes(b"".join(members) if cuts else content)
-    if read_nifti(VolumeFile(path), "image") is not None:
+    file = VolumeFile(path)
+    assert file.nifti is not None
+    if file.nifti.fault:
+        with pytest.raises(DamagedImageError, match=r"image: its (srow|quatern|qoff|pixdim|scl_)"):
+            read_nifti(file, "image")
+    elif read_nifti(file, "image") is not None:
         assert_equal_to_torchio(path)
 
 
@@ -424,11 +427,11 @@ def test_place_that_is_no_number_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image.nii"
     fields = {"srow_x": [0, 0, 1, 5], "srow_y": [0, np.nan, 0, 0], "sform_code": 4, "qform_code": 1}
     path.write_bytes(nifti_bytes(numbers("u1", (6, 2)), fields=fields))
-    with pytest.raises(UnsafeDatasetError, match=r"image\.nii of sub-01"):
-        fetched(path).load()
-    with pytest.raises(UnsafeDatasetError, match=r"image\.nii of sub-01"):
-        assert fetched(path).shape
-    assert read_nifti(VolumeFile(path), "image") is None
+    for ask in (FetchedScalarImage.load, lambda image: image.shape, lambda image: image.affine):
+        with pytest.raises(DamagedImageError, match=r"image\.nii of sub-01: .*srow_y is .*nan"):
+            ask(fetched(path))
+    with pytest.raises(DamagedImageError, match="srow_y"):
+        read_nifti(VolumeFile(path), "image")
     path.write_bytes(nifti_bytes(numbers("u1", (6, 2)), fields={**fields, "sform_code": 0}))
     assert fetched(path).shape == (1, 6, 2, 1)
 

@@ -98,7 +98,7 @@ def _adapted(row: SubjectRow, engine: Engine | None, missing: dict[str, Any]) ->
     for name, nothing in missing.items():
         value = subject.get(name, nothing)
         if nothing == "" and not isinstance(value, str):
-            value = "" if value != value else f"{value:g}"  # noqa: PLR0124 - nan
+            value = "" if value != value else f"{value:.15g}"  # noqa: PLR0124 - nan
         subject[name] = value
     subject.update_attributes()
     for image in cast("list[FetchedImage]", subject.get_images(intensity_only=False)):

@@ -5,8 +5,6 @@ Touches git objects only, never image content.
 
 from __future__ import annotations
 
-import json
-import logging
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from tio_openneuro.select import (
     Selection,
     Sidecars,
     Skipped,
+    unique_headers,
 )
 from tio_openneuro.sources import Catalog
 from tio_openneuro.torchio_seams import (
@@ -33,9 +32,9 @@ from tio_openneuro.torchio_seams import (
     FetchedSubject,
     ImageFiles,
     Metadata,
+    reserved_names,
 )
 
-_LOG = logging.getLogger(__name__)
 _SHOWN = 5
 
 
@@ -114,24 +113,18 @@ def _files_of(row: SelectedUnit) -> tuple[TreeFile, ...]:
 
 
 class _Builder:
-    """Turn rows into subjects; reads participants.tsv and the sidecars in one go each."""
+    """Turn rows into subjects; reads the tables, and leaves sidecars until they are asked for."""
 
     def __init__(self, catalog: Catalog, selection: Selection, engine: Engine | None) -> None:
         self._catalog = catalog
         self._images = selection.images
         self._engine = engine
         self._participants = Participants.read(catalog.read, [file.path for file in catalog.files])
-        self._sidecars = Sidecars(file.path for file in catalog.files)
+        texts = [file for file in catalog.files if file.key is None]
+        self._texts = {file.path: file for file in texts if file.path.endswith(".json")}
+        self._sidecars = Sidecars(self._texts)
         self._events = Sidecars((file.path for file in catalog.files), "_events.tsv")
-        wanted = {
-            path
-            for row in selection.rows
-            for file in _files_of(row)
-            for path in self._sidecars.find(file.path)
-        }
-        self._json = {
-            path: _parse_json(path, text) for path, text in catalog.read(sorted(wanted)).items()
-        }
+        self._told: list[str] = []
         self._names = self._column_names()
 
     def row(self, row: SelectedUnit) -> SubjectRow:
@@ -180,37 +173,28 @@ class _Builder:
 
     def _image(self, source: ImageFiles) -> tio.Image:
         fields: dict[str, Any] = {}
+        sidecars: list[TreeFile] = []
         for file in source.files[:1]:
-            for path in self._sidecars.find(file.path):
-                fields.update(self._json.get(path, {}))
+            sidecars = [self._texts[path] for path in self._sidecars.find(file.path)]
             events = self._events.find(file.path, "events")
             if events:
                 fields["events"] = events[-1]
         kind = FetchedLabelMap if isinstance(source.selector, Label) else FetchedScalarImage
-        return kind.of(source, Metadata(fields))
+        return kind.of(source, Metadata(fields, (source.folder, sidecars, self._told)))
 
     def _column_names(self) -> dict[str, str]:
         """Return the attribute of each column: its own name, unless a subject has that already."""
-        taken = {*self._images, "subject_id", "session_id", "dataset_id"}
-        names = {}
-        for column in self._participants.columns:
-            collides = column in taken or hasattr(tio.Subject, column)
-            names[column] = f"participant_{column}" if collides else column
-        renamed = [column for column, name in names.items() if name != column]
+        table = self._participants
+        taken = {*self._images, "subject_id", "session_id", "dataset_id", *reserved_names()}
+        names = {column: column for column in table.columns if column not in taken}
+        others = [column for column in table.columns if column in taken]
+        found = unique_headers([f"participant_{column}" for column in others], {*taken, *names})
+        renamed = dict(zip(others, found, strict=True))
         if renamed:
+            each = "; ".join(f"{c!r} of {table.files[c]} becomes {n!r}" for c, n in renamed.items())
             warnings.warn(
-                f"participants.tsv of {self._catalog.dataset_id} has columns that a subject's "
-                f"images or attributes already use: {', '.join(renamed)}. They become "
-                f"{', '.join('participant_' + column for column in renamed)}.",
+                f"{self._catalog.dataset_id} has columns that a subject's images or attributes, "
+                f"TorchIO or the queue already use: {each}.",
                 stacklevel=6,
             )
-        return names
-
-
-def _parse_json(path: str, text: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(text.decode("utf-8-sig"))
-    except ValueError:
-        _LOG.warning("Sidecar %s is not valid JSON; it is left out.", path)
-        return {}
-    return fields if isinstance(fields, dict) else {}
+        return names | renamed

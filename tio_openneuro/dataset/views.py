@@ -40,17 +40,20 @@ class SplitViews:
     def weights(self, column: str) -> list[float]:
         """Return a weight for each unit that balances the values of a column.
 
-        For ``torch.utils.data.WeightedRandomSampler``: each value is then drawn equally often.
+        For ``torch.utils.data.WeightedRandomSampler``: each value is then drawn equally often, and
+        a unit whose value is missing never.
 
         Args:
             column: A column of participants.tsv.
 
         Raises:
-            SelectionError: There is no such column.
+            SelectionError: There is no such column, or no unit has a value in it.
         """
-        values = ["" if value != value else value for value in self._column(column)]  # noqa: PLR0124 - nan
-        counts = Counter(values)
-        return [1 / (len(counts) * counts[value]) for value in values]
+        values = self._column(column)
+        counts = Counter(value for value in values if value != "" and value == value)  # noqa: PLR0124 - nan
+        if not counts:
+            raise SelectionError(f"Cannot balance {column!r}: no unit has a value in it.")
+        return [1 / (len(counts) * counts[value]) if counts[value] else 0.0 for value in values]
 
     def _column(self, column: str) -> list[Any]:
         try:

@@ -5,7 +5,7 @@ content, and knows no annex.
 """
 
 from tio_openneuro.select.bids import Sidecars, parse_path
-from tio_openneuro.select.participants import Participants
+from tio_openneuro.select.participants import Participants, decode_text, unique_headers
 from tio_openneuro.select.patterns import IMAGE_EXTENSIONS, Label, Scalar
 from tio_openneuro.select.selection import (
     OnIncomplete,
@@ -32,6 +32,8 @@ __all__ = [
     "Skipped",
     "Unit",
     "check_images",
+    "decode_text",
     "parse_path",
     "select",
+    "unique_headers",
 ]

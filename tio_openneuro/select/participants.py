@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 Value = float | str
+_Row = tuple[str, str, dict[str, str]]
 
+_MAIN = "participants.tsv"
 _MISSING = frozenset({"", "n/a", "N/A", "NA", "na", "nan", "NaN", "None", "null", "NULL", "#N/A"})
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+# Of whole numbers those that a float holds.
+_NUMBER = re.compile(r"[+-]?(?:\d{1,15}|\d+\.\d*|\.\d+)(?:[eE][+-]?\d{1,2})?", re.ASCII)
 _LINES = re.compile(r"\r\n|\r|\n")
-_SESSIONS = re.compile(r"(?:(sub-[^/_]+)/)?(?:sub-[^/_]+_)?sessions\.tsv")
+_SESSIONS = re.compile(r"(?:(sub-[^/_]+)/)?(?:(sub-[^/_]+)_)?sessions\.tsv")
 _SUBJECT_HEADERS = ("participant_id", "participantid", "participant", "subject_id", "subject")
 _SESSION_HEADERS = ("session_id", "session", "ses", "ses_id")
 
@@ -44,17 +48,19 @@ class Participants:
     """The columns of participants.tsv and of the sessions' tables, by subject and session.
 
     Attributes:
-        columns: Names of the columns, less the session's id.
+        columns: Names of the columns, less the ids by which rows of sessions' tables are found.
         numeric: Those whose values are floats.
         rows: Values given, by subject, then by session, both with their prefix; the session is
             empty where a row has none. Missing values are left out.
         id_column: The column of the subjects' ids, one of ``columns``; empty without a table.
+        files: The first table that has each column.
     """
 
     columns: tuple[str, ...] = ()
     numeric: frozenset[str] = frozenset()
     rows: Mapping[str, Mapping[str, Mapping[str, Value]]] = field(default_factory=dict)
     id_column: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
     _without_zeros: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -69,15 +75,22 @@ class Participants:
             read: Returns the bytes of those of the paths that exist.
             paths: The dataset's paths, among which tables of sessions are looked for.
         """
-        of_sessions = [path for path in paths if _SESSIONS.fullmatch(path)]
-        tables = []
-        for path, content in read(["participants.tsv", *of_sessions]).items():
-            found = _SESSIONS.fullmatch(path)
-            tables.append(_read_table(content, (found[1] or "") if found else ""))
-        columns = tuple(dict.fromkeys(name for table in tables for name in table.columns))
-        id_column = next((table.id_column for table in tables if table.id_column), "")
+        paths = tuple(paths)
+        found = {path: match for path in paths if (match := _SESSIONS.fullmatch(path))}
+        contents = read([_MAIN, *found])
+        main = _read_table(contents.get(_MAIN, b""))
+        others = {
+            path: _read_table(contents[path], match[1] or match[2] or "", main.id_column)
+            for path, match in found.items()
+            if path in contents
+        }
+        folders = {path.partition("/")[0] for path in paths}
+        main = main.beside(others.values(), {name for name in folders if name[:4] == "sub-"})
+        ordered = [(_MAIN, main), *others.items()]
+        files = {name: path for path, table in reversed(ordered) for name in table.columns}
+        columns = tuple(dict.fromkeys(name for _, table in ordered for name in table.columns))
         texts: dict[str, dict[str, dict[str, str]]] = {}
-        for table in tables:
+        for table in (*others.values(), main):
             for subject, session, values in table.rows:
                 sessions = texts.setdefault(subject, {})
                 sessions[session] = values | sessions.get(session, {})
@@ -94,15 +107,14 @@ class Participants:
             subject: {session: typed(row) for session, row in sessions.items()}
             for subject, sessions in texts.items()
         }
-        short = Counter(map(_strip_zeros, rows))
-        aliases = {_strip_zeros(s): s for s in rows if short[_strip_zeros(s)] == 1}
-        return cls(columns, numeric, rows, id_column, aliases)
+        return cls(columns, numeric, rows, main.id_column, files, _by_number({*rows, *folders}))
 
     def row(self, subject_id: str, session_id: str = "") -> dict[str, Value]:
         """Return the values of every column for a subject, or for one of its sessions.
 
-        A session's own row goes before the subject's. Where the subject has rows for several
-        sessions and none is asked for, each column has its first value given.
+        A session's own row goes before the subject's. The only row that participants.tsv has of a
+        subject is that of all its sessions. Where the subject has rows for several sessions and
+        none is asked for, each column has its first value given, the subject's own before theirs.
 
         Args:
             subject_id: With or without its prefix, with or without leading zeros.
@@ -117,63 +129,98 @@ class Participants:
             subject = self._without_zeros.get(_strip_zeros(subject), subject)
         sessions = self.rows.get(subject, {})
         wanted = normalise_id(session_id, "ses-")
-        chosen = [sessions.get(wanted, {}), sessions.get("", {})] if wanted else sessions.values()
+        if wanted not in sessions:
+            wanted = _by_number(sessions).get(_strip_zeros(wanted), wanted)
+        own = sessions.get("", {})
+        chosen = [sessions.get(wanted, {}), own] if wanted else [own, *sessions.values()]
         row: dict[str, Value] = {
             name: float("nan") if name in self.numeric else "" for name in self.columns
         }
-        for values in reversed(list(chosen)):
+        for values in reversed(chosen):
             row.update(values)
         if self.id_column:
             row[self.id_column] = asked
         return row
 
 
-def _strip_zeros(subject: str) -> str:
+def _strip_zeros(name: str) -> str:
     """Return an id whose number has lost its leading zeros, as spreadsheets make it."""
-    value = subject.removeprefix("sub-")
-    return (value.lstrip("0") or "0") if value.isdecimal() else value
+    prefix, _, value = name.partition("-")
+    return f"{prefix}-{value.lstrip('0') or '0'}" if value.isdecimal() else name
+
+
+def _by_number(ids: Iterable[str]) -> dict[str, str]:
+    """Return ids by what they are without leading zeros, where no two are that."""
+    short = {name: _strip_zeros(name) for name in ids}
+    count = Counter(short.values())
+    return {number: name for name, number in short.items() if count[number] == 1}
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
     """One table: its columns, and its rows as (subject, session, values given)."""
 
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, str, dict[str, str]], ...]
+    columns: Sequence[str]
+    rows: Sequence[_Row]
     id_column: str = ""
 
+    def beside(self, others: Collection[Self], folders: Iterable[str]) -> Self:
+        """Return participants.tsv as it is read beside the sessions' tables and folders.
 
-def _read_table(content: bytes, subject: str) -> _Table:
+        Ids are spelt as their folders, a subject's only row is that of all its sessions, and a
+        column that sessions' tables have too stands under a second name as well.
+        """
+        theirs = {name for table in others for name in table.columns}
+        both = [name for name in self.columns if name in theirs and name != self.id_column]
+        seconds = unique_headers([f"participant_{n}" for n in both], theirs | set(self.columns))
+        twice = dict(zip(both, seconds, strict=True))
+        count = Counter(subject for subject, _, _ in self.rows)
+        known, own = _by_number(folders), _by_number(count)
+        spelt = {own[number]: known[number] for number in own.keys() & known.keys()}
+        rows = [
+            (
+                spelt.get(subject, subject),
+                session if count[subject] > 1 else "",
+                values | {twice[name]: values[name] for name in twice.keys() & values.keys()},
+            )
+            for subject, session, values in self.rows
+        ]
+        return replace(self, columns=[*self.columns, *seconds], rows=rows)
+
+
+def _read_table(content: bytes, place: str | None = None, taken: str = "") -> _Table:
     """Split a table into columns and rows.
 
     Args:
         content: The file's bytes.
-        subject: Whose table it is, where it has no column for that.
+        place: The subject whose sessions it tells of; empty where it tells of those of several,
+            None where it is participants.tsv.
+        taken: A header that another table has.
     """
-    lines = [line for line in _LINES.split(_decode(content)) if line.strip()]
+    lines = [line for line in _LINES.split(decode_text(content)) if line.strip()]
     if not lines:
         return _Table((), ())
     delimiter = next((mark for mark in ("\t", ",", ";") if mark in lines[0]), "\t")
-    headers = _unique_headers(_cells(lines[0], delimiter))
-    session_at = _position(headers, _SESSION_HEADERS)
-    subject_at = _position(headers, _SUBJECT_HEADERS)
-    if subject_at is None and not subject:
-        subject_at = 0
-    kept = [n for n in range(len(headers)) if n not in {session_at, subject_at}]
-    rows: list[tuple[str, str, dict[str, str]]] = []
-    for line in lines[1:]:
-        cells = _cells(line, delimiter)
-        cells += [""] * (len(headers) - len(cells))
-        whose = subject if subject_at is None else normalise_id(cells[subject_at])
-        when = "" if session_at is None else _given(cells[session_at])
-        values = {headers[n]: text for n in kept if (text := _given(cells[n]))}
-        if whose:
-            rows.append((whose, normalise_id(when, "ses-"), values))
-    columns = tuple(header for n, header in enumerate(headers) if n != session_at)
-    return _Table(columns, tuple(rows), "" if subject_at is None else headers[subject_at])
+    header, *body = (_cells(line, delimiter) for line in lines)
+    own = {n for cells in [header, *body] for n, cell in enumerate(cells) if _given(cell)}
+    when = _position(header, _SESSION_HEADERS)
+    whose = -1 if place else max(_position(header, _SUBJECT_HEADERS), 0)
+    shown = [*header, *[""] * (max(own, default=0) + 1 - len(header))]
+    headers = unique_headers([h or f"column_{n}" for n, h in enumerate(shown, start=1)], {taken})
+    kept = {n: headers[n] for n in sorted(own - {whose} - ({when} if place is not None else set()))}
+    rows: list[_Row] = []
+    for cells in body:
+        given = dict(enumerate(map(_given, cells)))
+        subject = place or normalise_id(given.get(whose, ""))
+        session = normalise_id(given.get(when, ""), "ses-")
+        if subject:
+            values = {name: given[n] for n, name in kept.items() if given.get(n)}
+            rows.append((subject, session, values))
+    ids = [headers[whose]] if place is None else []
+    return _Table([*ids, *kept.values()], rows, *ids)
 
 
-def _decode(content: bytes) -> str:
+def decode_text(content: bytes) -> str:
     """Decode UTF-8 or UTF-16 with its mark, else Western European text."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", errors="replace")
@@ -185,27 +232,27 @@ def _decode(content: bytes) -> str:
 
 def _cells(line: str, delimiter: str) -> list[str]:
     """Split a line; spaces and quotes around a cell are not part of it."""
-    cells = [cell.strip() for cell in line.split(delimiter)]
-    return [c[1:-1].strip() if len(c) > 1 and c[0] == c[-1] == '"' else c for c in cells]
+    cell = rf' *(?:"((?:[^"\t]|"")*)" *|([^{delimiter}]*)){delimiter}'
+    found = re.findall(cell, line + delimiter)
+    return [(quoted.replace('""', '"') or plain).strip() for quoted, plain in found]
 
 
-def _unique_headers(headers: Sequence[str]) -> list[str]:
-    """Name empty headers by their place, and number those that come again."""
-    names: list[str] = []
-    for number, header in enumerate(headers, start=1):
-        name = header or f"column_{number}"
-        repetition = 2
+def unique_headers(headers: Sequence[str], taken: Collection[str]) -> list[str]:
+    """Number headers that come again, or are taken."""
+    names = dict.fromkeys(taken)
+    for header in headers:
+        name, repetition = header, 2
         while name in names:
             name = f"{header}_{repetition}"
             repetition += 1
-        names.append(name)
-    return names
+        names[name] = None
+    return list(names)[len(taken) :]
 
 
-def _position(headers: Sequence[str], known: Sequence[str]) -> int | None:
-    """Return which header is one of those known, the best known first."""
+def _position(headers: Sequence[str], known: Sequence[str]) -> int:
+    """Return which header is one of those known, the best known first; -1 where none is."""
     lowered = [header.lower().replace(" ", "_") for header in headers]
-    return next((lowered.index(name) for name in known if name in lowered), None)
+    return next((lowered.index(name) for name in known if name in lowered), -1)
 
 
 def _given(text: str) -> str:

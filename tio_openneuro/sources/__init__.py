@@ -4,7 +4,7 @@ Owns clones and which remotes are trusted. Promises that what a stranger's repos
 nothing. Never fetches image content.
 """
 
-from tio_openneuro.sources.catalog import Catalog, open_catalog, read_file
+from tio_openneuro.sources.catalog import Catalog, open_catalog, read_file, read_texts
 from tio_openneuro.sources.install import forget
 from tio_openneuro.sources.progress import showing
 
@@ -13,5 +13,6 @@ __all__ = [
     "forget",
     "open_catalog",
     "read_file",
+    "read_texts",
     "showing",
 ]

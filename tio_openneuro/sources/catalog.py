@@ -47,17 +47,33 @@ class Catalog:
         """
         wanted = set(paths)
         files = [file for file in self.files if file.path in wanted and file.key is None]
-        for file in files:
-            if (file.size_bytes or 0) > _LONGEST_TEXT_BYTES:
-                raise UnsafeDatasetError(
-                    f"Refused to read {file.path} of {self.dataset_id}: it has "
-                    f"{file.size_bytes} bytes, and no table or sidecar is longer than "
-                    f"{_LONGEST_TEXT_BYTES}. Do not use the dataset, or a version without it."
-                )
-        if self.repo is None:
-            return {file.path: (self.folder / file.path).read_bytes() for file in files}
-        blobs = read_blobs(self.folder, [file.blob for file in files])
-        return {file.path: blob for file, blob in zip(files, blobs, strict=True)}
+        return read_texts(self.folder, files)
+
+
+def read_texts(folder: Path, files: Sequence[TreeFile]) -> dict[str, bytes]:
+    """Return the bytes of tables or sidecars by their paths, in the order asked for.
+
+    Args:
+        folder: The clone, or the plain BIDS folder.
+        files: Files of it that are not annexed.
+
+    Raises:
+        UnsafeDatasetError: A file is too long to be a table or a sidecar.
+        SelectionError: A file is not there any more.
+    """
+    for file in files:
+        if (file.size_bytes or 0) > _LONGEST_TEXT_BYTES:
+            raise UnsafeDatasetError(
+                f"Refused to read {file.path} of {folder.name}: it has "
+                f"{file.size_bytes} bytes, and no table or sidecar is longer than "
+                f"{_LONGEST_TEXT_BYTES}. Do not use the dataset, or a version without it."
+            )
+    try:
+        blobs = iter(read_blobs(folder, [file.blob for file in files if file.blob]))
+        return {f.path: next(blobs) if f.blob else (folder / f.path).read_bytes() for f in files}
+    except (KeyError, OSError) as error:
+        gone = f"it is gone since the dataset was opened ({error}). Open the dataset anew."
+        raise SelectionError(f"Cannot read {files[0].path} of {folder}: {gone}") from error
 
 
 def open_catalog(

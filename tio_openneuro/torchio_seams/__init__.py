@@ -26,6 +26,7 @@ from tio_openneuro.torchio_seams.parts import walk_parts
 from tio_openneuro.torchio_seams.private_names import (
     is_loaded,
     leave_unfilled,
+    reserved_names,
     share_subjects,
     transform_of,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "pin",
     "reads_boxes",
     "refuse_random",
+    "reserved_names",
     "share_subjects",
     "transform_in_place",
     "transform_of",

@@ -13,11 +13,14 @@ around a tensor (1.2.1), which is why patches need these subclasses too.
 
 from __future__ import annotations
 
+import json
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, Self, SupportsIndex
 
@@ -31,23 +34,47 @@ from tio_openneuro.content import AnnexKey, ContentFile, ContentRepo, ContentUni
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.ram import available_bytes
-from tio_openneuro.select import Label, Scalar
+from tio_openneuro.select import Label, Scalar, decode_text
+from tio_openneuro.sources import read_texts
 from tio_openneuro.torchio_seams.in_place import read_file
-from tio_openneuro.volumes import VolumeFile, refuse_bomb
+from tio_openneuro.volumes import VolumeFile, read_grid, refuse_bomb
+
+_NO_FIELDS = "Left out: %s of %s, which is no JSON object, and without a word each other such one."
 
 Box = Sequence[tuple[int, int]]
+SidecarFiles = tuple[Path, Sequence[TreeFile], list[str]]
 
 
 class Metadata(Mapping[str, Any]):
-    """Hold an image's sidecar; read-only, and collated by TorchIO as a list.
+    """Hold an image's sidecars; read-only, read when asked for, and collated by TorchIO as a list.
 
     A ``dict`` would be collated key by key, which fails where two subjects' scanners wrote
-    different fields (``torchio.data.loader._stack``, 1.2.1).
+    different fields (``torchio.data.loader._stack``, 1.2.1). A pickle holds no fields that were
+    read, but the way to them; copies share them.
     """
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        """Copy the fields."""
-        self._fields = dict(fields)
+    def __init__(self, fields: Mapping[str, Any], files: SidecarFiles | None = None) -> None:
+        """Copy the fields that are known, and read none.
+
+        Args:
+            fields: They go before those of the sidecars.
+            files: Folder of the dataset; the sidecars, of which later ones override; and which of
+                the dataset's was told to have no fields: its images share that list.
+        """
+        self._known, self._files = dict(fields), files or (Path(), (), [])
+
+    @cached_property
+    def _fields(self) -> dict[str, Any]:
+        folder, files, told = self._files
+        fields: dict[str, Any] = {}
+        for path, text in read_texts(folder, files).items():
+            try:
+                fields = {**fields, **json.loads(decode_text(text))}
+            except (ValueError, TypeError, RecursionError):
+                if not told:
+                    logging.getLogger(__name__).warning(_NO_FIELDS, path, folder.name)
+                told[:] = [path]
+        return fields | self._known
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - JSON holds anything
         """Return one field."""
@@ -64,6 +91,18 @@ class Metadata(Mapping[str, Any]):
     def __repr__(self) -> str:
         """Show it as the dictionary it is."""
         return f"Metadata({self._fields!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled without the fields that were read."""
+        return type(self), (self._known, self._files)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return the same object, which nothing changes."""
+        return self
+
+    def pin_memory(self) -> Self:
+        """Return the same object, which holds no tensor: torch would read it to find some."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -258,16 +297,18 @@ class FetchedImage(tio.Image):
         Raises:
             RamBudgetError: A header states more than the RAM that is available.
             UnsafeDatasetError: A file is no image of the format that its name tells.
-            DamagedImageError: A file is cut off, or fails its own checksum.
+            DamagedImageError: A file is gone or cut off, fails its own checksum, or has a header
+                that lies.
         """
         source = self.source
         if self._loaded or source is None:
             return
         if source.grid_of is not None:
             with source.grid_of.opened(leased) as files:
-                grid = tio.ScalarImage(files[0].path)  # type: ignore[no-untyped-call]
-                self.set_data(torch.zeros(1, *grid.spatial_shape, dtype=torch.uint8))
-                self.affine = grid.affine
+                whole = partial(read_file, self, files[0], source.grid_of.files[0].path)
+                grid, self.affine = read_grid(files[0]) or whole()
+            shape = grid.shape if isinstance(grid, torch.Tensor) else grid
+            self.set_data(torch.zeros(1, *shape[1:], dtype=torch.uint8))
             return
         with source.opened(leased) as files:
             self._read(source, files)
@@ -308,36 +349,33 @@ class FetchedImage(tio.Image):
         if not self._loaded and self._array is not None:
             channels, i, j, k = self._array.shape
             return channels, i, j, k
-        with self._header():
-            return super().shape
+        grid = self._grid()
+        return super().shape if grid is None else grid[0]
 
     @property
     def affine(self) -> Any:  # noqa: ANN401 - TorchIO's own
         """Affine, 4 x 4, float64; of an unloaded image from its header, fetched first."""
         if not self._loaded and self._array is not None:
             return self[AFFINE]
-        with self._header():
-            return super().affine
+        grid = self._grid()
+        return super().affine if grid is None else grid[1]
 
     @affine.setter
     def affine(self, matrix: Any) -> None:  # noqa: ANN401 - TorchIO's own
         self[AFFINE] = self._parse_affine(matrix)
 
-    @contextmanager
-    def _header(self) -> Iterator[None]:
+    def _grid(self) -> tuple[tuple[int, int, int, int], Any] | None:
+        """Return shape and affine by the header; load the image and return None where it lies."""
         source = self.source
         if self._loaded or source is None:
-            yield
-        elif len(source.files) == 1 and _is_plain(source.selector):
+            return None
+        if len(source.files) == 1 and _is_plain(source.selector):
             with source.lease() as leased, source.opened(leased) as files:
-                nominal, self.path = self.path, files[0].path
-                try:
-                    yield
-                finally:
-                    self.path = nominal
-        else:
-            self.load()
-            yield
+                grid = read_grid(files[0])
+            if grid is not None:
+                return grid
+        self.load()
+        return None
 
 
 class FetchedScalarImage(FetchedImage, tio.ScalarImage):

@@ -20,7 +20,7 @@ from torchio.data.io import read_image
 
 from tio_openneuro.torchio_seams.parts import inner_transforms
 from tio_openneuro.torchio_seams.private_names import is_loaded, transform_of
-from tio_openneuro.volumes import VolumeFile, read_nifti
+from tio_openneuro.volumes import VolumeFile, read_volume
 
 # False to TorchIO, and told from the False of a user or of TorchIO's own.
 _SPARED = 0
@@ -71,11 +71,12 @@ def read_file(image: tio.Image, file: VolumeFile, name: str) -> tuple[torch.Tens
         name: What it is called in messages.
 
     Raises:
-        DamagedImageError: The file is cut off, or fails its own checksum.
+        DamagedImageError: The file is gone or cut off, fails its own checksum, or has a header that
+            lies.
     """
     plain = image.reader is read_image and not image.check_nans
-    found = read_nifti(file, name) if plain else None
-    return image.read_and_check(file.path) if found is None else found
+    read = image.read_and_check
+    return read_volume(file, name, read) if plain else read(file.path)
 
 
 def transform_in_place(

@@ -8,8 +8,22 @@ touch some themselves; nobody outside of it does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 
 import torchio as tio
+from torchio.constants import LOCATION, NUM_SAMPLES
+
+
+def reserved_names() -> frozenset[str]:
+    """Return the names of a subject that TorchIO or the queue give a meaning of their own.
+
+    Those of every attribute of a subject, what its constructor cannot take, and what samplers,
+    queues and transforms read or write. An image called so, or a value, would be taken for that.
+    """
+    subject = tio.Subject(image=tio.ScalarImage("none", verify_path=False))  # type: ignore[no-untyped-call]
+    made = signature(tio.RandomLabelsToImage).parameters["image_key"].default
+    taken = {*dir(subject), *signature(tio.Subject.__init__).parameters} - {*subject}
+    return frozenset(taken | {LOCATION, NUM_SAMPLES, made, "name"})
 
 
 def is_loaded(image: tio.Image) -> bool:

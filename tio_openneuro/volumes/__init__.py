@@ -14,7 +14,7 @@ from tio_openneuro.volumes.headers import (
     refuse_bomb,
     sum_sizes,
 )
-from tio_openneuro.volumes.reader import read_nifti
+from tio_openneuro.volumes.reader import read_grid, read_volume
 from tio_openneuro.volumes.reading_gate import install_reading_gate
 
 __all__ = [
@@ -24,7 +24,8 @@ __all__ = [
     "announce_files",
     "install_reading_gate",
     "listening",
-    "read_nifti",
+    "read_grid",
+    "read_volume",
     "refuse_bomb",
     "sum_sizes",
 ]

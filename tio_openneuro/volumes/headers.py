@@ -12,29 +12,45 @@ import gzip
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import inf, isfinite, prod
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from nibabel import nifti1, nifti2
 
-from tio_openneuro.errors import RamBudgetError, UnsafeDatasetError
+from tio_openneuro.errors import DamagedImageError, RamBudgetError, UnsafeDatasetError
 from tio_openneuro.sizes import format_size
 
 ImageSize = tuple[int, int, int]
 _NIFTI_SUFFIXES = (".nii", ".nii.gz")
 _MGH_SUFFIXES = (".mgz", ".mgh")
+VOLUME_SUFFIXES = _NIFTI_SUFFIXES + _MGH_SUFFIXES
 HEADER_BYTES = 544
 PLAIN_EXTENSION_BYTES = 1 << 20
 GZIP = b"\x1f\x8b"
 _LEAST_ITEM_BYTES = 4
 _NIFTI2_BYTES = 540
 _MOST_DIMENSIONS = 7
+_VECTOR_INTENT = 1007
+# Between this and nothing SimpleITK may take numbers for unscaled that are scaled.
+_LEAST_SLOPE = 1e-12
+LEAVE_OUT = "Likely it is damaged: leave the unit out."
+# Whether the voxels follow in the same file.
+_MAGICS = {b"n+1": True, b"n+2": True, b"ni1": False, b"ni2": False}
+_CODES = range(6)
+# What says where an image lies, by the code that says so.
+_PLACE_FIELDS = {
+    "sform_code": ("srow_x", "srow_y", "srow_z"),
+    "qform_code": ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    "": ("pixdim",),
+}
+# Metres and micrometres, by their codes; all else is taken for millimetres.
+_UNITS_MM = {1: 1e3, 3: 1e-3}
 _MGH_VERSION = 1
 _MGH_FRAMES = 4
 
@@ -100,35 +116,90 @@ def announce_size(size: SubjectSize) -> None:
         check(size)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class NiftiHeader:
     """What a NIfTI-1 or NIfTI-2 header says of its voxels, as it stands there.
 
     Attributes:
-        single: Whether its magic says that the voxels follow in the same file.
+        fields: As nibabel has them, which corrected nothing.
         order: Order of bytes, ``"<"`` or ``">"``.
-        shape: Its dimensions, first one fastest; may be zero or negative.
-        stored: The voxels' type in native order, or None where its code is unknown.
-        bits: What it says that a voxel has.
         header_bytes: Where the header ends.
-        offset_bytes: Where the voxels begin.
-        extended: Whether extensions follow the header.
-        slope: Factor of the stored numbers.
-        intercept: Added after that.
+        single: Whether its magic says that the voxels follow in the same file.
+        tensor_shape: Channels and spatial shape, ``(C, I, J, K)``; in the file I is fastest.
+        is_vector: Whether channels are components of a vector, the file's fifth dimension.
+        stored: The voxels' type as in NumPy, ``"i2"``; ``"V0"`` where its code is unknown.
+        size_bytes: Bytes of the voxels as they are stored.
+        offset_bytes: Where they begin.
+        scale: Slope and intercept, or None where the numbers stay as they are.
         intent: Its code of what the numbers mean.
+        is_misread: Whether SimpleITK 2.5.7 makes other voxels of it than the standard says: it adds
+            the intercept where there is no slope, takes tiny slopes for none, and knows a fifth
+            dimension as that of a vector alone.
     """
 
-    single: bool
+    fields: Any
     order: str
-    shape: tuple[int, ...]
-    stored: np.dtype[Any] | None
-    bits: int
-    header_bytes: int
-    offset_bytes: float
-    extended: bool
-    slope: float
-    intercept: float
-    intent: int
+
+    def __post_init__(self) -> None:
+        """Take out what the reader asks for."""
+        self.header_bytes: int = self.fields.template_dtype.itemsize
+        self.single = _MAGICS.get(self._of("magic"), False)
+        self.shape: list[int] = self._of("dim")[1 : self._of("dim")[0] + 1]
+        rows, columns, slices = [*self.shape, 1, 1][:3]
+        self.tensor_shape = prod(self.shape[3:]), rows, columns, slices
+        self.is_vector = prod(self.shape[4:]) > 1
+        code, types = self._of("datatype"), cast("Any", nifti1.data_type_codes)
+        self.stored: str = np.dtype(types.dtype[code]).str[1:] if code in types else "V0"
+        self.size_bytes = prod(self.shape) * np.dtype(self.stored).itemsize
+        self.offset_bytes: float = self._of("vox_offset")
+        scale = slope, intercept = self._of("scl_slope"), self._of("scl_inter")
+        self.is_scaled = bool(slope) and isfinite(slope)
+        self.scale = scale if self.is_scaled and scale != (1, 0) else None
+        self.intent: int = self._of("intent_code")
+        unknown = self.shape[5 if self.intent == _VECTOR_INTENT else 4 :]
+        wrong = abs(slope) < _LEAST_SLOPE if self.is_scaled else abs(intercept) > 0
+        self.is_misread = wrong or prod(unknown) > 1
+
+    def _of(self, name: str) -> Any:  # noqa: ANN401 - a number, text, or a list of numbers
+        return self.fields[name].tolist()
+
+    def _place(self, name: str) -> np.ndarray[Any, Any] | None:
+        """Return an affine of nibabel's, with sizes above zero, or None where it is no number."""
+        sound = self.fields.copy()
+        sound["pixdim"][:4] = -1 if sound["pixdim"][0] == -1 else 1, *abs(sound["pixdim"][1:4])
+        with suppress(ValueError):
+            affine = getattr(sound, f"get_{name}")()
+            return affine if np.isfinite(affine).all() else None
+        return None
+
+    def agrees(self, shape: Sequence[int], affine: np.ndarray[Any, Any]) -> bool:
+        """Tell whether a tensor's shape and its place, in mm, are among those that it states."""
+        unit_mm = _UNITS_MM.get(self._of("xyzt_units") & 7, 1.0)
+        # Of two dimensions SimpleITK knows no third axis.
+        seen = np.ix_(range(3), range(4)) if self.shape[2:] else np.ix_((0, 1), (0, 1, 3))
+        coded = [name for name in ("sform", "qform") if self._of(f"{name}_code") > 0]
+        found = [place for name in coded if (place := self._place(name)) is not None]
+        near = (np.allclose(affine[seen], unit_mm * each[seen], 1e-3, 1e-3) for each in found)
+        return tuple(shape[1:]) == self.tensor_shape[1:] and (not coded or any(near))
+
+    @cached_property
+    def fault(self) -> str:
+        """What it cannot mean, in words that name the field; empty where it is sound."""
+        code = "sform_code" if self._of("sform_code") else "qform_code"
+        wrong = {
+            "sizeof_hdr": self._of("sizeof_hdr") != self.header_bytes,
+            "magic": self._of("magic") not in _MAGICS,
+            "dim": min(self.shape) < 1 or sum(size > 1 for size in self.shape[3:]) > 1,
+            "datatype": not np.dtype(self.stored).itemsize,
+            "vox_offset": self.single and not self.header_bytes + 4 <= self.offset_bytes < inf,
+            "scl_inter": self.is_scaled and not isfinite(self._of("scl_inter")),
+            code: self._of(code) not in _CODES,
+        }
+        named = [f"its {name} is {self._of(name)}" for name in wrong if wrong[name]]
+        if self._place("best_affine") is None:
+            place = _PLACE_FIELDS[code if self._of(code) else ""]
+            named.append(", ".join(f"its {name} is {self._of(name)}" for name in place))
+        return f"{named[0]}, which no image has" if named else ""
 
 
 @dataclass(eq=False)
@@ -157,68 +228,58 @@ class VolumeFile:
 
     @cached_property
     def nifti(self) -> NiftiHeader | None:
-        """What its header says, or None where it is none, or its place in space no number."""
+        """What its header says, or None where it is none."""
         return _parse_nifti(self.first) if self.path.name.endswith(_NIFTI_SUFFIXES) else None
 
     @cached_property
     def size(self) -> ImageSize | None:
         """Channels, voxels of one channel and bytes per voxel once loaded, or None.
 
-        None where the file is absent, no NIfTI or MGH, or cannot be read. A voxel counts four
+        None where the file is absent, no sound NIfTI or MGH, or cannot be read. A voxel counts four
         bytes at least, since scaling factors turn integers into floats. Extensions of the header
         that pass 1 MiB count as voxels, since they are loaded too.
         """
         try:
             if self.path.name.endswith(_MGH_SUFFIXES):
                 return _measure_mgh(self.first)
-            return None if self.nifti is None else _measure_nifti(self.nifti)
+            return _measure_nifti(self.nifti) if self.nifti and not self.nifti.fault else None
         except (struct.error, ValueError, OverflowError):
             return None
+
+    def refuse_fault(self, name: str) -> None:
+        """Raise where the file is gone, or its header cannot be believed.
+
+        Raises:
+            DamagedImageError: The message names the file and the field.
+        """
+        fault = self.nifti.fault if self.nifti is not None else ""
+        if not self.path.exists():
+            fault = "the file is not there any more"
+        if fault:
+            raise DamagedImageError(f"Cannot load {name}: {fault}. {LEAVE_OUT}")
 
 
 def _parse_nifti(first: bytes) -> NiftiHeader | None:
     second = _NIFTI2_BYTES in {int.from_bytes(first[:4], order) for order in ("little", "big")}
-    layout = nifti2.header_dtype if second else nifti1.header_dtype
-    if len(first) < layout.itemsize:
+    kind: Any = nifti2.Nifti2Header if second else nifti1.Nifti1Header
+    block = first[: kind.template_dtype.itemsize]
+    if len(block) < kind.template_dtype.itemsize:
         return None
     # As the NIfTI library does: the order of bytes is that in which there are 1 to 7 dimensions.
     for order in "<>":
-        fields = np.frombuffer(first, layout.newbyteorder(cast("Any", order)), count=1)[0]
-        count, *dims = fields["dim"].tolist()
-        if 1 <= count <= _MOST_DIMENSIONS:
-            break
-    else:
-        return None
-    # SimpleITK 2.5.7 may compute for ever on a place in space that is no number.
-    rows = [fields["srow_x"], fields["srow_y"], fields["srow_z"]]
-    if not second and fields["sform_code"] > 0 and not np.isfinite(rows).all():
-        return None
-    code = fields["datatype"].item()
-    types: Any = nifti1.data_type_codes
-    return NiftiHeader(
-        single=fields["magic"] == (b"n+2" if second else b"n+1"),
-        order=order,
-        shape=tuple(dims[:count]),
-        stored=np.dtype(types.dtype[code]) if code in types else None,
-        bits=fields["bitpix"].item(),
-        header_bytes=layout.itemsize,
-        offset_bytes=fields["vox_offset"].item(),
-        extended=any(first[layout.itemsize : layout.itemsize + 1]),
-        slope=fields["scl_slope"].item(),
-        intercept=fields["scl_inter"].item(),
-        intent=fields["intent_code"].item(),
-    )
+        fields = kind(block, order, check=False)
+        if 1 <= fields["dim"][0] <= _MOST_DIMENSIONS:
+            return NiftiHeader(fields, order)
+    return None
 
 
 def _measure_nifti(header: NiftiHeader) -> ImageSize:
-    shape = [abs(size) for size in header.shape]
-    stored_bytes = header.stored.itemsize if header.stored is not None else 0
-    item_bytes = max(stored_bytes, abs(header.bits) // 8, _LEAST_ITEM_BYTES)
-    extension_bytes = int(header.offset_bytes) - header.header_bytes if header.extended else 0
-    channels, voxels = prod(shape[3:]), prod(shape[:3])
+    item_bytes = max(np.dtype(header.stored).itemsize, _LEAST_ITEM_BYTES)
+    extension_bytes = int(header.offset_bytes) - header.header_bytes
+    channels, voxels = prod(header.shape[3:]), prod(header.shape[:3])
     if extension_bytes > PLAIN_EXTENSION_BYTES:
-        voxels += extension_bytes // (item_bytes * max(channels, 1)) + 1
-    return max(channels, 1), voxels, item_bytes
+        voxels += extension_bytes // (item_bytes * channels) + 1
+    return channels, voxels, item_bytes
 
 
 def _measure_mgh(header: bytes) -> ImageSize | None:
@@ -277,9 +338,11 @@ def refuse_bomb(file: VolumeFile, title: str, unit_name: str, free_bytes: int) -
 
     Raises:
         RamBudgetError: The header states more than the RAM that is available.
+        DamagedImageError: The file is gone, or its header cannot be believed.
         UnsafeDatasetError: It is no image of the format that its name tells.
     """
-    if not title.endswith(_NIFTI_SUFFIXES + _MGH_SUFFIXES) or not file.path.exists():
+    file.refuse_fault(f"{title} of {unit_name}")
+    if not title.endswith(VOLUME_SUFFIXES):
         return
     size = file.size
     if size is None:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import io
 import platform
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
+import nibabel
 import numpy as np
 import SimpleITK
 import torch
@@ -27,7 +28,14 @@ from torchio.data.io import get_ras_affine_from_sitk
 
 from tio_openneuro.errors import DamagedImageError
 from tio_openneuro.sizes import format_size
-from tio_openneuro.volumes.headers import GZIP, PLAIN_EXTENSION_BYTES, NiftiHeader, VolumeFile
+from tio_openneuro.volumes.headers import (
+    GZIP,
+    LEAVE_OUT,
+    PLAIN_EXTENSION_BYTES,
+    VOLUME_SUFFIXES,
+    NiftiHeader,
+    VolumeFile,
+)
 
 # 64 kB to 1 MB make no difference (2026-11-21).
 _CHUNK_BYTES = 1 << 18
@@ -36,14 +44,10 @@ _BEYOND_BYTES = 1 << 16
 _SLAB_BYTES = 2_400_000
 _LEAST_SLICES = 32
 _SPATIAL = 3
-_VECTOR_AXIS = 4
 _LEAST_VOLUME = 1e-3
 _DIMENSIONS = range(2, 5)
-# Between this and nothing SimpleITK may take numbers for unscaled that are scaled.
-_LEAST_SLOPE = 1e-12
 # Codes of NIfTI: SimpleITK reorders symmetric matrices, and turns displacements round.
 _REORDERED_INTENTS = frozenset({1005, 1006})
-_VECTOR_INTENT = 1007
 # Not uint64, of which torch knows little, nor complex numbers, colours and float128.
 _PIXELS = {
     "u1": "UInt8",
@@ -56,90 +60,11 @@ _PIXELS = {
     "i4": "Int32",
     "i8": "Int64",
 }
+# SimpleITK's factor and sum may be fused into one operation, which rounds once less, where the
+# processor's baseline has it; that of x86-64 has not.
+_UNFUSED = frozenset({"x86_64", "AMD64"})
 # isal's stubs have its error for an instance.
 _DAMAGES: tuple[type[Exception], ...] = (EOFError, cast("type[Exception]", igzip_lib.error))
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where a file's voxels are, and what becomes of them.
-
-    Attributes:
-        stored: Their type in the file, as in NumPy.
-        order: Their order of bytes, ``"<"`` or ``">"``.
-        shape: Channels and spatial shape, ``(C, I, J, K)``; in the file I is fastest, C slowest.
-        vector: Whether the channels are components of a vector, the file's fifth dimension.
-        offset_bytes: Where they begin.
-        scale: Slope and intercept, or None where the numbers stay as they are.
-    """
-
-    stored: str
-    order: str
-    shape: tuple[int, int, int, int]
-    vector: bool
-    offset_bytes: int
-    scale: tuple[float, float] | None
-
-    @classmethod
-    def of(cls, header: NiftiHeader) -> Self | None:
-        """Return the layout that a header states, or None where SimpleITK may see another."""
-        shape = [*header.shape, *[1] * (_VECTOR_AXIS + 1 - len(header.shape))]
-        while len(shape) > _VECTOR_AXIS + 1 and shape[-1] == 1:
-            shape.pop()
-        vector = shape[_VECTOR_AXIS] > 1
-        stored = header.stored.str[1:] if header.stored is not None else ""
-        if (
-            not header.single
-            or stored not in _PIXELS
-            or len(shape) > _VECTOR_AXIS + 1
-            or min(shape) < 1
-            or (vector and (shape[_SPATIAL] > 1 or header.intent != _VECTOR_INTENT))
-            or header.intent in _REORDERED_INTENTS
-        ):
-            return None
-        least = header.header_bytes + 4
-        # Written so that a NaN is out of bounds as well.
-        if not least <= header.offset_bytes <= least + PLAIN_EXTENSION_BYTES:
-            return None
-        scale: tuple[float, float] | None = (header.slope, header.intercept)
-        if scale in {(0.0, 0.0), (1.0, 0.0)}:
-            scale = None
-        elif not _can_scale(header):
-            return None
-        return cls(
-            stored=stored,
-            order=header.order,
-            shape=(shape[_VECTOR_AXIS if vector else _SPATIAL], shape[0], shape[1], shape[2]),
-            vector=vector,
-            offset_bytes=int(header.offset_bytes),
-            scale=scale,
-        )
-
-    @property
-    def pixel(self) -> int:
-        """SimpleITK's name of the type that it makes of the voxels."""
-        kind = "f4" if self.scale is not None and self.stored != "f8" else self.stored
-        return int(getattr(SimpleITK, f"sitk{'Vector' if self.vector else ''}{_PIXELS[kind]}"))
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the voxels as they are stored."""
-        return prod(self.shape) * np.dtype(self.stored).itemsize
-
-
-def _can_scale(header: NiftiHeader) -> bool:
-    """Tell whether scaled numbers come out the same here.
-
-    SimpleITK's factor and sum may be fused into one operation, which rounds once less, where the
-    processor's baseline has it; that of x86-64 has not.
-    """
-    slope, intercept = header.slope, header.intercept
-    return (
-        platform.machine() in {"x86_64", "AMD64"}
-        and _LEAST_SLOPE < abs(slope) < float("inf")
-        and (slope != 1 or abs(intercept) > _LEAST_SLOPE)
-        and abs(intercept) < float("inf")
-    )
 
 
 class _Inflated(io.RawIOBase):
@@ -198,48 +123,107 @@ def read_nifti(volume: VolumeFile, name: str) -> tuple[torch.Tensor, Any] | None
         DamagedImageError: The file holds less than its header states, or its compressed data are
             damaged. Also said of a file that TorchIO is to read, as far as its type is known.
     """
-    layout = _Layout.of(volume.nifti) if volume.nifti is not None else None
-    if layout is None:
+    header, path = volume.nifti, volume.path
+    if header is None:
         return None
-    path = volume.path
+    volume.refuse_fault(name)
+    if not header.single:
+        return None
     with path.open("rb", buffering=0) as file:
         compressed = file.read(len(GZIP)) == GZIP
         file.seek(0)
         if compressed != path.name.endswith(".gz"):
             return None
-        affine = _read_affine(path, layout)
+        affine = _read_affine(path, header)
         source = _Inflated(file) if compressed else file
         try:
-            _skip(source, layout.offset_bytes)
+            _skip(source, int(header.offset_bytes))
             if affine is None:
-                _skip(source, layout.size_bytes)
+                _skip(source, header.size_bytes)
             else:
-                tensor = _read_voxels(source, layout)
+                tensor = _read_voxels(source, header)
             if isinstance(source, _Inflated):
                 source.check_end()
         except _DAMAGES as error:
             raise DamagedImageError(
                 f"Cannot load {name}: {str(error).rstrip('.')}. Its header states "
-                f"{format_size(layout.size_bytes)} ({layout.size_bytes} bytes) of voxels; the file "
-                f"has {format_size(path.stat().st_size)}. Likely it is damaged: leave the unit out."
+                f"{format_size(header.size_bytes)} ({header.size_bytes} bytes) of voxels; the file "
+                f"has {format_size(path.stat().st_size)}. {LEAVE_OUT}"
             ) from error
     return None if affine is None else (tensor, affine)
 
 
-def _read_affine(path: Path, layout: _Layout) -> Any:  # noqa: ANN401 - TorchIO's own
-    """Return the affine as SimpleITK reads it, or None where it sees another image than we."""
+def read_grid(volume: VolumeFile) -> tuple[tuple[int, int, int, int], Any] | None:
+    """Return shape and affine of what :func:`read_nifti` would return, by the header alone."""
+    header = volume.nifti
+    affine = None if header is None else _read_affine(volume.path, header)
+    return None if header is None or affine is None else (header.tensor_shape, affine)
+
+
+def read_volume(
+    volume: VolumeFile, name: str, read: Callable[[Path], tuple[torch.Tensor, Any]]
+) -> tuple[torch.Tensor, Any]:
+    """Read an image as TorchIO does, sooner where that is certain.
+
+    A NIfTI header that SimpleITK is known to misread, or finds another shape or place in than it
+    states, is read by nibabel.
+
+    Args:
+        volume: A local file, whose header states no more than there is RAM for.
+        name: What the file is called, for messages.
+        read: TorchIO's own way to voxels and affine.
+
+    Raises:
+        DamagedImageError: It is a NIfTI or MGH file that is gone, cut off or otherwise damaged,
+            or whose header cannot be believed.
+    """
+    if not volume.path.name.endswith(VOLUME_SUFFIXES):
+        return read(volume.path)
+    found, header = read_nifti(volume, name), volume.nifti
+    try:
+        if found is None and (header is None or not header.is_misread):
+            found = read(volume.path)
+            if header is not None and not header.agrees(found[0].shape, found[1]):
+                found = None
+        if found is None:
+            image: Any = nibabel.load(volume.path, mmap=False)
+            voxels = image.get_fdata(dtype=np.float32)
+            voxels = voxels.reshape(*[*voxels.shape, 1, 1][:_SPATIAL], -1)
+            found = torch.from_numpy(np.moveaxis(voxels, -1, 0)), image.affine
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise DamagedImageError(f"Cannot load {name}: {reason}. {LEAVE_OUT}") from error
+    return found
+
+
+def _read_affine(path: Path, header: NiftiHeader) -> Any:  # noqa: ANN401 - TorchIO's own
+    """Return the affine as SimpleITK reads it, or None where it may see another image than we."""
+    if (
+        header.fault
+        or header.is_misread
+        or header.stored not in _PIXELS
+        or not header.single
+        or header.intent in _REORDERED_INTENTS
+        or header.offset_bytes > header.header_bytes + 4 + PLAIN_EXTENSION_BYTES
+        or (header.scale is not None and platform.machine() not in _UNFUSED)
+    ):
+        return None
     reader: Any = SimpleITK.ImageFileReader()  # type: ignore[no-untyped-call]
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError:
         return None
-    channels, *spatial = layout.shape
-    seen = [*spatial, 1 if layout.vector else channels]
+    channels, *spatial = header.tensor_shape
+    seen = [*spatial, 1 if header.is_vector else channels]
+    stored = "f4" if header.scale is not None and header.stored != "f8" else header.stored
+    pixel = f"sitk{'Vector' if header.is_vector else ''}{_PIXELS[stored]}"
     size = list(reader.GetSize())
     if (
-        reader.GetPixelID() != layout.pixel
-        or reader.GetNumberOfComponents() != (channels if layout.vector else 1)
+        reader.GetPixelID() != getattr(SimpleITK, pixel)
+        or reader.GetNumberOfComponents() != (channels if header.is_vector else 1)
         or len(size) not in _DIMENSIONS
         or size + [1] * (len(seen) - len(size)) != seen
         or not all(0 < spacing < float("inf") for spacing in reader.GetSpacing())
@@ -248,18 +232,18 @@ def _read_affine(path: Path, layout: _Layout) -> Any:  # noqa: ANN401 - TorchIO'
     affine = get_ras_affine_from_sitk(reader)
     # It refuses to read the voxels of an image without extent.
     flat = abs(np.linalg.det(affine)) < _LEAST_VOLUME * prod(reader.GetSpacing()[:_SPATIAL])
-    return None if flat or not np.isfinite(affine).all() else affine
+    return affine if header.agrees(header.tensor_shape, affine) and not flat else None
 
 
-def _read_voxels(source: io.RawIOBase, layout: _Layout) -> torch.Tensor:
+def _read_voxels(source: io.RawIOBase, header: NiftiHeader) -> torch.Tensor:
     """Read slabs of slices, and turn each into C order while it is in the processor's cache.
 
     C order is what TorchIO's reader ends with and what its transforms are fast on; they may round
     otherwise on another. Turning 192**3 int16 took torch's ``contiguous`` and NumPy 28 ms, slabs
     in this way 8 ms (one thread, 2026-11-21): torch turns matrices by blocks, and nothing else.
     """
-    channels, rows, columns, slices = layout.shape
-    stored = np.dtype(layout.stored)
+    channels, rows, columns, slices = header.tensor_shape
+    stored = np.dtype(header.stored)
     depth = max(_SLAB_BYTES // (rows * columns * stored.itemsize), _LEAST_SLICES)
     slab = np.empty((min(depth, slices), columns * rows), stored)
     voxels: torch.Tensor | None = None
@@ -267,33 +251,33 @@ def _read_voxels(source: io.RawIOBase, layout: _Layout) -> torch.Tensor:
         for begin in range(0, slices, depth):
             part = slab[: slices - begin]
             _fill(source, part.reshape(-1).view(np.uint8).data)
-            if (layout.order == "<") != (sys.byteorder == "little"):
+            if (header.order == "<") != (sys.byteorder == "little"):
                 part.byteswap(inplace=True)
             # Of unsigned numbers torch turns few; their bits are those of signed ones.
-            signed = torch.from_numpy(part.view(layout.stored.replace("u", "i")))
-            turned = _convert(signed.t().contiguous(), layout)
+            signed = torch.from_numpy(part.view(header.stored.replace("u", "i")))
+            turned = _convert(signed.t().contiguous(), header)
             if voxels is None:
-                voxels = torch.empty(layout.shape, dtype=turned.dtype)
+                voxels = torch.empty(header.tensor_shape, dtype=turned.dtype)
             target = voxels[channel, :, :, begin : begin + len(part)]
             target.copy_(turned.view(columns, rows, len(part)).permute(1, 0, 2))
     assert voxels is not None  # noqa: S101 - there is no dimension below one
     return voxels
 
 
-def _convert(numbers: torch.Tensor, layout: _Layout) -> torch.Tensor:
+def _convert(numbers: torch.Tensor, header: NiftiHeader) -> torch.Tensor:
     """Return stored numbers as SimpleITK and TorchIO make them."""
-    if layout.stored == "u1":
+    if header.stored == "u1":
         numbers = numbers.view(torch.uint8)
-    elif layout.stored == "u2":
+    elif header.stored == "u2":
         numbers = numbers.to(torch.int32).bitwise_and_(0xFFFF)
-    elif layout.stored == "u4":
+    elif header.stored == "u4":
         numbers = numbers.to(torch.int64).bitwise_and_(0xFFFFFFFF)
     elif numbers.is_floating_point():
         # The NIfTI library's: what is not finite becomes zero, before it is scaled.
         numbers.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    if layout.scale is None:
+    if header.scale is None:
         return numbers
-    slope, intercept = layout.scale
+    slope, intercept = header.scale
     # Integers become float32 first and are scaled in float64, as in itk::NiftiImageIO.
     floats = numbers if numbers.is_floating_point() else numbers.to(torch.float32)
     return floats.to(torch.float64).mul_(slope).add_(intercept).to(floats.dtype)
