@@ -17,10 +17,11 @@ from typing import Literal
 
 from tio_openneuro.content import TreeFile
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select.bids import FIELDS, BidsPath, entity_name, parse_path
+from tio_openneuro.select.bids import FIELDS, BidsPath, entity_name, parse_path, split_extension
 
 NIFTI_EXTENSIONS = (".nii.gz", ".nii")
-IMAGE_EXTENSIONS = (*NIFTI_EXTENSIONS, ".mgz", ".mgh", ".nrrd", ".mha", ".tif", ".tiff", ".png")
+# Neither surfaces nor pictures, of which reports on each image are full.
+IMAGE_EXTENSIONS = (*NIFTI_EXTENSIONS, ".mgz", ".mgh", ".nrrd", ".mha")
 
 # A header and its magic take 352 bytes. Compressed, one voxel of zeros by nibabel takes 60.
 _SMALLEST_BYTES = {".nii": 352, ".nii.gz": 50}
@@ -211,6 +212,12 @@ def _escape_first(content: str) -> str:
     return "\\" + content if content[:1] in {"]", "^"} else content
 
 
+def is_volume(path: str, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:
+    """Tell whether a path bears the name of an image of voxels: no CIFTI, surface or picture."""
+    lowered = path.lower()
+    return lowered.endswith(endings) and split_extension(lowered)[1] in endings
+
+
 @dataclass(frozen=True)
 class Hit:
     """One file that a pattern matches.
@@ -258,7 +265,7 @@ def find_hits(name: str, pattern: ImagePattern, files: Sequence[TreeFile]) -> li
         SelectionError: Nothing matches; the message names what comes nearest.
     """
     matched = _match_glob(pattern.glob, files)
-    images = [hit for hit in matched if hit.file.path.endswith(IMAGE_EXTENSIONS)]
+    images = [hit for hit in matched if is_volume(hit.file.path)]
     hits = _match_entities(dict(pattern.entities), images, by_glob=pattern.glob is not None)
     if hits:
         return hits
@@ -305,7 +312,7 @@ def _nearest(
         endings = Counter(hit.parsed.extension for hit in matched)
         return f"It matches {len(matched)} files that are no images ({listed(endings)})."
     if pattern.glob is not None and not images:
-        paths = (file.path for file in files if file.path.endswith(IMAGE_EXTENSIONS))
+        paths = (file.path for file in files if is_volume(file.path))
         shapes = Counter(map(_shape_of, paths))
         near = get_close_matches(_shape_of(pattern.glob), list(shapes)[:2000], cutoff=0.3)
         if near:

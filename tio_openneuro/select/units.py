@@ -16,7 +16,7 @@ from tio_openneuro.content import TreeFile
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.select.bids import OTHER_PREFIXES
 from tio_openneuro.select.combinations import Candidate
-from tio_openneuro.select.patterns import IMAGE_EXTENSIONS, NIFTI_EXTENSIONS, Hit, Label, Scalar
+from tio_openneuro.select.patterns import NIFTI_EXTENSIONS, Hit, Label, Scalar, is_volume
 
 Unit = Literal["subject", "session", "run"]
 LEVELS = {"subject": 1, "session": 2, "run": 3}
@@ -47,7 +47,7 @@ def every_nifti(files: Sequence[TreeFile], unit: Unit) -> tuple[dict[str, Scalar
     homes: dict[str, set[str]] = {}
     own = ("sub-", "ses-", "run-") if unit == "run" else ("sub-", "ses-")
     for file in files:
-        if file.path.endswith(NIFTI_EXTENSIONS) and not file.path.startswith(OTHER_PREFIXES):
+        if is_volume(file.path, NIFTI_EXTENSIONS) and not file.path.startswith(OTHER_PREFIXES):
             hit = Hit(file)
             tokens = [part for part in hit.parsed.stem.split("_") if not part.startswith(own)]
             name = "_".join(tokens) or "image"
@@ -117,7 +117,7 @@ def _folders(
     keys: dict[str, set[tuple[str, str]]] = {subject: set() for subject in subjects}
     for file in files:
         path = file.path
-        if path.endswith(IMAGE_EXTENSIONS) and not path.startswith(OTHER_PREFIXES):
+        if is_volume(path) and not path.startswith(OTHER_PREFIXES):
             found = _FOLDERS.match(path)
             if found is not None:
                 session = (found[2] or "") if level > 1 else ""

@@ -131,6 +131,16 @@ class NiftiHeader:
     intent: int
 
 
+def has_suffix(path: Path | str, *suffixes: str) -> bool:
+    """Tell whether a file's name ends so, in capital letters or small ones.
+
+    Example:
+        >>> has_suffix("sub-01_T1w.NII.GZ", ".nii", ".nii.gz")
+        True
+    """
+    return str(path).lower().endswith(suffixes)
+
+
 @dataclass(eq=False)
 class VolumeFile:
     """A local file of an image, of whose header each part is read once.
@@ -158,7 +168,7 @@ class VolumeFile:
     @cached_property
     def nifti(self) -> NiftiHeader | None:
         """What its header says, or None where it is none, or its place in space no number."""
-        return _parse_nifti(self.first) if self.path.name.endswith(_NIFTI_SUFFIXES) else None
+        return _parse_nifti(self.first) if has_suffix(self.path, *_NIFTI_SUFFIXES) else None
 
     @cached_property
     def size(self) -> ImageSize | None:
@@ -169,7 +179,7 @@ class VolumeFile:
         that pass 1 MiB count as voxels, since they are loaded too.
         """
         try:
-            if self.path.name.endswith(_MGH_SUFFIXES):
+            if has_suffix(self.path, *_MGH_SUFFIXES):
                 return _measure_mgh(self.first)
             return None if self.nifti is None else _measure_nifti(self.nifti)
         except (struct.error, ValueError, OverflowError):
@@ -279,7 +289,7 @@ def refuse_bomb(file: VolumeFile, title: str, unit_name: str, free_bytes: int) -
         RamBudgetError: The header states more than the RAM that is available.
         UnsafeDatasetError: It is no image of the format that its name tells.
     """
-    if not title.endswith(_NIFTI_SUFFIXES + _MGH_SUFFIXES) or not file.path.exists():
+    if not has_suffix(title, *_NIFTI_SUFFIXES, *_MGH_SUFFIXES) or not file.path.exists():
         return
     size = file.size
     if size is None:

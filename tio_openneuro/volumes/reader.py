@@ -27,7 +27,13 @@ from torchio.data.io import get_ras_affine_from_sitk
 
 from tio_openneuro.errors import DamagedImageError
 from tio_openneuro.sizes import format_size
-from tio_openneuro.volumes.headers import GZIP, PLAIN_EXTENSION_BYTES, NiftiHeader, VolumeFile
+from tio_openneuro.volumes.headers import (
+    GZIP,
+    PLAIN_EXTENSION_BYTES,
+    NiftiHeader,
+    VolumeFile,
+    has_suffix,
+)
 
 # 64 kB to 1 MB make no difference (2026-11-21).
 _CHUNK_BYTES = 1 << 18
@@ -205,7 +211,7 @@ def read_nifti(volume: VolumeFile, name: str) -> tuple[torch.Tensor, Any] | None
     with path.open("rb", buffering=0) as file:
         compressed = file.read(len(GZIP)) == GZIP
         file.seek(0)
-        if compressed != path.name.endswith(".gz"):
+        if compressed != has_suffix(path, ".gz"):
             return None
         affine = _read_affine(path, layout)
         source = _Inflated(file) if compressed else file
