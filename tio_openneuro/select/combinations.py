@@ -1,21 +1,26 @@
 """Which of a unit's files belong together. Pure.
 
-Two files of a unit can stand in one combination when they agree in session and run, where both
-name them; images that are never of one session (a pattern for each) are combined all the same.
-Where some label of the unit follows the stem of some intensity image, each label belongs to
-the images that it follows, and to no other.
+Two files agree when they have one value in each entity that both name: session and run, and where
+that is asked for every other one of their acquisition; an entity in which two images agree nowhere
+(a pattern for each session) does not count. Where some label of the unit follows the stem of some
+intensity image, each label agrees with the images that it follows, and with no other. A combination
+is a largest set of files that all agree, at most one for an image unless several are merged or
+stacked; that has every required image. It does not depend on the order of images or files.
+
+Sets of files are bits of an integer, the lowest for the first file: 100 images of ten sessions are
+combined in milliseconds.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, product
+from itertools import combinations
 from operator import attrgetter
 
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select.patterns import Hit, ImagePattern, Label, Scalar
+from tio_openneuro.select.patterns import Hit, ImagePattern, Label
 
 Combination = dict[str, tuple[Hit, ...]]
 Apart = frozenset[tuple[str, str, str]]
@@ -44,7 +49,7 @@ class Candidate:
     session_id: str = ""
     run_id: str = ""
     hits: dict[str, list[Hit]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
+    notes: dict[str, list[Hit]] = field(default_factory=dict)
 
 
 def hits_of(combinations: Iterable[Combination]) -> list[Hit]:
@@ -57,33 +62,20 @@ class UnitCombinations:
     """The combinations of files that a unit allows, or why there is none.
 
     Attributes:
-        combinations: Files by image name, at least one combination unless there is a reason.
+        combinations: Files by image name, at least one combination unless there is a reason; in
+            natural order of their files.
         reason: Why the unit cannot be used, in words; empty otherwise.
+        strangers: Of each file's path, the images with none of whose files it agrees.
     """
 
     combinations: list[Combination]
     reason: str = ""
+    strangers: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def agreeing(self) -> list[Combination]:
-        """Return the combinations whose files agree in every entity of their acquisition.
-
-        An entity in which two images agree nowhere (an image and its label that differ in
-        ``acq-``) does not count.
-        """
-        verdicts = [_verdicts(combination) for combination in self.combinations]
-        counting = {ask for verdict in verdicts for ask, agrees in verdict.items() if agrees}
-        kept = [
-            combination
-            for combination, verdict in zip(self.combinations, verdicts, strict=True)
-            if all(verdict.get(ask, True) for ask in counting)
-        ]
-        return kept or self.combinations
-
-    def paths_outside(self, kept: Sequence[Combination]) -> list[str]:
-        """Return the paths that stand in some combination, but in none of those kept."""
-        inside = {hit.file.path for hit in hits_of(kept)}
-        every = dict.fromkeys(hit.file.path for hit in hits_of(self.combinations))
-        return [path for path in every if path not in inside]
+    @property
+    def fullest(self) -> Combination:
+        """The first of the combinations that have the most images."""
+        return max(self.combinations, key=lambda each: sum(map(bool, each.values())))
 
 
 def natural_key(text: str) -> tuple[tuple[int, str], ...]:
@@ -111,7 +103,12 @@ def never_together(hits: Mapping[str, Sequence[Hit]]) -> Apart:
 
 
 def combine_files(
-    images: Mapping[str, ImagePattern], unit: Candidate, *, apart: Apart, stack: bool
+    images: Mapping[str, ImagePattern],
+    unit: Candidate,
+    *,
+    apart: Apart,
+    stack: bool = False,
+    strict: bool = False,
 ) -> UnitCombinations:
     """Combine a unit's files, one per image, or several where they are merged or stacked.
 
@@ -120,10 +117,11 @@ def combine_files(
         unit: The unit.
         apart: Pairs of images that need not agree, from :func:`never_together`.
         stack: Whether several files of an image are its channels.
+        strict: Whether files must agree in each entity of their acquisition, where any
+            combination does.
 
     Returns:
-        Every combination that agrees, in natural order of the files; or the reason why there is
-        none.
+        Every combination; or the reason why there is none.
 
     Raises:
         SelectionError: There are more combinations than can be meant.
@@ -131,39 +129,139 @@ def combine_files(
     reason = _missing(images, unit)
     if reason:
         return UnitCombinations([], reason)
-    rules = _Rules(_linked(images, unit), apart)
     several = {n for n, p in images.items() if stack or (isinstance(p, Label) and p.combine)}
-    order = sorted(images, key=lambda name: (name in several, images[name].optional))
-    found: list[Combination] = [{}]
-    for name in order:
-        hits = sorted(unit.hits.get(name, ()), key=lambda hit: natural_key(hit.file.path))
-        longer: list[Combination] = []
-        for chosen in found:
-            fitting = [hit for hit in hits if rules.fit(name, hit, chosen)]
-            if name in several and fitting:
-                longer.append({**chosen, name: tuple(fitting)})
-            elif fitting:
-                longer += [{**chosen, name: (hit,)} for hit in fitting]
-            elif images[name].optional:
-                longer.append({**chosen, name: ()})
-        if not longer:
-            others = ", ".join(repr(other) for other in order[: order.index(name)])
+    members = [(name, hit) for name in images for hit in unit.hits.get(name, ())]
+    members.sort(key=lambda member: natural_key(member[1].file.path))
+    bits = {name: _bits(n for n, member in enumerate(members) if member[0] == name)
+            for name in images}  # fmt: skip
+    near = _agreements(members, bits, several, apart, strict=strict)
+    _separate_stems(images, members, bits, near)
+    required = [name for name, pattern in images.items() if not pattern.optional]
+    found: set[int] = {0}
+    for name in sorted(images, key=lambda name: images[name].optional):
+        for number in _numbers(bits[name]):
+            found = _with_file(found, 1 << number, near[number])
+            if len(found) > _MOST_COMBINATIONS:
+                message = (
+                    f"{unit.subject_id} allows more than {_MOST_COMBINATIONS} combinations of"
+                    f" files for {', '.join(images)}. Narrow the patterns, or pass a finer unit."
+                )
+                raise SelectionError(message, unit=unit.subject_id)
+        done = required[: required.index(name) + 1] if name in required else required
+        found = {each for each in found if all(each & bits[one] for one in done)}
+        if not found and strict:
+            return combine_files(images, unit, apart=apart, stack=stack)
+        if not found:
+            others = ", ".join(repr(other) for other in done if other != name)
             reason = f"no file for {name!r} agrees with {others} in session, run and stem"
             return UnitCombinations([], reason)
-        if len(longer) > _MOST_COMBINATIONS:
-            message = (
-                f"{unit.subject_id} allows more than {_MOST_COMBINATIONS} combinations of files"
-                f" for {', '.join(images)}. Narrow the patterns, or pass a finer unit."
-            )
-            raise SelectionError(message, unit=unit.subject_id)
-        found = longer
-    return UnitCombinations([{name: combination[name] for name in images} for combination in found])
+    sets = _merge(found, sum(bits[name] for name in several)) if several else found
+    strangers = {
+        hit.file.path: [n for n in images if n != name and bits[n] and not near[number] & bits[n]]
+        for number, (name, hit) in enumerate(members)
+    }
+    combinations = [
+        {name: tuple(members[n][1] for n in _numbers(each & bits[name])) for name in images}
+        for each in sorted(sets, key=_numbers)
+    ]
+    return UnitCombinations(combinations, "", strangers)
+
+
+def _bits(numbers: Iterable[int]) -> int:
+    """Return the set of these files."""
+    return sum(1 << number for number in numbers)
+
+
+def _numbers(files: int) -> list[int]:
+    """Return the files of a set, the first one first."""
+    return [number for number, bit in enumerate(bin(files)[:1:-1]) if bit == "1"]
+
+
+def _with_file(found: set[int], file: int, near: int) -> set[int]:
+    """Return the largest sets of files that agree, now that there is one file more.
+
+    Args:
+        found: Those without it.
+        file: The set of that file alone.
+        near: The files that it agrees with.
+    """
+    grown = {each & near | file for each in found}
+    largest = max(map(int.bit_count, grown), default=0)
+    for each in [each for each in grown if each.bit_count() < largest]:
+        if any(each != other and each & other == each for other in grown):
+            grown.discard(each)
+    return grown | {each for each in found if each & ~near}
+
+
+def _merge(found: Iterable[int], several: int) -> list[int]:
+    """Join the sets that differ only in files of images of which several are taken."""
+    merged: dict[int, int] = {}
+    for each in found:
+        alone = each & ~several
+        merged[alone] = merged.get(alone, 0) | each
+    # A label stands for itself only where no image has it.
+    return [
+        each
+        for alone, each in merged.items()
+        if each & ~_union(other for one, other in merged.items() if one & alone == alone != one)
+    ]
+
+
+def _union(sets: Iterable[int]) -> int:
+    """Return all files of some sets."""
+    union = 0
+    for each in sets:
+        union |= each
+    return union
+
+
+def _agreements(
+    members: Sequence[tuple[str, Hit]],
+    bits: Mapping[str, int],
+    several: Container[str],
+    apart: Apart,
+    *,
+    strict: bool,
+) -> list[int]:
+    """Return of each file the set of those that agree with it in their entities."""
+    facts = [_facts(hit, strict=strict) for _, hit in members]
+    alike: dict[str, dict[str, int]] = {}
+    values: dict[tuple[str, str], set[str]] = {}
+    for number, ((name, _), named) in enumerate(zip(members, facts, strict=True)):
+        for entity, value in named.items():
+            same = alike.setdefault(entity, {})
+            same[value] = same.get(value, 0) | 1 << number
+            values.setdefault((name, entity), set()).add(value)
+    naming = {entity: _union(same.values()) for entity, same in alike.items()}
+    near: list[int] = []
+    for number, ((name, _), named) in enumerate(zip(members, facts, strict=True)):
+        far = 1 << number if name in several else bits[name]
+        for entity, value in named.items():
+            others = naming[entity] & ~alike[entity][value] & ~far
+            for other in {members[n][0] for n in _numbers(others)}:
+                if entity in _AGREED:
+                    counts = (name, other, entity) not in apart
+                else:
+                    counts = not values[name, entity].isdisjoint(values[other, entity])
+                far |= others & bits[other] if counts else 0
+        near.append((1 << len(members)) - 1 & ~far)
+    return near
+
+
+def _facts(hit: Hit, *, strict: bool) -> dict[str, str]:
+    """Return what a file names of what it must agree in, numbers without their zeros."""
+    facts = {entity: value_of(hit) for entity, value_of in _AGREED.items() if value_of(hit)}
+    if strict:
+        for entity, value in hit.parsed.entities.items():
+            if entity not in _DERIVED and entity not in facts:
+                facts[entity] = str(int(value)) if value.isdecimal() else value
+    return facts
 
 
 def _missing(images: Mapping[str, ImagePattern], unit: Candidate) -> str:
     """Say which images the unit lacks; empty when it has what is required."""
     unusable = [
-        note for name, notes in unit.notes.items() if not unit.hits.get(name) for note in notes
+        hit.unusable for n, notes in unit.notes.items() if not unit.hits.get(n) for hit in notes
     ]
     lacked = [name for name, p in images.items() if not unit.hits.get(name) and not p.optional]
     if not lacked and not unusable:
@@ -172,69 +270,32 @@ def _missing(images: Mapping[str, ImagePattern], unit: Candidate) -> str:
     return "; ".join(part for part in (words, *unusable) if part)
 
 
-def follows(label: Hit, image: Hit) -> bool:
-    """Tell whether a label's stem is an image's, or begins with it (``…_FLAIR_roi``)."""
-    stem, longer = image.parsed.stem, label.parsed.stem
-    rest = longer[len(stem) :]
-    return longer.startswith(stem) and not rest[:1].isalnum()
+def _separate_stems(
+    images: Mapping[str, ImagePattern],
+    members: Sequence[tuple[str, Hit]],
+    bits: Mapping[str, int],
+    near: list[int],
+) -> None:
+    """Let a label agree with the images whose stem is its own, or begins it, where there are any.
 
-
-def _linked(images: Mapping[str, ImagePattern], unit: Candidate) -> frozenset[tuple[str, str]]:
-    """Return the pairs (label, image) of names of which a file follows the other's stem."""
-    labels = [name for name, pattern in images.items() if isinstance(pattern, Label)]
-    scalars = [name for name, pattern in images.items() if isinstance(pattern, Scalar)]
-    return frozenset(
-        (label, scalar)
-        for label in labels
-        for scalar in scalars
-        if any(follows(a, b) for a in unit.hits.get(label, ()) for b in unit.hits.get(scalar, ()))
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    """What two files must agree in to stand in one combination.
-
-    Attributes:
-        linked: Pairs (label, image) whose files go by their stems.
-        apart: Pairs that need not agree in an entity.
+    Where no file of a label follows a file of an image, the two need not go by their stems.
     """
-
-    linked: frozenset[tuple[str, str]]
-    apart: Apart
-
-    def fit(self, name: str, hit: Hit, chosen: Combination) -> bool:
-        """Tell whether a file can stand beside those chosen, or one of several stacked."""
-        return all(
-            any(self._beside(name, hit, other, candidate) for candidate in hits)
-            for other, hits in chosen.items()
-            if hits
-        )
-
-    def _beside(self, name: str, hit: Hit, other: str, candidate: Hit) -> bool:
-        """Tell whether two files can stand in one combination."""
-        for entity, value_of in _AGREED.items():
-            here, there = value_of(hit), value_of(candidate)
-            if here and there and here != there and (name, other, entity) not in self.apart:
-                return False
-        if (name, other) in self.linked and not follows(hit, candidate):
-            return False
-        return (other, name) not in self.linked or follows(candidate, hit)
-
-
-def _verdicts(combination: Combination) -> dict[tuple[str, str, str], bool]:
-    """Say of each two images, and each entity that both name, whether they agree."""
-    return {
-        (one, other, entity): all(
-            a.parsed.matches(entity, b.parsed.get(entity))
-            for a, b in product(combination[one], combination[other])
-        )
-        for one, other in combinations(combination, 2)
-        for entity in _named(combination[one]) & _named(combination[other])
-    }
-
-
-def _named(hits: Sequence[Hit]) -> set[str]:
-    """Return the entities of the acquisition that all of these files name."""
-    named = [set(hit.parsed.entities) for hit in hits]
-    return set.intersection(*named) - _DERIVED if named else set()
+    labels = {name for name, pattern in images.items() if isinstance(pattern, Label)}
+    stems: dict[str, int] = {}
+    for number, (name, hit) in enumerate(members):
+        if name not in labels:
+            stems[hit.parsed.stem] = stems.get(hit.parsed.stem, 0) | 1 << number
+    followed: dict[int, int] = {}
+    linked: dict[str, int] = {}
+    for number in _numbers(_union(bits[name] for name in labels) if stems else 0):
+        name, hit = members[number]
+        stem = hit.parsed.stem
+        ends = [n for n in range(1, len(stem) + 1) if not stem[n : n + 1].isalnum()]
+        followed[number] = _union(stems.get(stem[:end], 0) for end in ends)
+        for other in {members[n][0] for n in _numbers(followed[number])}:
+            linked[name] = linked.get(name, 0) | bits[other]
+    for number, images_of in followed.items():
+        far = linked.get(members[number][0], 0) & ~images_of
+        near[number] &= ~far
+        for other in _numbers(far):
+            near[other] &= ~(1 << number)

@@ -247,6 +247,10 @@ class Hit:
         if self.parsed.conflict:
             return f"{self.file.path}: {self.parsed.conflict}"
         size = self.file.size_bytes
+        if self.parsed.stem.startswith("._"):
+            return f"{self.file.path} is a note of macOS about a file, and no image"
+        if size is None and self.file.key is None:
+            return f"{self.file.path} is a link to no file of the dataset"
         smallest = _SMALLEST_BYTES.get(self.parsed.extension, 1)
         if size is not None and size < smallest:
             return f"{self.file.path} holds {size} bytes, too few for an image"

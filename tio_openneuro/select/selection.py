@@ -20,18 +20,28 @@ from tio_openneuro.errors import SelectionError
 from tio_openneuro.select.combinations import (
     Candidate,
     Combination,
+    UnitCombinations,
     combine_files,
     hits_of,
     natural_key,
     never_together,
 )
-from tio_openneuro.select.patterns import Label, Scalar, check_option, find_hits, first_few
+from tio_openneuro.select.patterns import (
+    Hit,
+    Label,
+    Scalar,
+    check_option,
+    find_hits,
+    first_few,
+    listed,
+)
 from tio_openneuro.select.units import LEVELS, Skipped, Unit, every_nifti, find_units
 
 OnMissing = Literal["skip", "raise"]
 OnMultiple = Literal["raise", "first", "all", "stack"]
 OnIncomplete = Literal["raise", "allow"]
 
+_TO_SKIP = "Pass required=True to skip those that lack it"
 _TAKEN = frozenset({"subject_id", "session_id", "dataset_id"})
 
 
@@ -101,6 +111,7 @@ def select(
     check_option("on_multiple", on_multiple, ("raise", "first", "all", "stack"))
     check_option("on_incomplete", on_incomplete, ("raise", "allow"))
     check_images(images)
+    guessed = images is None
     if images is None:
         images, hits = every_nifti(files, unit)
     else:
@@ -111,19 +122,18 @@ def select(
     lacking: list[Skipped] = []
     ambiguous: list[tuple[str, list[Combination]]] = []
     for name in sorted(units, key=natural_key):
-        found = combine_files(images, units[name], apart=apart, stack=on_multiple == "stack")
+        strict = on_multiple in {"first", "all"}
+        stack = on_multiple == "stack"
+        found = combine_files(images, units[name], apart=apart, stack=stack, strict=strict)
         if found.reason:
             lacking.append(Skipped(name, found.reason))
-        elif len(found.combinations) == 1 or on_multiple == "first":
-            rows.append(_selected(name, units[name], found.combinations[0]))
-        elif on_multiple == "all":
-            kept = found.agreeing()
+        elif on_multiple == "raise" and _has_several(found.combinations):
+            ambiguous.append((name, found.combinations))
+        else:
+            kept = found.combinations if on_multiple == "all" else [found.fullest]
             names = _combination_names(name, kept)
             rows += [_selected(n, units[name], c) for n, c in zip(names, kept, strict=True)]
-            reason = f"agrees with no other image of {name}"
-            skipped += [Skipped(path, reason) for path in found.paths_outside(kept)]
-        else:
-            ambiguous.append((name, found.combinations))
+            skipped += _left_out(name, units[name], found, kept)
     if ambiguous:
         raise SelectionError(_ambiguous_message(ambiguous, images, unit), unit=ambiguous[0][0])
     if lacking and on_missing == "raise":
@@ -132,13 +142,19 @@ def select(
         message = f"{len(lacking)} {noun} of {len(units)} cannot be used: {reasons}."
         advice = "Pass on_missing='skip' to leave them out."
         raise SelectionError(f"{message} {advice}", unit=lacking[0].unit)
+    skipped = _without_unit(skipped, rows)
+    unreached = "" if guessed else _unreached(images, hits, rows, [*skipped, *lacking])
+    if rows and unreached:
+        raise SelectionError(unreached)
     if not rows:
         counts = Counter(entry.reason for entry in lacking).most_common()
         reasons = first_few([f"{reason} ({count} units)" for reason, count in counts], "; ")
         message = f"None of {len(units)} units has all required images: {reasons}."
-        raise SelectionError(f"{message} Check the patterns, or pass required=False.")
+        raise SelectionError(
+            f"{message} {unreached}Check the patterns, or pass required=False.".replace("  ", " ")
+        )
     if on_incomplete == "raise":
-        _check_uniform(rows, images)
+        _check_uniform(rows, images, guessed=guessed)
     skipped = sorted(skipped + lacking, key=lambda entry: natural_key(entry.unit))
     return Selection(tuple(rows), tuple(skipped), dict(images))
 
@@ -176,6 +192,56 @@ def _selected(name: str, unit: Candidate, combination: Combination) -> SelectedU
     return SelectedUnit(name, unit.subject_id, session_id, run_id, files)
 
 
+def _has_several(combinations: Sequence[Combination]) -> bool:
+    """Tell whether combinations differ in which file is an image, and not just in its lack."""
+    return any(
+        len({each[name] for each in combinations if each[name]}) > 1 for name in combinations[0]
+    )
+
+
+def _left_out(
+    name: str, unit: Candidate, found: UnitCombinations, kept: Sequence[Combination]
+) -> list[Skipped]:
+    """Say of each file of a unit that stands in no combination that is kept why it does not."""
+    inside = {hit.file.path for hit in hits_of(kept)}
+    left = [Skipped(hit.file.path, hit.unusable) for hit in hits_of([unit.notes])]
+    for hit in hits_of([unit.hits]):
+        path = hit.file.path
+        if path not in inside:
+            strangers = ", ".join(map(repr, found.strangers[path]))
+            reason = f"agrees with no file for {strangers} of {name}"
+            others = f"other files of {name}, which agree with one another, are taken"
+            left.append(Skipped(path, reason if strangers else others))
+    return left
+
+
+def _without_unit(files: Iterable[Skipped], rows: Iterable[SelectedUnit]) -> list[Skipped]:
+    """Return each file once that no unit has, though another one may."""
+    used = {file.path for row in rows for files in row.images.values() for file in files}
+    return list({entry.unit: entry for entry in files if entry.unit not in used}.values())
+
+
+def _unreached(
+    images: Mapping[str, Scalar | Label],
+    hits: Mapping[str, Sequence[Hit]],
+    rows: Sequence[SelectedUnit],
+    skipped: Iterable[Skipped],
+) -> str:
+    """Say which label's files reach no unit, and why; empty where there is none such."""
+    reasons = {entry.unit: entry.reason for entry in skipped}
+    for name, pattern in images.items():
+        if isinstance(pattern, Label) and not any(row.images[name] for row in rows):
+            why = Counter(
+                reasons.get(hit.file.path) or reasons.get(hit.parsed.subject, "its unit is skipped")
+                for hit in hits[name]
+            )
+            return (
+                f"{len(hits[name])} files match {name!r} = {pattern!r}, and none reaches a unit:"
+                f" {hits[name][0].file.path}, for one; {listed(why)}. "
+            )
+    return ""
+
+
 def _only(values: Iterable[str]) -> str:
     """Return the one value that is named; empty where there is none, or several."""
     named = set(values) - {""}
@@ -199,7 +265,9 @@ def _combination_names(unit: str, combinations: Sequence[Combination]) -> list[s
     return [f"{n}_{k}" if counts[n] > 1 else n for k, n in enumerate(names, start=1)]
 
 
-def _check_uniform(rows: Sequence[SelectedUnit], images: Mapping[str, Scalar | Label]) -> None:
+def _check_uniform(
+    rows: Sequence[SelectedUnit], images: Mapping[str, Scalar | Label], *, guessed: bool
+) -> None:
     """Refuse units that differ in what they have of an image, which no batch could hold."""
     for name, pattern in images.items():
         filled = isinstance(pattern, Label) and pattern.when_missing is not None
@@ -217,11 +285,12 @@ def _check_uniform(rows: Sequence[SelectedUnit], images: Mapping[str, Scalar | L
             for count, units in sorted(by_count.items())
         )
         advice = "or on_incomplete='allow' and a collate function of your own"
-        if isinstance(pattern, Label) and 0 in by_count:
+        if isinstance(pattern, Label) and 0 in by_count and not guessed:
             advice = "when_missing='zeros', " + advice
+        way = "Name the images that you want" if guessed else _TO_SKIP
         raise SelectionError(
             f"Units differ in their number of files for {name!r}: {cases}; a batch could not be"
-            f" collated. Pass required=True to skip those that lack it, {advice}."
+            f" collated. {way}, {advice}."
         )
 
 

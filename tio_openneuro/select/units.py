@@ -93,7 +93,9 @@ def find_units(
             if len(several) == 1:
                 shared.append((name, hit))
             else:
-                loose.append(Skipped(hit.file.path, "its path names no subject"))
+                folder = hit.file.path.rpartition("/")[0].rpartition("/")[2] or "the dataset's own"
+                reason = f"its path names no subject (sub-…), its folder is {folder}"
+                loose.append(Skipped(hit.file.path, reason))
     level = LEVELS[unit]
     units: dict[str, Candidate] = {}
     for subject, folders in _folders(files, by_subject, level).items():
@@ -147,7 +149,7 @@ def _add(candidate: Candidate, members: Iterable[tuple[str, Hit]]) -> None:
     """Give a unit its files; what cannot be used becomes a note."""
     for name, hit in members:
         if hit.unusable:
-            candidate.notes.setdefault(name, []).append(hit.unusable)
+            candidate.notes.setdefault(name, []).append(hit)
         else:
             candidate.hits.setdefault(name, []).append(hit)
 

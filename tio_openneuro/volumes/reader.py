@@ -27,13 +27,7 @@ from torchio.data.io import get_ras_affine_from_sitk
 
 from tio_openneuro.errors import DamagedImageError
 from tio_openneuro.sizes import format_size
-from tio_openneuro.volumes.headers import (
-    GZIP,
-    PLAIN_EXTENSION_BYTES,
-    NiftiHeader,
-    VolumeFile,
-    has_suffix,
-)
+from tio_openneuro.volumes.headers import GZIP, PLAIN_EXTENSION_BYTES, NiftiHeader, VolumeFile
 
 # 64 kB to 1 MB make no difference (2026-11-21).
 _CHUNK_BYTES = 1 << 18
@@ -211,7 +205,7 @@ def read_nifti(volume: VolumeFile, name: str) -> tuple[torch.Tensor, Any] | None
     with path.open("rb", buffering=0) as file:
         compressed = file.read(len(GZIP)) == GZIP
         file.seek(0)
-        if compressed != has_suffix(path, ".gz"):
+        if compressed != path.name.lower().endswith(".gz"):
             return None
         affine = _read_affine(path, layout)
         source = _Inflated(file) if compressed else file
