@@ -25,8 +25,7 @@ OTHER_PREFIXES = ("sourcedata/", "code/", "stimuli/", "tmp/", "tmp_", ".")
 # What can be asked for by name beside the entities of a file's name.
 FIELDS = ("subject", "session", "suffix", "datatype", "extension", "scope", "pipeline")
 # Endings of CIFTI-2 files, which are NIfTI files of grayordinates, and hold no volume.
-_CIFTI = re.compile(r"\.(?:[dp]{1,2}(?:conn|tseries|scalar|label|fan)|pconn(?:series|scalar)"
-                    r"|dfibersamp|dfansamp|fibertemp)\.nii(?:\.gz)?$")  # fmt: skip
+_CIFTI = re.compile(r"\.[dp]{1,2}(?:conn|tseries|scalar|label|fan)[a-z]*\.nii(?:\.gz)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +36,13 @@ class Vocabulary:
         long_names: Entity by its key in names, ``{"acq": "acquisition"}``.
         datatypes: Names of datatype folders, ``"anat"``.
         endings: Extensions with more than one dot, longest first.
+        suffixes: Of intensity images and tables, ``"T1w"``; not those of label maps.
     """
 
     long_names: Mapping[str, str]
     datatypes: frozenset[str]
     endings: tuple[str, ...]
+    suffixes: frozenset[str]
 
 
 @cache
@@ -54,6 +55,8 @@ def vocabulary() -> Vocabulary:
         {str(entry["name"]): str(name) for name, entry in objects["entities"].items()},
         frozenset(str(entry["value"]) for entry in objects["datatypes"].values()),
         tuple(sorted(endings, key=lambda ending: (-len(ending), ending))),
+        frozenset(str(entry["value"]) for entry in objects["suffixes"].values())
+        - {"mask", "dseg", "defacemask"},
     )
 
 
@@ -147,9 +150,7 @@ def split_extension(name: str) -> tuple[str, str]:
     """
     lowered = name.lower()
     cifti = _CIFTI.search(lowered)
-    if cifti:
-        return name[: cifti.start()], cifti[0]
-    for ending in (".nii.gz", *vocabulary().endings):
+    for ending in (cifti[0] if cifti else ".nii.gz", *vocabulary().endings):
         if lowered.endswith(ending):
             return name[: -len(ending)], ending
     stem, dot, ending = name.rpartition(".")
@@ -193,9 +194,10 @@ def _take_ids(folders: list[str], entities: dict[str, str]) -> tuple[str, str, s
         value = entities.pop(entity, "")
         named = prefix + value if value else ""
         folder = next((f for f in folders if f.startswith(prefix) and "_" not in f), "")
-        if named and folder and named != folder:
+        if named and folder and named != folder and not named.startswith(f"{folder}."):
             conflicts.append(f"its name says {named}, its folder {folder}")
-        found.append(named or folder)
+        # A structure's file in a subject's folder: ``sub-01.BA1_exvivo.mgz``.
+        found.append(folder if folder and named.startswith(f"{folder}.") else named or folder)
     return found[0], found[1], "; ".join(conflicts)
 
 

@@ -14,16 +14,18 @@ combined in milliseconds.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
-from operator import attrgetter
+from functools import reduce
+from itertools import combinations, product
+from operator import attrgetter, or_
 
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.select.patterns import Hit, ImagePattern, Label
 
 Combination = dict[str, tuple[Hit, ...]]
 Apart = frozenset[tuple[str, str, str]]
+Members = Sequence[tuple[str, Hit]]
 
 # Entities that tell one treatment of an image from another, and not one acquisition.
 _DERIVED = frozenset({"space", "description", "label", "resolution", "density", "segmentation"})
@@ -71,11 +73,6 @@ class UnitCombinations:
     combinations: list[Combination]
     reason: str = ""
     strangers: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-    @property
-    def fullest(self) -> Combination:
-        """The first of the combinations that have the most images."""
-        return max(self.combinations, key=lambda each: sum(map(bool, each.values())))
 
 
 def natural_key(text: str) -> tuple[tuple[int, str], ...]:
@@ -129,37 +126,41 @@ def combine_files(
     reason = _missing(images, unit)
     if reason:
         return UnitCombinations([], reason)
+    all_hits = [hit for several_hits in unit.hits.values() for hit in several_hits]
+    named = [{value_of(hit) for hit in all_hits} - {""} for value_of in _AGREED.values()]
+    if len(all_hits) == len(unit.hits) and all(len(values) <= 1 for values in named):
+        return UnitCombinations([{name: tuple(unit.hits.get(name, ())) for name in images}])
     several = {n for n, p in images.items() if stack or (isinstance(p, Label) and p.combine)}
     members = [(name, hit) for name in images for hit in unit.hits.get(name, ())]
     members.sort(key=lambda member: natural_key(member[1].file.path))
-    bits = {name: _bits(n for n, member in enumerate(members) if member[0] == name)
-            for name in images}  # fmt: skip
-    near = _agreements(members, bits, several, apart, strict=strict)
+    bits = dict.fromkeys(images, 0)
+    for number, (name, _) in enumerate(members):
+        bits[name] |= 1 << number
+    near = _agreements(members, bits, apart, strict=strict)
     _separate_stems(images, members, bits, near)
-    required = [name for name, pattern in images.items() if not pattern.optional]
     found: set[int] = {0}
+    done: list[str] = []
     for name in sorted(images, key=lambda name: images[name].optional):
         for number in _numbers(bits[name]):
-            found = _with_file(found, 1 << number, near[number])
+            own = 0 if name in several else bits[name]
+            found = _with_file(found, 1 << number, near[number] & ~own)
             if len(found) > _MOST_COMBINATIONS:
-                message = (
-                    f"{unit.subject_id} allows more than {_MOST_COMBINATIONS} combinations of"
-                    f" files for {', '.join(images)}. Narrow the patterns, or pass a finer unit."
-                )
-                raise SelectionError(message, unit=unit.subject_id)
-        done = required[: required.index(name) + 1] if name in required else required
+                message = f"{unit.subject_id} allows more than {_MOST_COMBINATIONS} combinations of"
+                message += f" files for {', '.join(images)}. Narrow the patterns, or pass a finer"
+                raise SelectionError(f"{message} unit.", unit=unit.subject_id)
+        done += [] if images[name].optional else [name]
         found = {each for each in found if all(each & bits[one] for one in done)}
         if not found and strict:
-            return combine_files(images, unit, apart=apart, stack=stack)
+            return combine_files(images, unit, apart=apart)
         if not found:
-            others = ", ".join(repr(other) for other in done if other != name)
+            others = ", ".join(map(repr, done[:-1]))
             reason = f"no file for {name!r} agrees with {others} in session, run and stem"
             return UnitCombinations([], reason)
-    sets = _merge(found, sum(bits[name] for name in several)) if several else found
     strangers = {
-        hit.file.path: [n for n in images if n != name and bits[n] and not near[number] & bits[n]]
+        hit.file.path: [n for n in images if n != name and bits[n] and not bits[n] & near[number]]
         for number, (name, hit) in enumerate(members)
     }
+    sets = _merge(found, _union(bits[name] for name in several)) if several else found
     combinations = [
         {name: tuple(members[n][1] for n in _numbers(each & bits[name])) for name in images}
         for each in sorted(sets, key=_numbers)
@@ -167,14 +168,14 @@ def combine_files(
     return UnitCombinations(combinations, "", strangers)
 
 
-def _bits(numbers: Iterable[int]) -> int:
-    """Return the set of these files."""
-    return sum(1 << number for number in numbers)
-
-
 def _numbers(files: int) -> list[int]:
     """Return the files of a set, the first one first."""
     return [number for number, bit in enumerate(bin(files)[:1:-1]) if bit == "1"]
+
+
+def _union(sets: Iterable[int]) -> int:
+    """Return all files of some sets."""
+    return reduce(or_, sets, 0)
 
 
 def _with_file(found: set[int], file: int, near: int) -> set[int]:
@@ -186,10 +187,9 @@ def _with_file(found: set[int], file: int, near: int) -> set[int]:
         near: The files that it agrees with.
     """
     grown = {each & near | file for each in found}
-    largest = max(map(int.bit_count, grown), default=0)
-    for each in [each for each in grown if each.bit_count() < largest]:
-        if any(each != other and each & other == each for other in grown):
-            grown.discard(each)
+    largest = max(map(int.bit_count, grown))
+    smaller = [each for each in grown if each.bit_count() < largest]
+    grown -= {each for each in smaller if any(each & other == each != other for other in grown)}
     return grown | {each for each in found if each & ~near}
 
 
@@ -197,9 +197,8 @@ def _merge(found: Iterable[int], several: int) -> list[int]:
     """Join the sets that differ only in files of images of which several are taken."""
     merged: dict[int, int] = {}
     for each in found:
-        alone = each & ~several
-        merged[alone] = merged.get(alone, 0) | each
-    # A label stands for itself only where no image has it.
+        merged[each & ~several] = merged.get(each & ~several, 0) | each
+    # What some larger set of single files has too, stands there alone.
     return [
         each
         for alone, each in merged.items()
@@ -207,42 +206,26 @@ def _merge(found: Iterable[int], several: int) -> list[int]:
     ]
 
 
-def _union(sets: Iterable[int]) -> int:
-    """Return all files of some sets."""
-    union = 0
-    for each in sets:
-        union |= each
-    return union
-
-
 def _agreements(
-    members: Sequence[tuple[str, Hit]],
-    bits: Mapping[str, int],
-    several: Container[str],
-    apart: Apart,
-    *,
-    strict: bool,
+    members: Members, bits: Mapping[str, int], apart: Apart, *, strict: bool
 ) -> list[int]:
-    """Return of each file the set of those that agree with it in their entities."""
+    """Return of each file the set of the others that agree with it in their entities."""
     facts = [_facts(hit, strict=strict) for _, hit in members]
     alike: dict[str, dict[str, int]] = {}
-    values: dict[tuple[str, str], set[str]] = {}
-    for number, ((name, _), named) in enumerate(zip(members, facts, strict=True)):
+    for number, named in enumerate(facts):
         for entity, value in named.items():
             same = alike.setdefault(entity, {})
             same[value] = same.get(value, 0) | 1 << number
-            values.setdefault((name, entity), set()).add(value)
     naming = {entity: _union(same.values()) for entity, same in alike.items()}
     near: list[int] = []
     for number, ((name, _), named) in enumerate(zip(members, facts, strict=True)):
-        far = 1 << number if name in several else bits[name]
+        far = 1 << number
         for entity, value in named.items():
             others = naming[entity] & ~alike[entity][value] & ~far
             for other in {members[n][0] for n in _numbers(others)}:
-                if entity in _AGREED:
-                    counts = (name, other, entity) not in apart
-                else:
-                    counts = not values[name, entity].isdisjoint(values[other, entity])
+                counts = (name, other, entity) not in apart
+                if entity not in _AGREED:
+                    counts = any(s & bits[name] and s & bits[other] for s in alike[entity].values())
                 far |= others & bits[other] if counts else 0
         near.append((1 << len(members)) - 1 & ~far)
     return near
@@ -250,11 +233,11 @@ def _agreements(
 
 def _facts(hit: Hit, *, strict: bool) -> dict[str, str]:
     """Return what a file names of what it must agree in, numbers without their zeros."""
-    facts = {entity: value_of(hit) for entity, value_of in _AGREED.items() if value_of(hit)}
+    facts = {entity: value for entity, value_of in _AGREED.items() if (value := value_of(hit))}
     if strict:
-        for entity, value in hit.parsed.entities.items():
-            if entity not in _DERIVED and entity not in facts:
-                facts[entity] = str(int(value)) if value.isdecimal() else value
+        for entity in hit.parsed.entities.keys() - _DERIVED - _AGREED.keys():
+            value = hit.parsed.entities[entity]
+            facts[entity] = str(int(value)) if value.isdecimal() else value
     return facts
 
 
@@ -270,32 +253,20 @@ def _missing(images: Mapping[str, ImagePattern], unit: Candidate) -> str:
     return "; ".join(part for part in (words, *unusable) if part)
 
 
-def _separate_stems(
-    images: Mapping[str, ImagePattern],
-    members: Sequence[tuple[str, Hit]],
-    bits: Mapping[str, int],
-    near: list[int],
-) -> None:
-    """Let a label agree with the images whose stem is its own, or begins it, where there are any.
+def follows(label: Hit, image: Hit) -> bool:
+    """Tell whether a label's stem is an image's, or begins with it (``…_FLAIR_roi``)."""
+    stem, longer = image.parsed.stem, label.parsed.stem
+    return longer.startswith(stem) and not longer[len(stem) : len(stem) + 1].isalnum()
 
-    Where no file of a label follows a file of an image, the two need not go by their stems.
-    """
+
+def _separate_stems(
+    images: Mapping[str, ImagePattern], members: Members, bits: Mapping[str, int], near: list[int]
+) -> None:
+    """Let a label agree with images whose stem it follows alone, where it follows any."""
     labels = {name for name, pattern in images.items() if isinstance(pattern, Label)}
-    stems: dict[str, int] = {}
-    for number, (name, hit) in enumerate(members):
-        if name not in labels:
-            stems[hit.parsed.stem] = stems.get(hit.parsed.stem, 0) | 1 << number
-    followed: dict[int, int] = {}
-    linked: dict[str, int] = {}
-    for number in _numbers(_union(bits[name] for name in labels) if stems else 0):
-        name, hit = members[number]
-        stem = hit.parsed.stem
-        ends = [n for n in range(1, len(stem) + 1) if not stem[n : n + 1].isalnum()]
-        followed[number] = _union(stems.get(stem[:end], 0) for end in ends)
-        for other in {members[n][0] for n in _numbers(followed[number])}:
-            linked[name] = linked.get(name, 0) | bits[other]
-    for number, images_of in followed.items():
-        far = linked.get(members[number][0], 0) & ~images_of
-        near[number] &= ~far
-        for other in _numbers(far):
-            near[other] &= ~(1 << number)
+    for label, image in product(labels, images.keys() - labels):
+        pairs = list(product(_numbers(bits[label]), _numbers(bits[image])))
+        far = [(a, b) for a, b in pairs if not follows(members[a][1], members[b][1])]
+        for a, b in far if len(far) < len(pairs) else ():
+            near[a] &= ~(1 << b)
+            near[b] &= ~(1 << a)

@@ -26,22 +26,13 @@ from tio_openneuro.select.combinations import (
     natural_key,
     never_together,
 )
-from tio_openneuro.select.patterns import (
-    Hit,
-    Label,
-    Scalar,
-    check_option,
-    find_hits,
-    first_few,
-    listed,
-)
-from tio_openneuro.select.units import LEVELS, Skipped, Unit, every_nifti, find_units
+from tio_openneuro.select.patterns import Label, Scalar, check_option, find_hits, first_few
+from tio_openneuro.select.units import LEVELS, Hits, Skipped, Unit, every_nifti, find_units
 
 OnMissing = Literal["skip", "raise"]
 OnMultiple = Literal["raise", "first", "all", "stack"]
 OnIncomplete = Literal["raise", "allow"]
 
-_TO_SKIP = "Pass required=True to skip those that lack it"
 _TAKEN = frozenset({"subject_id", "session_id", "dataset_id"})
 
 
@@ -122,15 +113,15 @@ def select(
     lacking: list[Skipped] = []
     ambiguous: list[tuple[str, list[Combination]]] = []
     for name in sorted(units, key=natural_key):
-        strict = on_multiple in {"first", "all"}
-        stack = on_multiple == "stack"
-        found = combine_files(images, units[name], apart=apart, stack=stack, strict=strict)
+        modes = {"stack": on_multiple == "stack", "strict": on_multiple in {"first", "all"}}
+        found = combine_files(images, units[name], apart=apart, **modes)
         if found.reason:
             lacking.append(Skipped(name, found.reason))
         elif on_multiple == "raise" and _has_several(found.combinations):
             ambiguous.append((name, found.combinations))
         else:
-            kept = found.combinations if on_multiple == "all" else [found.fullest]
+            fullest = max(found.combinations, key=lambda each: sum(map(bool, each.values())))
+            kept = found.combinations if on_multiple == "all" else [fullest]
             names = _combination_names(name, kept)
             rows += [_selected(n, units[name], c) for n, c in zip(names, kept, strict=True)]
             skipped += _left_out(name, units[name], found, kept)
@@ -142,19 +133,19 @@ def select(
         message = f"{len(lacking)} {noun} of {len(units)} cannot be used: {reasons}."
         advice = "Pass on_missing='skip' to leave them out."
         raise SelectionError(f"{message} {advice}", unit=lacking[0].unit)
-    skipped = _without_unit(skipped, rows)
+    used = {file.path for row in rows for several in row.images.values() for file in several}
+    skipped = list({entry.unit: entry for entry in skipped if entry.unit not in used}.values())
     unreached = "" if guessed else _unreached(images, hits, rows, [*skipped, *lacking])
     if rows and unreached:
-        raise SelectionError(unreached)
+        raise SelectionError(unreached.strip())
     if not rows:
         counts = Counter(entry.reason for entry in lacking).most_common()
         reasons = first_few([f"{reason} ({count} units)" for reason, count in counts], "; ")
         message = f"None of {len(units)} units has all required images: {reasons}."
-        raise SelectionError(
-            f"{message} {unreached}Check the patterns, or pass required=False.".replace("  ", " ")
-        )
+        advice = "Check the patterns, or pass required=False."
+        raise SelectionError(f"{message}{unreached} {advice}")
     if on_incomplete == "raise":
-        _check_uniform(rows, images, guessed=guessed)
+        _check_uniform(rows, images)
     skipped = sorted(skipped + lacking, key=lambda entry: natural_key(entry.unit))
     return Selection(tuple(rows), tuple(skipped), dict(images))
 
@@ -204,8 +195,11 @@ def _left_out(
 ) -> list[Skipped]:
     """Say of each file of a unit that stands in no combination that is kept why it does not."""
     inside = {hit.file.path for hit in hits_of(kept)}
-    left = [Skipped(hit.file.path, hit.unusable) for hit in hits_of([unit.notes])]
-    for hit in hits_of([unit.hits]):
+    left = [
+        Skipped(hit.file.path, hit.unusable)
+        for hit in [hit for several in unit.notes.values() for hit in several]
+    ]
+    for hit in [hit for several in unit.hits.values() for hit in several]:
         path = hit.file.path
         if path not in inside:
             strangers = ", ".join(map(repr, found.strangers[path]))
@@ -215,30 +209,19 @@ def _left_out(
     return left
 
 
-def _without_unit(files: Iterable[Skipped], rows: Iterable[SelectedUnit]) -> list[Skipped]:
-    """Return each file once that no unit has, though another one may."""
-    used = {file.path for row in rows for files in row.images.values() for file in files}
-    return list({entry.unit: entry for entry in files if entry.unit not in used}.values())
-
-
 def _unreached(
-    images: Mapping[str, Scalar | Label],
-    hits: Mapping[str, Sequence[Hit]],
-    rows: Sequence[SelectedUnit],
-    skipped: Iterable[Skipped],
+    images: Mapping[str, Scalar | Label], hits: Hits, rows: list[SelectedUnit], out: list[Skipped]
 ) -> str:
     """Say which label's files reach no unit, and why; empty where there is none such."""
-    reasons = {entry.unit: entry.reason for entry in skipped}
+    reasons = {entry.unit: entry.reason for entry in out}
     for name, pattern in images.items():
         if isinstance(pattern, Label) and not any(row.images[name] for row in rows):
-            why = Counter(
-                reasons.get(hit.file.path) or reasons.get(hit.parsed.subject, "its unit is skipped")
-                for hit in hits[name]
-            )
-            return (
-                f"{len(hits[name])} files match {name!r} = {pattern!r}, and none reaches a unit:"
-                f" {hits[name][0].file.path}, for one; {listed(why)}. "
-            )
+            paths = [hit.file.path for hit in hits[name]]
+            whose = [hit.parsed.subject or "/".join(hit.captures) for hit in hits[name]]
+            found = [reasons.get(p, reasons.get(s)) for p, s in zip(paths, whose, strict=True)]
+            why = dict.fromkeys(reason or "the unit is skipped" for reason in found)
+            message = f"{len(paths)} files match {name!r} = {pattern!r}, and none reaches a unit"
+            return f" {message} ({paths[0]}, for one): {first_few(list(why), '; ')}."
     return ""
 
 
@@ -252,10 +235,10 @@ def _combination_names(unit: str, combinations: Sequence[Combination]) -> list[s
     """Name each combination by the unit and the entities that tell it from the others."""
     if len(combinations) == 1:
         return [unit]
-    parts = [
-        [part for hit in hits_of([each]) for part in hit.parsed.stem.split("_") if "-" in part]
-        for each in combinations
+    stems = [
+        sorted((hit.parsed.stem for hit in hits_of([c])), key=natural_key) for c in combinations
     ]
+    parts = [[part for part in "_".join(own).split("_") if "-" in part] for own in stems]
     common = set(parts[0]).intersection(*parts[1:])
     names = [
         "_".join([unit, *dict.fromkeys(token for token in own if token not in common)])
@@ -265,9 +248,7 @@ def _combination_names(unit: str, combinations: Sequence[Combination]) -> list[s
     return [f"{n}_{k}" if counts[n] > 1 else n for k, n in enumerate(names, start=1)]
 
 
-def _check_uniform(
-    rows: Sequence[SelectedUnit], images: Mapping[str, Scalar | Label], *, guessed: bool
-) -> None:
+def _check_uniform(rows: Sequence[SelectedUnit], images: Mapping[str, Scalar | Label]) -> None:
     """Refuse units that differ in what they have of an image, which no batch could hold."""
     for name, pattern in images.items():
         filled = isinstance(pattern, Label) and pattern.when_missing is not None
@@ -285,12 +266,11 @@ def _check_uniform(
             for count, units in sorted(by_count.items())
         )
         advice = "or on_incomplete='allow' and a collate function of your own"
-        if isinstance(pattern, Label) and 0 in by_count and not guessed:
+        if isinstance(pattern, Label) and 0 in by_count:
             advice = "when_missing='zeros', " + advice
-        way = "Name the images that you want" if guessed else _TO_SKIP
         raise SelectionError(
             f"Units differ in their number of files for {name!r}: {cases}; a batch could not be"
-            f" collated. {way}, {advice}."
+            f" collated. Select it with required=True to skip those that lack it, {advice}."
         )
 
 
