@@ -39,7 +39,7 @@ def index_tree(clone: Path, commit: str) -> list[TreeFile]:
     """List the files of a commit with their annex keys.
 
     Symlinks into an annex and unlocked pointer files have a key. Any other link stands for the
-    file of the dataset that it names, and has neither key nor size where it names none.
+    file of the dataset that it names, and is left out where it names none.
     Submodules are left out.
 
     Args:
@@ -216,7 +216,7 @@ def _find_keys(
 
 
 def _resolve_links(files: list[TreeFile], targets: dict[int, str]) -> list[TreeFile]:
-    """Replace links inside the dataset by what they name; the others have no size."""
+    """Replace links inside the dataset by what they name, and leave out the others."""
     by_path = {file.path: number for number, file in enumerate(files)}
     result = []
     left_out: list[int] = []
@@ -229,13 +229,12 @@ def _resolve_links(files: list[TreeFile], targets: dict[int, str]) -> list[TreeF
             end = by_path.get(posixpath.normpath(posixpath.join(folder, targets[end])))
         if end is None or end in targets:
             left_out.append(number)
-            result.append(replace(file, size_bytes=None))
         else:
             result.append(file if end == number else replace(files[end], path=file.path))
     if left_out:
         first = left_out[0]
         _LOG.info(
-            "%d links lead to no file of the dataset, %r to %r the first.",
+            "Left out %d links that lead to no file of the dataset, %r to %r the first.",
             len(left_out),
             files[first].path,
             targets[first],
