@@ -273,7 +273,8 @@ class TreeFile:
         path: Posix path from the dataset's root.
         blob: Id of its git object; empty for a file of a plain folder.
         key: Annex key of its content; None where the content is in git itself, or a plain file.
-        size_bytes: Size of the content; None where the key states none.
+        size_bytes: Size of the content; None where the key states none, or where there is no key
+            either: a link to no file of the dataset.
     """
 
     path: str

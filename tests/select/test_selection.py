@@ -293,10 +293,10 @@ def test_files_too_small_for_an_image_are_skipped_with_their_size() -> None:
 def test_broken_label_is_not_taken_for_a_missing_one() -> None:
     """A unit whose label file is empty is no control."""
     files = [*tree("sub-1/sub-1_T1w.nii"), File("sub-1/sub-1_mask.nii", size_bytes=0)]
-    files += tree("sub-2/sub-2_T1w.nii")
+    files += tree("sub-2/sub-2_T1w.nii", "sub-3/sub-3_T1w.nii", "sub-3/sub-3_mask.nii")
     images = {"t1": Scalar(suffix="T1w"), "mask": Label(suffix="mask", when_missing="zeros")}
     selection = select(files, images)
-    assert list(chosen(selection)) == ["sub-2"]
+    assert list(chosen(selection)) == ["sub-2", "sub-3"]
     assert "holds 0 bytes" in skipped(selection)["sub-1"]
 
 
@@ -315,7 +315,8 @@ def test_files_without_a_subject_are_named() -> None:
     """Among subjects' images a stray one belongs to no unit."""
     selection = select([*ANATOMY, File("extra/T1w.nii.gz")], {"t1": Scalar("**/*T1w.nii.gz")},
                        on_multiple="first")  # fmt: skip
-    assert skipped(selection)["extra/T1w.nii.gz"] == "its path names no subject"
+    reason = "its path names no subject (sub-…), its folder is extra"
+    assert skipped(selection)["extra/T1w.nii.gz"] == reason
 
 
 def test_one_file_common_to_all_goes_to_every_unit() -> None:

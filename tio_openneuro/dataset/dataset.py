@@ -186,7 +186,9 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         if self._engine is not None:
             budget_bytes, stated = self._engine.binding()
             budget = f"; disk budget {format_size(budget_bytes)}{stated}"
-        names = ", ".join(self._rows[0].subject.get_images_names()) if self._rows else ""
+        parts = (pair for row in self._rows for pair in row.subject.items())
+        taken = {name: image for name, image in parts if isinstance(image, tio.Image)}
+        names = ", ".join(n + " (label)" * isinstance(i, tio.LabelMap) for n, i in taken.items())
         return (
             f"{type(self).__name__}({self.dataset_id!r} at {self.version[:8] or 'no commit'}: "
             f"{len(self)} subjects; images: {names}; {format_size(self.nbytes)}{budget})"

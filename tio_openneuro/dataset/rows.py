@@ -120,7 +120,7 @@ class _Builder:
         self._images = selection.images
         self._engine = engine
         self._participants = Participants.read(catalog.read, [file.path for file in catalog.files])
-        texts = [file for file in catalog.files if file.key is None]
+        texts = [f for f in catalog.files if f.key is None and f.size_bytes is not None]
         self._texts = {file.path: file for file in texts if file.path.endswith(".json")}
         self._sidecars = Sidecars(self._texts)
         self._events = Sidecars((file.path for file in catalog.files), "_events.tsv")

@@ -13,6 +13,7 @@ Source: https://bids-specification.readthedocs.io/en/stable/common-principles.ht
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,8 @@ from bidsschematools.schema import load_schema
 OTHER_PREFIXES = ("sourcedata/", "code/", "stimuli/", "tmp/", "tmp_", ".")
 # What can be asked for by name beside the entities of a file's name.
 FIELDS = ("subject", "session", "suffix", "datatype", "extension", "scope", "pipeline")
+# Endings of CIFTI-2 files, which are NIfTI files of grayordinates, and hold no volume.
+_CIFTI = re.compile(r"\.[dp]{1,2}(?:conn|tseries|scalar|label|fan)[a-z]*\.nii(?:\.gz)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class BidsPath:
     Attributes:
         path: The path, posix, from the dataset's root.
         stem: The file's name less its extension.
-        extension: With its dot, ``".nii.gz"``.
+        extension: With its dot and in small letters, ``".nii.gz"``.
         suffix: Last part of the stem, ``"T1w"``.
         datatype: Nearest datatype folder, ``"anat"``.
         scope: ``"raw"``, ``"derivatives"`` or ``"other"`` (``sourcedata/``, ``tmp_dcm2bids/``).
@@ -130,7 +133,7 @@ class BidsPath:
             folders = self.pipeline.split("/")
             return text in {"all", self.scope, self.pipeline, *folders} - {""}
         if name == "extension":
-            return value == (text if text.startswith(".") else f".{text}")
+            return value == f".{text.lower().removeprefix('.')}"
         key, _, rest = text.partition("-")
         if rest and entity_name(key) == entity_name(name):
             text = rest
@@ -138,19 +141,19 @@ class BidsPath:
 
 
 def split_extension(name: str) -> tuple[str, str]:
-    """Return a file name's stem and its extension, ``.nii.gz`` being one.
+    """Return a file name's stem and its extension in small letters, ``.nii.gz`` being one.
 
     Example:
         >>> split_extension("sub-01_res-0.5_T1w.nii.gz")
         ('sub-01_res-0.5_T1w', '.nii.gz')
     """
-    if name.endswith(".nii.gz"):
-        return name[:-7], ".nii.gz"
-    for ending in vocabulary().endings:
-        if name.endswith(ending):
+    lowered = name.lower()
+    cifti = _CIFTI.search(lowered)
+    for ending in (cifti[0] if cifti else ".nii.gz", *vocabulary().endings):
+        if lowered.endswith(ending):
             return name[: -len(ending)], ending
     stem, dot, ending = name.rpartition(".")
-    return (stem, dot + ending) if stem else (name, "")
+    return (stem, dot + ending.lower()) if stem else (name, "")
 
 
 def parse_path(path: str) -> BidsPath:
@@ -190,9 +193,10 @@ def _take_ids(folders: list[str], entities: dict[str, str]) -> tuple[str, str, s
         value = entities.pop(entity, "")
         named = prefix + value if value else ""
         folder = next((f for f in folders if f.startswith(prefix) and "_" not in f), "")
-        if named and folder and named != folder:
+        if named and folder and named != folder and not named.startswith(f"{folder}."):
             conflicts.append(f"its name says {named}, its folder {folder}")
-        found.append(named or folder)
+        # A structure's file in a subject's folder: ``sub-01.BA1_exvivo.mgz``.
+        found.append(folder if folder and named.startswith(f"{folder}.") else named or folder)
     return found[0], found[1], "; ".join(conflicts)
 
 

@@ -17,10 +17,18 @@ from typing import Literal
 
 from tio_openneuro.content import TreeFile
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select.bids import FIELDS, BidsPath, entity_name, parse_path, vocabulary
+from tio_openneuro.select.bids import (
+    FIELDS,
+    BidsPath,
+    entity_name,
+    parse_path,
+    split_extension,
+    vocabulary,
+)
 
 NIFTI_EXTENSIONS = (".nii.gz", ".nii")
-IMAGE_EXTENSIONS = (*NIFTI_EXTENSIONS, ".mgz", ".mgh", ".nrrd", ".mha", ".tif", ".tiff", ".png")
+# Neither surfaces nor pictures, of which reports on each image are full.
+IMAGE_EXTENSIONS = (*NIFTI_EXTENSIONS, ".mgz", ".mgh", ".nrrd", ".mha")
 
 # A header and its magic take 352 bytes. Compressed, one voxel of zeros by nibabel takes 60.
 _SMALLEST_BYTES = {".nii": 352, ".nii.gz": 50}
@@ -212,6 +220,12 @@ def _escape_first(content: str) -> str:
     return "\\" + content if content[:1] in {"]", "^"} else content
 
 
+def is_volume(path: str, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:
+    """Tell whether a path bears the name of an image of voxels: no CIFTI, surface or picture."""
+    lowered = path.lower()
+    return lowered.endswith(endings) and split_extension(lowered)[1] in endings
+
+
 @dataclass(frozen=True)
 class Hit:
     """One file that a pattern matches.
@@ -241,6 +255,10 @@ class Hit:
         if self.parsed.conflict:
             return f"{self.file.path}: {self.parsed.conflict}"
         size = self.file.size_bytes
+        if self.parsed.stem.startswith("._"):
+            return f"{self.file.path} is a note of macOS about a file, and no image"
+        if size is None and self.file.key is None:
+            return f"{self.file.path} is a link to no file of the dataset"
         smallest = _SMALLEST_BYTES.get(self.parsed.extension, 1)
         if size is not None and size < smallest:
             return f"{self.file.path} holds {size} bytes, too few for an image"
@@ -259,7 +277,7 @@ def find_hits(name: str, pattern: ImagePattern, files: Sequence[TreeFile]) -> li
         SelectionError: Nothing matches; the message names what comes nearest.
     """
     matched = _match_glob(pattern.glob, files)
-    images = [hit for hit in matched if hit.file.path.endswith(IMAGE_EXTENSIONS)]
+    images = [hit for hit in matched if is_volume(hit.file.path)]
     hits = _match_entities(dict(pattern.entities), images, by_glob=pattern.glob is not None)
     if hits:
         return hits
@@ -306,7 +324,7 @@ def _nearest(
         endings = Counter(hit.parsed.extension for hit in matched)
         return f"It hits {len(matched)} files that are no images ({listed(endings)}); try .nii.gz."
     if pattern.glob is not None and not images:
-        paths = (file.path for file in files if file.path.endswith(IMAGE_EXTENSIONS))
+        paths = (file.path for file in files if is_volume(file.path))
         shapes = Counter(map(_shape_of, paths))
         near = Counter({shape: shapes[shape] for shape in _alike(pattern.glob, shapes)})
         which = "The nearest" if near else "Images"

@@ -20,13 +20,14 @@ from tio_openneuro.errors import SelectionError
 from tio_openneuro.select.combinations import (
     Candidate,
     Combination,
+    UnitCombinations,
     combine_files,
     hits_of,
     natural_key,
     never_together,
 )
 from tio_openneuro.select.patterns import Label, Scalar, check_option, find_hits, first_few
-from tio_openneuro.select.units import LEVELS, Skipped, Unit, every_nifti, find_units
+from tio_openneuro.select.units import LEVELS, Hits, Skipped, Unit, every_nifti, find_units
 
 OnMissing = Literal["skip", "raise"]
 OnMultiple = Literal["raise", "first", "all", "stack"]
@@ -101,6 +102,7 @@ def select(
     check_option("on_multiple", on_multiple, ("raise", "first", "all", "stack"))
     check_option("on_incomplete", on_incomplete, ("raise", "allow"))
     check_images(images)
+    guessed = images is None
     if images is None:
         images, hits = every_nifti(files, unit)
     else:
@@ -111,19 +113,18 @@ def select(
     lacking: list[Skipped] = []
     ambiguous: list[tuple[str, list[Combination]]] = []
     for name in sorted(units, key=natural_key):
-        found = combine_files(images, units[name], apart=apart, stack=on_multiple == "stack")
+        modes = {"stack": on_multiple == "stack", "strict": on_multiple in {"first", "all"}}
+        found = combine_files(images, units[name], apart=apart, **modes)
         if found.reason:
             lacking.append(Skipped(name, found.reason))
-        elif len(found.combinations) == 1 or on_multiple == "first":
-            rows.append(_selected(name, units[name], found.combinations[0]))
-        elif on_multiple == "all":
-            kept = found.agreeing()
+        elif on_multiple == "raise" and _has_several(found.combinations):
+            ambiguous.append((name, found.combinations))
+        else:
+            fullest = max(found.combinations, key=lambda each: sum(map(bool, each.values())))
+            kept = found.combinations if on_multiple == "all" else [fullest]
             names = _combination_names(name, kept)
             rows += [_selected(n, units[name], c) for n, c in zip(names, kept, strict=True)]
-            reason = f"agrees with no other image of {name}"
-            skipped += [Skipped(path, reason) for path in found.paths_outside(kept)]
-        else:
-            ambiguous.append((name, found.combinations))
+            skipped += _left_out(name, units[name], found, kept)
     if ambiguous:
         raise SelectionError(_ambiguous_message(ambiguous, images, unit), unit=ambiguous[0][0])
     if lacking and on_missing == "raise":
@@ -132,11 +133,17 @@ def select(
         message = f"{len(lacking)} {noun} of {len(units)} cannot be used: {reasons}."
         advice = "Pass on_missing='skip' to leave them out."
         raise SelectionError(f"{message} {advice}", unit=lacking[0].unit)
+    used = {file.path for row in rows for several in row.images.values() for file in several}
+    skipped = list({entry.unit: entry for entry in skipped if entry.unit not in used}.values())
+    unreached = "" if guessed else _unreached(images, hits, rows, [*skipped, *lacking])
+    if rows and unreached:
+        raise SelectionError(unreached.strip())
     if not rows:
         counts = Counter(entry.reason for entry in lacking).most_common()
         reasons = first_few([f"{reason} ({count} units)" for reason, count in counts], "; ")
         message = f"None of {len(units)} units has all required images: {reasons}."
-        raise SelectionError(f"{message} Check the patterns, or pass required=False.")
+        advice = "Check the patterns, or pass required=False."
+        raise SelectionError(f"{message}{unreached} {advice}")
     if on_incomplete == "raise":
         _check_uniform(rows, images)
     skipped = sorted(skipped + lacking, key=lambda entry: natural_key(entry.unit))
@@ -174,6 +181,48 @@ def _selected(name: str, unit: Candidate, combination: Combination) -> SelectedU
     session_id = unit.session_id or _only(hit.parsed.session for hit in hits)
     run_id = unit.run_id or _only(hit.parsed.run for hit in hits)
     return SelectedUnit(name, unit.subject_id, session_id, run_id, files)
+
+
+def _has_several(combinations: Sequence[Combination]) -> bool:
+    """Tell whether combinations differ in which file is an image, and not just in its lack."""
+    return any(
+        len({each[name] for each in combinations if each[name]}) > 1 for name in combinations[0]
+    )
+
+
+def _left_out(
+    name: str, unit: Candidate, found: UnitCombinations, kept: Sequence[Combination]
+) -> list[Skipped]:
+    """Say of each file of a unit that stands in no combination that is kept why it does not."""
+    inside = {hit.file.path for hit in hits_of(kept)}
+    left = [
+        Skipped(hit.file.path, hit.unusable)
+        for hit in [hit for several in unit.notes.values() for hit in several]
+    ]
+    for hit in [hit for several in unit.hits.values() for hit in several]:
+        path = hit.file.path
+        if path not in inside:
+            strangers = ", ".join(map(repr, found.strangers[path]))
+            reason = f"agrees with no file for {strangers} of {name}"
+            others = f"other files of {name}, which agree with one another, are taken"
+            left.append(Skipped(path, reason if strangers else others))
+    return left
+
+
+def _unreached(
+    images: Mapping[str, Scalar | Label], hits: Hits, rows: list[SelectedUnit], out: list[Skipped]
+) -> str:
+    """Say which label's files reach no unit, and why; empty where there is none such."""
+    reasons = {entry.unit: entry.reason for entry in out}
+    for name, pattern in images.items():
+        if isinstance(pattern, Label) and not any(row.images[name] for row in rows):
+            paths = [hit.file.path for hit in hits[name]]
+            whose = [hit.parsed.subject or "/".join(hit.captures) for hit in hits[name]]
+            found = [reasons.get(p, reasons.get(s)) for p, s in zip(paths, whose, strict=True)]
+            why = dict.fromkeys(reason or "the unit is skipped" for reason in found)
+            message = f"{len(paths)} files match {name!r} = {pattern!r}, and none reaches a unit"
+            return f" {message} ({paths[0]}, for one): {first_few(list(why), '; ')}."
+    return ""
 
 
 def _only(values: Iterable[str]) -> str:
@@ -224,7 +273,7 @@ def _check_uniform(rows: Sequence[SelectedUnit], images: Mapping[str, Scalar | L
             advice = "when_missing='zeros', " + advice
         raise SelectionError(
             f"Units differ in their number of files for {name!r}: {cases}; a batch could not be"
-            f" collated. Pass required=True to skip those that lack it, {advice}."
+            f" collated. Select it with required=True to skip those that lack it, {advice}."
         )
 
 

@@ -7,6 +7,7 @@ wildcards stand for.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,15 +15,19 @@ from typing import Literal
 
 from tio_openneuro.content import TreeFile
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select.bids import OTHER_PREFIXES
+from tio_openneuro.select.bids import OTHER_PREFIXES, entity_name, vocabulary
 from tio_openneuro.select.combinations import Candidate
-from tio_openneuro.select.patterns import IMAGE_EXTENSIONS, NIFTI_EXTENSIONS, Hit, Label, Scalar
+from tio_openneuro.select.patterns import NIFTI_EXTENSIONS, Hit, Label, Scalar, is_volume
+
+_LOG = logging.getLogger(__name__)
 
 Unit = Literal["subject", "session", "run"]
 LEVELS = {"subject": 1, "session": 2, "run": 3}
 
-# Suffixes of label maps where nobody says which image is one (images=None).
-_LABEL_SUFFIXES = frozenset({"dseg", "mask", "roi", "seg", "label", "labels"})
+# Words of label maps where nobody says which image is one (images=None).
+_LABEL_WORDS = re.compile(
+    r"(?i)(mask|seg|label|roi|lesion|tumou?r|segmentation|parc|parcellation|manual|ribbon|atlas)s?\d*(?![a-z])"
+)
 _FOLDERS = re.compile(r"(?:^|.*?/)(sub-[^/_]+)/(?:(?:.*?/)?(ses-[^/_]+)/)?")
 
 Hits = dict[str, list[Hit]]
@@ -47,7 +52,7 @@ def every_nifti(files: Sequence[TreeFile], unit: Unit) -> tuple[dict[str, Scalar
     homes: dict[str, set[str]] = {}
     own = ("sub-", "ses-", "run-") if unit == "run" else ("sub-", "ses-")
     for file in files:
-        if file.path.endswith(NIFTI_EXTENSIONS) and not file.path.startswith(OTHER_PREFIXES):
+        if is_volume(file.path, NIFTI_EXTENSIONS) and not file.path.startswith(OTHER_PREFIXES):
             hit = Hit(file)
             tokens = [part for part in hit.parsed.stem.split("_") if not part.startswith(own)]
             name = "_".join(tokens) or "image"
@@ -64,15 +69,29 @@ def every_nifti(files: Sequence[TreeFile], unit: Unit) -> tuple[dict[str, Scalar
         longer = f"{pipeline}_{name}" if pipeline and len(homes[name]) > 1 else name
         hits.setdefault(longer, []).append(hit)
     images = {name: _guess(name, several[0]) for name, several in sorted(hits.items())}
+    labels = [name for name, pattern in images.items() if isinstance(pattern, Label)]
+    _LOG.info("Of %d images, label maps by their names: %s.", len(images), ", ".join(labels) or 0)
     return images, {name: hits[name] for name in images}
 
 
 def _guess(name: str, hit: Hit) -> Scalar | Label:
     """Return a pattern of the kind that a file's name speaks for."""
-    suffix, labelled = hit.parsed.suffix, "label" in hit.parsed.entities
-    is_label = suffix in _LABEL_SUFFIXES or (labelled and suffix != "probseg")
-    kind = Label if is_label else Scalar
+    # What follows an intensity image's suffix tells: T1w_lesion is a lesion, lesion_T1w is none.
+    tokens = re.split("[_.]", hit.parsed.stem)
+    plain = {word for word in vocabulary().suffixes if not _LABEL_WORDS.search(word)}
+    ends = [n for n, token in enumerate(tokens, 1) if token in plain]
+    tail = tokens[max(ends, default=0) :]
+    labelled = any(map(_tells_label, tail)) and "prob" not in "".join(tail).lower()
+    kind = Label if labelled else Scalar
     return kind(f"**/*{name}{hit.parsed.extension}", required=False)
+
+
+def _tells_label(token: str) -> bool:
+    """Tell whether a part of a name says that a file holds labels."""
+    key, value = entity_name(token.partition("-")[0]), token.partition("-")[2]
+    if value and key != "description":
+        return key in {"label", "labels", "segmentation", "atlas"}
+    return _LABEL_WORDS.search(token) is not None
 
 
 def find_units(
@@ -93,7 +112,9 @@ def find_units(
             if len(several) == 1:
                 shared.append((name, hit))
             else:
-                loose.append(Skipped(hit.file.path, "its path names no subject"))
+                folder = hit.file.path.rpartition("/")[0].rpartition("/")[2] or "the dataset's own"
+                reason = f"its path names no subject (sub-…), its folder is {folder}"
+                loose.append(Skipped(hit.file.path, reason))
     level = LEVELS[unit]
     units: dict[str, Candidate] = {}
     for subject, folders in _folders(files, by_subject, level).items():
@@ -103,7 +124,8 @@ def find_units(
             if any(_contains((session, run), other) for other in keys - {(session, run)}):
                 continue
             here = [m for m in members if _contains(_key(m[1], level), (session, run))]
-            run_id = next((hit.parsed.run for _, hit in here if hit.parsed.run), "") if run else ""
+            runs = [hit.parsed.run for _, hit in here if hit.parsed.run and run]
+            run_id = min(runs, default="")
             candidate = Candidate(subject, session, run_id)
             _add(candidate, [*here, *shared])
             units["_".join(part for part in (subject, session, run_id) if part)] = candidate
@@ -117,7 +139,7 @@ def _folders(
     keys: dict[str, set[tuple[str, str]]] = {subject: set() for subject in subjects}
     for file in files:
         path = file.path
-        if path.endswith(IMAGE_EXTENSIONS) and not path.startswith(OTHER_PREFIXES):
+        if is_volume(path) and not path.startswith(OTHER_PREFIXES):
             found = _FOLDERS.match(path)
             if found is not None:
                 session = (found[2] or "") if level > 1 else ""
@@ -147,7 +169,7 @@ def _add(candidate: Candidate, members: Iterable[tuple[str, Hit]]) -> None:
     """Give a unit its files; what cannot be used becomes a note."""
     for name, hit in members:
         if hit.unusable:
-            candidate.notes.setdefault(name, []).append(hit.unusable)
+            candidate.notes.setdefault(name, []).append(hit)
         else:
             candidate.hits.setdefault(name, []).append(hit)
 

@@ -7,6 +7,7 @@ entries, never image content.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,8 @@ class Catalog:
             UnsafeDatasetError: A file is too long to be a table or a sidecar.
         """
         wanted = set(paths)
-        files = [file for file in self.files if file.path in wanted and file.key is None]
+        plain = [file for file in self.files if file.key is None and file.size_bytes is not None]
+        files = [file for file in plain if file.path in wanted]
         return read_texts(self.folder, files)
 
 
@@ -150,10 +152,26 @@ def read_file(folder: Path, commit: str, path: str) -> bytes:
 
 
 def _walk(folder: Path) -> Iterator[TreeFile]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    """Yield a plain folder's files, also behind links; one that leads nowhere has no size.
+
+    A link to a folder is followed wherever it leads, unless it is one of those above it.
+    """
+    for parent, folders, names in os.walk(folder, onerror=_warn_of_folder, followlinks=True):
+        here = Path(parent).resolve()
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".")
+            and Path(parent, name).resolve() not in (here, *here.parents)
+        )
         for name in sorted(names):
             path = Path(parent, name)
-            if path.is_file():
-                relative = path.relative_to(folder).as_posix()
-                yield TreeFile(relative, "", None, path.stat().st_size)
+            if path.is_file() or not path.exists():
+                size_bytes = path.stat().st_size if path.exists() else None
+                yield TreeFile(path.relative_to(folder).as_posix(), "", None, size_bytes)
+
+
+def _warn_of_folder(error: OSError) -> None:
+    """Say that a folder cannot be listed."""
+    warning = f"Left out {error.filename}, a folder that cannot be listed: {error.strerror}."
+    warnings.warn(warning, stacklevel=6)

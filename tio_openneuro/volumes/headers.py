@@ -202,6 +202,16 @@ class NiftiHeader:
         return f"{named[0]}, which no image has" if named else ""
 
 
+def has_suffix(path: Path | str, *suffixes: str) -> bool:
+    """Tell whether a file's name ends so, in capital letters or small ones.
+
+    Example:
+        >>> has_suffix("sub-01_T1w.NII.GZ", ".nii", ".nii.gz")
+        True
+    """
+    return str(path).lower().endswith(suffixes)
+
+
 @dataclass(eq=False)
 class VolumeFile:
     """A local file of an image, of whose header each part is read once.
@@ -229,7 +239,7 @@ class VolumeFile:
     @cached_property
     def nifti(self) -> NiftiHeader | None:
         """What its header says, or None where it is none."""
-        return _parse_nifti(self.first) if self.path.name.endswith(_NIFTI_SUFFIXES) else None
+        return _parse_nifti(self.first) if has_suffix(self.path, *_NIFTI_SUFFIXES) else None
 
     @cached_property
     def size(self) -> ImageSize | None:
@@ -240,7 +250,7 @@ class VolumeFile:
         that pass 1 MiB count as voxels, since they are loaded too.
         """
         try:
-            if self.path.name.endswith(_MGH_SUFFIXES):
+            if has_suffix(self.path, *_MGH_SUFFIXES):
                 return _measure_mgh(self.first)
             return _measure_nifti(self.nifti) if self.nifti and not self.nifti.fault else None
         except (struct.error, ValueError, OverflowError):
@@ -342,7 +352,7 @@ def refuse_bomb(file: VolumeFile, title: str, unit_name: str, free_bytes: int) -
         UnsafeDatasetError: It is no image of the format that its name tells.
     """
     file.refuse_fault(f"{title} of {unit_name}")
-    if not title.endswith(VOLUME_SUFFIXES):
+    if not has_suffix(title, *VOLUME_SUFFIXES):
         return
     size = file.size
     if size is None:

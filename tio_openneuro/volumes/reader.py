@@ -35,6 +35,7 @@ from tio_openneuro.volumes.headers import (
     VOLUME_SUFFIXES,
     NiftiHeader,
     VolumeFile,
+    has_suffix,
 )
 
 # 64 kB to 1 MB make no difference (2026-11-21).
@@ -132,7 +133,7 @@ def read_nifti(volume: VolumeFile, name: str) -> tuple[torch.Tensor, Any] | None
     with path.open("rb", buffering=0) as file:
         compressed = file.read(len(GZIP)) == GZIP
         file.seek(0)
-        if compressed != path.name.endswith(".gz"):
+        if compressed != has_suffix(path, ".gz"):
             return None
         affine = _read_affine(path, header)
         source = _Inflated(file) if compressed else file
@@ -177,7 +178,7 @@ def read_volume(
         DamagedImageError: It is a NIfTI or MGH file that is gone, cut off or otherwise damaged,
             or whose header cannot be believed.
     """
-    if not volume.path.name.endswith(VOLUME_SUFFIXES):
+    if not has_suffix(volume.path, *VOLUME_SUFFIXES):
         return read(volume.path)
     found, header = read_nifti(volume, name), volume.nifti
     try:
