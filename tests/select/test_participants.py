@@ -11,7 +11,7 @@ from tio_openneuro.select.participants import Participants, normalise_id
 def parse(text: str | bytes) -> Participants:
     """Return what a dataset's participants.tsv says."""
     content = text if isinstance(text, bytes) else text.encode()
-    return Participants.read(lambda _: {"participants.tsv": content})
+    return Participants.read(lambda *_: {"participants.tsv": content})
 
 
 def row(text: str | bytes, subject: str, session: str = "") -> dict[str, float | str]:
@@ -132,7 +132,7 @@ def test_sessions_are_joined_and_typed_across_subjects() -> None:
         "sub-2/sub-2_sessions.tsv": b"session_id\tage\tscore\na\t40\thigh\n",
     }
 
-    def read(paths: Sequence[str]) -> Mapping[str, bytes]:
+    def read(paths: Sequence[str], *_: int) -> Mapping[str, bytes]:
         return {path: files[path] for path in paths if path in files}
 
     table = Participants.read(read, [*files, "sub-1/anat/sub-1_T1w.nii.gz"])
@@ -147,7 +147,7 @@ def test_sessions_are_joined_and_typed_across_subjects() -> None:
 
 def test_dataset_without_tables_has_no_columns() -> None:
     """participants.tsv may be absent."""
-    table = Participants.read(lambda _: {})
+    table = Participants.read(lambda *_: {})
     assert table.row("sub-1") == {}
 
 

@@ -11,6 +11,7 @@ as it lives.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import queue
 import signal
@@ -20,12 +21,13 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from tio_openneuro.annex.environment import child_environment
 from tio_openneuro.annex.messages import missing_program
+from tio_openneuro.bounds import OUTPUT_BYTES, refuse_above
 from tio_openneuro.errors import TioOpenNeuroError
 from tio_openneuro.forks import at_fork
 
@@ -79,6 +81,7 @@ def _start(
     environment: Mapping[str, str] | None,
     keep_fds: tuple[int, ...] = (),
     stdin: IO[bytes] | int = subprocess.PIPE,
+    stderr: IO[bytes] | int = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
     """Start a child that leads its own process group, with unbuffered pipes."""
     environment = child_environment() if environment is None else environment
@@ -92,7 +95,7 @@ def _start(
                 bufsize=0,
                 stdin=stdin,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=stderr,
                 cwd=cwd,
                 env=environment,
                 **apart,
@@ -143,17 +146,19 @@ def _close(*pipes: IO[bytes] | None) -> None:
                 pipe.close()
 
 
-def run(
+@contextlib.contextmanager
+def reading(
     arguments: Sequence[str],
     *,
     cwd: Path | None = None,
     stdin: bytes = b"",
     timeout_s: float = 120.0,
     environment: Mapping[str, str] | None = None,
-) -> bytes:
-    """Run a program to its end and return its standard output.
+) -> Iterator[io.BufferedReader[io.FileIO]]:
+    """Run a program and yield its standard output, to be read to its end inside the block.
 
-    Killed with its process group at the deadline, and when an exception passes through.
+    Killed with its process group at the deadline, and when an exception passes through: whoever
+    reads says by one that it is enough.
 
     Args:
         arguments: The program and its arguments; no shell is involved.
@@ -166,28 +171,47 @@ def run(
         MissingProgramError: The program is not installed, or git-annex or DataLad, which it needs.
         CommandError: It failed, or passed its deadline.
     """
-    # From a file and not a pipe, whose other end a process forked meanwhile would keep open.
-    with tempfile.TemporaryFile() as source:
+    until_s = time.monotonic() + timeout_s
+    # From a file and not a pipe, whose other end a process forked meanwhile would keep open; to
+    # one, so that nobody needs to read it meanwhile.
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as words:
         source.write(stdin)
         source.seek(0)
-        process = _start(arguments, cwd=cwd, environment=environment, stdin=source)
-    shown = " ".join(arguments[:6])
-    try:
-        stdout, stderr = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired as error:
-        message = f"Cannot finish '{shown}': no end after {timeout_s:g} s; it was killed."
-        raise CommandError(message) from error
-    finally:
-        if process.returncode is None:
+        process = _start(arguments, cwd=cwd, environment=environment, stdin=source, stderr=words)
+        timer = threading.Timer(timeout_s, kill_group, [process])
+        timer.daemon = True
+        timer.start()
+        try:
+            with io.BufferedReader(cast("io.FileIO", process.stdout), _READ_BYTES) as output:
+                yield output
+                process.wait()
+        finally:
+            timer.cancel()
             kill_group(process)
-        _close(process.stdout, process.stderr)
-    if process.returncode != 0:
-        said = stderr.decode(errors="replace").strip()
-        if missing := missing_program(said):
-            raise MissingProgramError.of(missing)
-        message = f"Cannot run '{shown}': it exited with {process.returncode}: {said[-2000:]}"
-        raise CommandError(message, returncode=process.returncode, stderr=said)
-    return stdout
+        shown = " ".join(arguments[:6])
+        if process.returncode != 0 and time.monotonic() >= until_s:
+            message = f"Cannot finish '{shown}': no end after {timeout_s:g} s; it was killed."
+            raise CommandError(message)
+        if process.returncode != 0:
+            words.seek(max(words.seek(0, os.SEEK_END) - _READ_BYTES, 0))
+            said = words.read().decode(errors="replace").strip()
+            if missing := missing_program(said):
+                raise MissingProgramError.of(missing)
+            message = f"Cannot run '{shown}': it exited with {process.returncode}: {said[-2000:]}"
+            raise CommandError(message, returncode=process.returncode, stderr=said)
+
+
+def run(arguments: Sequence[str], *, cwd: Path | None = None, **how: Any) -> bytes:  # noqa: ANN401
+    """Run a program to its end, as :func:`reading` does, and return its standard output.
+
+    Raises:
+        UnsafeDatasetError: It wrote more than is believed; it was killed.
+    """
+    with reading(arguments, cwd=cwd, **how) as output:
+        said = output.read(OUTPUT_BYTES + 1)
+        where = f"what '{' '.join(arguments[:6])}' writes in {cwd or 'this folder'}"
+        refuse_above(OUTPUT_BYTES, len(said), where, "bytes")
+    return said
 
 
 class Coprocess:

@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import time
 import uuid
@@ -22,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tio_openneuro.annex.branch import branch_tips, git_config, git_folder
+import psutil
+
+from tio_openneuro.annex.branch import branch_tips, git_config, git_folder, refuse_bombs
 from tio_openneuro.annex.environment import annex_environment
 from tio_openneuro.annex.messages import Failure, complaints, parse_answer
 from tio_openneuro.annex.processes import CommandError, Coprocess, run
@@ -34,6 +37,7 @@ POLL_S = 0.1
 OWN_PREFIX = ".tio-openneuro."
 _SPACE_CHECK_S = 1.0
 _SPACE_LEFT_BYTES = 1 << 20
+_SMALL_FILES_BYTES = 1 << 20
 _HASHED_BYTES_PER_S = 1e8
 _CRAWL_BYTES_PER_S = 1024.0
 # Of a file that may be there all the same.
@@ -114,6 +118,7 @@ class Workplace:
             uuids: Ids of remotes that are trusted and perhaps not enabled in the clone.
             trusted: Names of the remotes that git-annex may use.
         """
+        refuse_bombs(clone)
         theirs = (git_folder(clone) or clone).absolute()
         config = git_config(clone, ".")
         bare = config.get("core.bare") == "true"
@@ -185,6 +190,7 @@ class Transfer(Coprocess):
             keep_fds: Descriptors that the child inherits.
         """
         self._clone = place.clone
+        self._index = (git_folder(place.folder) or place.folder) / "annex" / "index"
         options, environment = list(place.options), annex_environment()
         if place.folder == place.clone:
             # With an index and databases of our own git-annex knows of no unlocked file in the
@@ -221,6 +227,7 @@ class Transfer(Coprocess):
         except CommandError:
             return self._died()
         watch = Watch(self._clone, request)
+        self._bound(request.key.size_bytes)
         while True:
             try:
                 line = self.read_line(POLL_S)
@@ -237,6 +244,19 @@ class Transfer(Coprocess):
             if failed is not None:
                 self.kill()
                 return failed
+
+    def _bound(self, size_bytes: int | None) -> None:
+        """Have the kernel end a download that is longer than its key states.
+
+        Beside content git-annex writes small files, and an index of its branch.
+        """
+        if sys.platform == "linux" and size_bytes is not None:
+            most = max(size_bytes + 1, 2 * (file_size(self._index) or 0) + _SMALL_FILES_BYTES)
+            with contextlib.suppress(psutil.Error):
+                # git first: what it starts from then on inherits the limit.
+                process = psutil.Process(self.pid)
+                for each in (process, *process.children(recursive=True)):
+                    each.rlimit(psutil.RLIMIT_FSIZE, (most, psutil.RLIM_INFINITY))
 
     def _died(self) -> TransferError:
         self.kill()
@@ -277,6 +297,8 @@ class Watch:
             return TransferError(Failure.STALLED)
         if isinstance(progress, int):
             self._bytes = max(self._bytes, progress)
+            if self._bytes > (self._request.key.size_bytes or self._bytes) + _SMALL_FILES_BYTES:
+                return TransferError(Failure.CORRUPT, f"incorrect size: {self._bytes} bytes")
         now_s = time.monotonic()
         # A crawl is as good as a stall: each window must bring a little.
         if self._bytes - self._window_bytes >= _CRAWL_BYTES_PER_S * self._stall_s:

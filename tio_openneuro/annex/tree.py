@@ -1,26 +1,33 @@
 """The index of a commit: which paths it has, and which annex keys they stand for.
 
 Reads git objects only: no work tree, no network, no git-annex. Everything that is read is taken
-for hostile: names that leave the dataset are refused, and no link is ever followed on disk.
+for hostile: names that leave the dataset are refused, and no link is ever followed on disk. Sizes
+are asked before contents, and what is listed is counted while it comes
+(:mod:`~tio_openneuro.bounds`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import logging
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tio_openneuro.annex.processes import run
+from tio_openneuro import bounds
+from tio_openneuro.annex.processes import reading
+from tio_openneuro.bounds import refuse_above
 from tio_openneuro.content import AnnexKey, TreeFile
 from tio_openneuro.errors import UnsafeDatasetError
 
 _LOG = logging.getLogger(__name__)
 
 _INDEX_TIMEOUT_S = 600.0
+# Mode, type and id of an entry, with an id of SHA-256.
+_FACTS_BYTES = 77
 _POINTER_START = b"/annex/objects/"
 # A key is a file name, at most 255 bytes, so that a plain pointer is no longer than this.
 _PLAIN_POINTER_BYTES = 288
@@ -51,7 +58,8 @@ def index_tree(clone: Path, commit: str) -> list[TreeFile]:
 
     Raises:
         CommandError: The commit is not there, or git cannot read it.
-        UnsafeDatasetError: A path would leave the dataset's folder.
+        UnsafeDatasetError: A path would leave the dataset's folder; or there are more paths, or
+            longer paths or links, than datasets have.
     """
     with _without_collection():
         paths: list[str] = []
@@ -63,62 +71,86 @@ def index_tree(clone: Path, commit: str) -> list[TreeFile]:
             (links if mode == _LINK_MODE else regular).append(len(paths))
             paths.append(path)
             blobs.append(blob)
-        # Not by `ls-tree -l`, which takes six times as long to tell the links' sizes too.
-        facts = object_facts(clone, "objectsize", [blobs[n] for n in regular])
-        sizes = {n: int(_required(blobs[n], fact)) for n, fact in zip(regular, facts, strict=True)}
-        candidates = [n for n, size in sizes.items() if _may_be_pointer(paths[n], size)]
+        # Not by `ls-tree -l`, which takes six times as long.
+        facts = object_facts(clone, "objectsize", blobs)
+        sizes = [int(_required(*each)) for each in zip(blobs, facts, strict=True)]
+        longest = max(((sizes[n], paths[n]) for n in links), default=(0, ""))
+        refuse_above(bounds.LINK_BYTES, longest[0], f"the link {longest[1]!r} of {clone}", "bytes")
+        candidates = [n for n in regular if _may_be_pointer(paths[n], sizes[n])]
         keys, plain_links = _find_keys(clone, blobs, links, candidates)
         files = [
-            TreeFile(path, blob, key, sizes.get(n) if key is None else key.size_bytes)
+            TreeFile(path, blob, key, sizes[n] if key is None else key.size_bytes)
             for n, (path, blob, key) in enumerate(zip(paths, blobs, keys, strict=True))
         ]
     return _resolve_links(files, plain_links) if plain_links else files
 
 
-def list_files(clone: Path, tree: str) -> Iterator[tuple[bytes, str, str]]:
+def list_files(clone: Path, tree: str, times: int = 1) -> Iterator[tuple[bytes, str, str]]:
     """Yield mode, object id and path of each file and link of a commit or tree, in git's order.
+
+    Args:
+        clone: The clone's folder, or a bare repository.
+        tree: Any name of a commit or tree.
+        times: How many times as large as a dataset it may be.
 
     Raises:
         CommandError: It is not there, or git cannot read it.
+        UnsafeDatasetError: It has more entries than datasets have, or longer ones.
     """
-    command = ["git", "ls-tree", "-r", "-z", "--full-tree", tree]
-    for entry in run(command, cwd=clone, timeout_s=_INDEX_TIMEOUT_S).split(b"\0"):
-        # MODE, a space, TYPE, a space, the object's id, a tab, the path.
-        facts, _, path = entry.partition(b"\t")
-        mode = facts[:6]
-        if mode in _FILE_MODES:
-            yield mode, facts[12:].decode(), path.decode(errors="surrogateescape")
+    # With the folders themselves: a few trees make endless ones that hold no file.
+    command = ["git", "ls-tree", "-r", "-t", "-z", "--full-tree", tree]
+    count = listed_bytes = 0
+    where, rest = f"{clone} at {tree}", b""
+    with reading(command, cwd=clone, timeout_s=_INDEX_TIMEOUT_S) as output:
+        while block := output.read1():
+            *entries, rest = (rest + block).split(b"\0")
+            count, listed_bytes = count + len(entries), listed_bytes + len(block)
+            refuse_above(bounds.ENTRIES * times, count, where, "files, links and folders")
+            refuse_above(bounds.LISTING_BYTES * times, listed_bytes, where, "bytes of paths")
+            longest_bytes = max(map(len, [*entries, rest])) - _FACTS_BYTES
+            refuse_above(bounds.PATH_BYTES, longest_bytes, where, "bytes in one path")
+            for entry in entries:
+                # MODE, a space, TYPE, a space, the object's id, a tab, the path.
+                facts, _, path = entry.partition(b"\t")
+                mode = facts[:6]
+                if mode in _FILE_MODES:
+                    yield mode, facts[12:].decode(), path.decode(errors="surrogateescape")
 
 
-def read_blobs(clone: Path, blobs: Sequence[str]) -> list[bytes]:
-    """Return the contents of git objects, in the order asked for.
+def read_blobs(
+    clone: Path,
+    blobs: Sequence[str],
+    most: int = bounds.LOG_BYTES,
+    most_all: int = bounds.LOGS_BYTES,
+) -> Iterator[bytes | None]:
+    """Yield the contents of git objects, and None for each that is not there.
 
     Args:
         clone: The clone's folder.
         blobs: Object ids, or other names of blobs without a newline.
+        most: Bytes that one may have.
+        most_all: Bytes that they may have together.
 
     Raises:
-        KeyError: An object is not in the clone.
         CommandError: git failed.
+        UnsafeDatasetError: They have more bytes; none was read.
     """
-    contents = read_blobs_if_present(clone, blobs)
-    return [_required(blob, content) for blob, content in zip(blobs, contents, strict=True)]
+    sizes = [int(fact or 0) for fact in object_facts(clone, "objectsize", blobs)]
+    size_bytes, blob = max(zip(sizes, blobs, strict=True), default=(0, ""))
+    refuse_above(most, size_bytes, f"{blob} of {clone}", "bytes")
+    refuse_above(most_all, sum(sizes), f"{len(blobs)} files like {blob} of {clone}", "bytes")
+    yield from _stream_blobs(clone, blobs)
 
 
-def read_blobs_if_present(clone: Path, blobs: Sequence[str]) -> Iterator[bytes | None]:
-    """Yield the contents of git objects, and None for each that is not there."""
-    answer = _ask_git(clone, "--batch", blobs)
-    position = 0
-    for _ in blobs:
-        end = answer.index(b"\n", position)
-        header = answer[position:end]
-        position = end + 1
-        if header.endswith(_ABSENT):
-            yield None
-            continue
-        size_bytes = int(header.rpartition(b" ")[2])
-        yield answer[position : position + size_bytes]
-        position += size_bytes + 1
+def _stream_blobs(clone: Path, blobs: Sequence[str]) -> Iterator[bytes | None]:
+    """Yield contents whose sizes are known to be within bounds."""
+    if not blobs:
+        return
+    with _asking_git(clone, "--batch", blobs) as answer:
+        for _ in blobs:
+            header = answer.readline().rstrip(b"\n")
+            absent = header.endswith(_ABSENT)
+            yield None if absent else answer.read(int(header.rpartition(b" ")[2]) + 1)[:-1]
 
 
 def object_facts(clone: Path, fact: str, names: Sequence[str]) -> list[bytes | None]:
@@ -129,15 +161,18 @@ def object_facts(clone: Path, fact: str, names: Sequence[str]) -> list[bytes | N
         fact: As git names it: ``"objectsize"``, ``"objectname"``.
         names: Their ids, or other names without a newline.
     """
-    lines = _ask_git(clone, f"--batch-check=%({fact})", names).split(b"\n")[:-1]
+    if not names:
+        return []
+    with _asking_git(clone, f"--batch-check=%({fact})", names) as answer:
+        lines = answer.read().split(b"\n")[:-1]
     return [None if line.endswith(_ABSENT) else line for line in lines]
 
 
-def _ask_git(clone: Path, what: str, blobs: Sequence[str]) -> bytes:
-    """Return what one ``git cat-file`` answers about all these blobs."""
-    if not blobs:
-        return b""
-    return run(
+def _asking_git(
+    clone: Path, what: str, blobs: Sequence[str]
+) -> contextlib.AbstractContextManager[io.BufferedReader[io.FileIO]]:
+    """Have one ``git cat-file`` answer about all these blobs."""
+    return reading(
         ["git", "cat-file", what, "--buffer"],
         cwd=clone,
         stdin="".join(f"{blob}\n" for blob in blobs).encode(errors="surrogateescape"),
@@ -201,7 +236,7 @@ def _find_keys(
     is_link = set(links)
     keys: list[AnnexKey | None] = [None] * len(blobs)
     plain_links: dict[int, str] = {}
-    contents = read_blobs_if_present(clone, list(numbers))
+    contents = _stream_blobs(clone, list(numbers))
     for (blob, same), content in zip(numbers.items(), contents, strict=True):
         text = _required(blob, content)
         key = None

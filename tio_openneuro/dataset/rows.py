@@ -5,7 +5,6 @@ Touches git objects only, never image content.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import torchio as tio
 
+from tio_openneuro.bounds import CELLS, TEXT_BYTES, TEXTS_BYTES, parse_json, refuse_above
 from tio_openneuro.content import AnnexKey, ContentUnit, TreeFile
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
@@ -120,18 +120,21 @@ class _Builder:
         self._catalog = catalog
         self._images = selection.images
         self._engine = engine
-        self._participants = Participants.read(catalog.read, [file.path for file in catalog.files])
-        self._sidecars = Sidecars(file.path for file in catalog.files)
-        self._events = Sidecars((file.path for file in catalog.files), "_events.tsv")
+        paths = [file.path for file in catalog.files]
+        self._participants = Participants.read(catalog.read, paths, catalog.dataset_id)
+        columns, units = len(self._participants.columns), len(selection.rows)
+        where = f"participants.tsv of {catalog.dataset_id}"
+        refuse_above(CELLS, columns * units, where, f"values ({columns} for each of {units} units)")
+        self._sidecars = Sidecars(paths)
+        self._events = Sidecars(paths, "_events.tsv")
         wanted = {
             path
             for row in selection.rows
             for file in _files_of(row)
             for path in self._sidecars.find(file.path)
         }
-        self._json = {
-            path: _parse_json(path, text) for path, text in catalog.read(sorted(wanted)).items()
-        }
+        texts = catalog.read(sorted(wanted), TEXT_BYTES, TEXTS_BYTES)
+        self._texts = {path: text for path, text in texts.items() if self._is_sound(path, text)}
         self._names = self._column_names()
 
     def row(self, row: SelectedUnit) -> SubjectRow:
@@ -180,14 +183,22 @@ class _Builder:
 
     def _image(self, source: ImageFiles) -> tio.Image:
         fields: dict[str, Any] = {}
+        texts: list[bytes] = []
         for file in source.files[:1]:
-            for path in self._sidecars.find(file.path):
-                fields.update(self._json.get(path, {}))
+            paths = self._sidecars.find(file.path)
+            texts += [self._texts[path] for path in paths if path in self._texts]
             events = self._events.find(file.path, "events")
             if events:
                 fields["events"] = events[-1]
         kind = FetchedLabelMap if isinstance(source.selector, Label) else FetchedScalarImage
-        return kind.of(source, Metadata(fields))
+        return kind.of(source, Metadata(fields, texts))
+
+    def _is_sound(self, path: str, text: bytes) -> bool:
+        try:
+            return isinstance(parse_json(text, f"{path} of {self._catalog.dataset_id}"), dict)
+        except ValueError:
+            _LOG.warning("Sidecar %s is not valid JSON; it is left out.", path)
+            return False
 
     def _column_names(self) -> dict[str, str]:
         """Return the attribute of each column: its own name, unless a subject has that already."""
@@ -205,12 +216,3 @@ class _Builder:
                 stacklevel=6,
             )
         return names
-
-
-def _parse_json(path: str, text: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(text.decode("utf-8-sig"))
-    except ValueError:
-        _LOG.warning("Sidecar %s is not valid JSON; it is left out.", path)
-        return {}
-    return fields if isinstance(fields, dict) else {}

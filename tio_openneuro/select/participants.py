@@ -3,7 +3,8 @@
 Read are: a byte order mark, CRLF or CR, no final newline, text that is not UTF-8, spaces around
 headers, empty and repeated headers, ragged and empty lines, commas in place of tabs, ids with and
 without their prefix or leading zeros, ids repeated for each session, rows without a folder and
-folders without a row. A column is numeric where every value given is a number. What is missing
+folders without a row. What holds more than tables do (:mod:`~tio_openneuro.bounds`) is refused
+before it is taken apart. A column is numeric where every value given is a number. What is missing
 is ``nan`` in numeric columns and ``""`` in others, never None, so that rows collate.
 
 Source: BIDS 1.10, "Participants file" and "Sessions file".
@@ -16,12 +17,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tio_openneuro.bounds import CELLS, TABLES_BYTES, refuse_above
+
 Value = float | str
 
 _MISSING = frozenset({"", "n/a", "N/A", "NA", "na", "nan", "NaN", "None", "null", "NULL", "#N/A"})
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _LINES = re.compile(r"\r\n|\r|\n")
 _SESSIONS = re.compile(r"(?:(sub-[^/_]+)/)?(?:sub-[^/_]+_)?sessions\.tsv")
+# Each row costs as much as so many cells.
+_LEAST_COLUMNS = 8
 _SUBJECT_HEADERS = ("participant_id", "participantid", "participant", "subject_id", "subject")
 _SESSION_HEADERS = ("session_id", "session", "ses", "ses_id")
 
@@ -60,43 +65,57 @@ class Participants:
     @classmethod
     def read(
         cls,
-        read: Callable[[Sequence[str]], Mapping[str, bytes]],
+        read: Callable[[Sequence[str], int, int], Mapping[str, bytes]],
         paths: Iterable[str] = (),
+        dataset_id: str = "the dataset",
     ) -> Participants:
         """Read a dataset's tables: participants.tsv, and those of the sessions.
 
         Args:
-            read: Returns the bytes of those of the paths that exist.
+            read: Returns the bytes of those of the paths that exist; told how many bytes one may
+                have, and how many all.
             paths: The dataset's paths, among which tables of sessions are looked for.
+            dataset_id: For messages.
+
+        Raises:
+            UnsafeDatasetError: They have more bytes, or cells, than tables do.
         """
         of_sessions = [path for path in paths if _SESSIONS.fullmatch(path)]
-        tables = []
-        for path, content in read(["participants.tsv", *of_sessions]).items():
+        tables: list[_Table] = []
+        asked = ["participants.tsv", *of_sessions]
+        cells = 0
+        for path, content in read(asked, TABLES_BYTES, TABLES_BYTES).items():
             found = _SESSIONS.fullmatch(path)
-            tables.append(_read_table(content, (found[1] or "") if found else ""))
+            text, where = _decode(content), f"{path} of {dataset_id}"
+            rows = text.count("\n") + text.count("\r") - text.count("\r\n") + 1
+            refuse_above(CELLS, cells + rows * _LEAST_COLUMNS, where, f"cells ({rows} rows)")
+            lines = [line for line in _LINES.split(text) if line.strip()]
+            delimiter = next((mark for mark in "\t,;" if lines and mark in lines[0]), "\t")
+            width = 1 + max((line.count(delimiter) for line in lines), default=0)
+            cells += rows * max(width, _LEAST_COLUMNS)
+            refuse_above(CELLS, cells, where, f"cells ({rows} rows of {width})")
+            subject = (found[1] or "") if found else ""
+            if lines:
+                tables.append(_read_table(lines, delimiter, subject))
         columns = tuple(dict.fromkeys(name for table in tables for name in table.columns))
         id_column = next((table.id_column for table in tables if table.id_column), "")
-        texts: dict[str, dict[str, dict[str, str]]] = {}
+        found_rows: dict[str, dict[str, dict[str, Value]]] = {}
         for table in tables:
             for subject, session, values in table.rows:
-                sessions = texts.setdefault(subject, {})
-                sessions[session] = values | sessions.get(session, {})
-        every = [row for sessions in texts.values() for row in sessions.values()]
-        given = {name: [row[name] for row in every if name in row] for name in columns}
-        numeric = frozenset(
-            name for name, all_of in given.items() if all_of and all(map(_NUMBER.fullmatch, all_of))
-        )
-
-        def typed(row: Mapping[str, str]) -> dict[str, Value]:
-            return {name: float(text) if name in numeric else text for name, text in row.items()}
-
-        rows = {
-            subject: {session: typed(row) for session, row in sessions.items()}
-            for subject, sessions in texts.items()
-        }
-        short = Counter(map(_strip_zeros, rows))
-        aliases = {_strip_zeros(s): s for s in rows if short[_strip_zeros(s)] == 1}
-        return cls(columns, numeric, rows, id_column, aliases)
+                before = found_rows.setdefault(subject, {}).setdefault(session, values)
+                if before is not values:
+                    found_rows[subject][session] = {**values, **before}
+        every = [row for sessions in found_rows.values() for row in sessions.values()]
+        numeric: set[str] = set()
+        for name in columns:
+            having = [row for row in every if name in row]
+            if having and all(_NUMBER.fullmatch(str(row[name])) for row in having):
+                numeric.add(name)
+                for row in having:
+                    row[name] = float(row[name])
+        short = Counter(map(_strip_zeros, found_rows))
+        aliases = {_strip_zeros(s): s for s in found_rows if short[_strip_zeros(s)] == 1}
+        return cls(columns, frozenset(numeric), found_rows, id_column, aliases)
 
     def row(self, subject_id: str, session_id: str = "") -> dict[str, Value]:
         """Return the values of every column for a subject, or for one of its sessions.
@@ -139,34 +158,31 @@ class _Table:
     """One table: its columns, and its rows as (subject, session, values given)."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, str, dict[str, str]], ...]
+    rows: tuple[tuple[str, str, dict[str, Value]], ...]
     id_column: str = ""
 
 
-def _read_table(content: bytes, subject: str) -> _Table:
+def _read_table(lines: Sequence[str], delimiter: str, subject: str) -> _Table:
     """Split a table into columns and rows.
 
     Args:
-        content: The file's bytes.
+        lines: Those that are not empty, one at least.
+        delimiter: What stands between cells.
         subject: Whose table it is, where it has no column for that.
     """
-    lines = [line for line in _LINES.split(_decode(content)) if line.strip()]
-    if not lines:
-        return _Table((), ())
-    delimiter = next((mark for mark in ("\t", ",", ";") if mark in lines[0]), "\t")
     headers = _unique_headers(_cells(lines[0], delimiter))
     session_at = _position(headers, _SESSION_HEADERS)
     subject_at = _position(headers, _SUBJECT_HEADERS)
     if subject_at is None and not subject:
         subject_at = 0
     kept = [n for n in range(len(headers)) if n not in {session_at, subject_at}]
-    rows: list[tuple[str, str, dict[str, str]]] = []
+    rows: list[tuple[str, str, dict[str, Value]]] = []
     for line in lines[1:]:
         cells = _cells(line, delimiter)
         cells += [""] * (len(headers) - len(cells))
         whose = subject if subject_at is None else normalise_id(cells[subject_at])
         when = "" if session_at is None else _given(cells[session_at])
-        values = {headers[n]: text for n in kept if (text := _given(cells[n]))}
+        values: dict[str, Value] = {headers[n]: text for n in kept if (text := _given(cells[n]))}
         if whose:
             rows.append((whose, normalise_id(when, "ses-"), values))
     columns = tuple(header for n, header in enumerate(headers) if n != session_at)
@@ -191,15 +207,15 @@ def _cells(line: str, delimiter: str) -> list[str]:
 
 def _unique_headers(headers: Sequence[str]) -> list[str]:
     """Name empty headers by their place, and number those that come again."""
-    names: list[str] = []
+    names: dict[str, None] = {}
+    repetitions: Counter[str] = Counter()
     for number, header in enumerate(headers, start=1):
         name = header or f"column_{number}"
-        repetition = 2
         while name in names:
-            name = f"{header}_{repetition}"
-            repetition += 1
-        names.append(name)
-    return names
+            repetitions[header] += 1
+            name = f"{header}_{repetitions[header] + 1}"
+        names[name] = None
+    return list(names)
 
 
 def _position(headers: Sequence[str], known: Sequence[str]) -> int | None:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tio_openneuro.annex import AnnexRepo, index_tree, read_blobs, read_blobs_if_present
+from tio_openneuro.annex import AnnexRepo, index_tree, read_blobs
+from tio_openneuro.bounds import FILE_BYTES, refuse_above
 from tio_openneuro.content import AnnexKey, TreeFile
-from tio_openneuro.errors import SelectionError, UnsafeDatasetError
+from tio_openneuro.errors import SelectionError
 from tio_openneuro.sources.install import install
-
-_LONGEST_TEXT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -39,25 +38,29 @@ class Catalog:
     files: tuple[TreeFile, ...]
     repo: AnnexRepo | None
 
-    def read(self, paths: Sequence[str]) -> dict[str, bytes]:
+    def read(self, paths: Sequence[str], most: int, most_all: int) -> dict[str, bytes]:
         """Return the bytes of those of the paths that exist and are not annexed.
 
+        Args:
+            paths: From the dataset's root.
+            most: Bytes that one may have.
+            most_all: Bytes that they may have together, equal ones counted once.
+
         Raises:
-            UnsafeDatasetError: A file is too long to be a table or a sidecar.
+            UnsafeDatasetError: They have more.
         """
         wanted = set(paths)
         files = [file for file in self.files if file.path in wanted and file.key is None]
+        sizes = {file.blob or file.path: file.size_bytes or 0 for file in files}
         for file in files:
-            if (file.size_bytes or 0) > _LONGEST_TEXT_BYTES:
-                raise UnsafeDatasetError(
-                    f"Refused to read {file.path} of {self.dataset_id}: it has "
-                    f"{file.size_bytes} bytes, and no table or sidecar is longer than "
-                    f"{_LONGEST_TEXT_BYTES}. Do not use the dataset, or a version without it."
-                )
+            refuse_above(most, file.size_bytes or 0, f"{file.path} of {self.dataset_id}", "bytes")
+        where = f"{', '.join(paths[:2])}, … of {self.dataset_id}"
+        refuse_above(most_all, sum(sizes.values()), where, "bytes")
         if self.repo is None:
             return {file.path: (self.folder / file.path).read_bytes() for file in files}
-        blobs = read_blobs(self.folder, [file.blob for file in files])
-        return {file.path: blob for file, blob in zip(files, blobs, strict=True)}
+        found = zip(sizes, read_blobs(self.folder, list(sizes), most, most_all), strict=True)
+        blobs = {blob: content for blob, content in found if content is not None}
+        return {file.path: blobs[file.blob] for file in files}
 
 
 def open_catalog(
@@ -113,11 +116,12 @@ def read_file(folder: Path, commit: str, path: str) -> bytes:
 
     Raises:
         SelectionError: There is no such file, or it is annexed.
+        UnsafeDatasetError: It is longer than 64 MiB.
     """
     inside = not {"..", ""} & set(path.split("/")) and "\n" not in path
     content: bytes | None = None
     if inside and commit:
-        (content,) = read_blobs_if_present(folder, [f"{commit}:{path}"])
+        (content,) = read_blobs(folder, [f"{commit}:{path}"], FILE_BYTES)
     elif inside and (folder / path).is_file():
         content = (folder / path).read_bytes()
     if content is None:

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self, SupportsIndex
 
@@ -27,6 +29,7 @@ import torchio as tio
 from torchio.constants import AFFINE
 
 from tio_openneuro.annex import read_blobs
+from tio_openneuro.bounds import IMAGE_BYTES, parse_json
 from tio_openneuro.content import AnnexKey, ContentFile, ContentRepo, ContentUnit, TreeFile
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
@@ -45,9 +48,24 @@ class Metadata(Mapping[str, Any]):
     different fields (``torchio.data.loader._stack``, 1.2.1).
     """
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        """Copy the fields."""
-        self._fields = dict(fields)
+    def __init__(self, fields: Mapping[str, Any], texts: Sequence[bytes] = ()) -> None:
+        """Copy the fields.
+
+        Args:
+            fields: What goes over all texts.
+            texts: Sidecars, the most general first. Taken apart when they are asked for, since
+                that takes twenty times their bytes, and shared by all copies.
+        """
+        self._given = dict(fields), tuple(texts)
+
+    @cached_property
+    def _fields(self) -> dict[str, Any]:
+        fields, texts = self._given
+        return dict(ChainMap(fields, *(parse_json(text, "a sidecar") for text in texts[::-1])))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be copied deeply, or pickled, as it was given."""
+        return type(self), self._given
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - JSON holds anything
         """Return one field."""
@@ -128,7 +146,8 @@ class ImageFiles:
                     suffix = "".join(Path(file.path).suffixes[-2:])
                     copy = stack.enter_context(tempfile.TemporaryDirectory(prefix="tio-openneuro-"))
                     path = Path(copy) / f"image{suffix}"
-                    path.write_bytes(read_blobs(self.folder, [file.blob])[0])
+                    held = read_blobs(self.folder, [file.blob], IMAGE_BYTES, IMAGE_BYTES)
+                    path.write_bytes(b"".join(filter(None, held)))
                     found.append(VolumeFile(path))
                 else:
                     found.append(VolumeFile(self.folder / file.path))
