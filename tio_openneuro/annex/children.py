@@ -26,7 +26,6 @@ from tio_openneuro.annex.transfer import (
     TransferRequest,
     Watch,
     Workplace,
-    file_size,
 )
 from tio_openneuro.content import AnnexKey
 from tio_openneuro.errors import FetchError
@@ -102,10 +101,6 @@ class AnnexChildren:
         with contextlib.suppress(OSError):
             partial.unlink()
         failed = self._through_git_annex(request)
-        arrived, stated = file_size(self._tmp / request.key.name), request.key.size_bytes
-        if failed is not None and arrived is not None and stated is not None and arrived > stated:
-            (self._tmp / request.key.name).unlink()
-            return TransferError(Failure.CORRUPT, f"incorrect size: more than {stated} bytes")
         if urls and failed is not None and failed.why is Failure.NOT_RECORDED:
             # It is recorded: it was there just now, and somebody dropped it since.
             return TransferError(Failure.BUSY)

@@ -77,8 +77,8 @@ class MissingProgramError(TioOpenNeuroError):
 def _start(
     arguments: Sequence[str],
     *,
-    cwd: Path | None,
-    environment: Mapping[str, str] | None,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
     keep_fds: tuple[int, ...] = (),
     stdin: IO[bytes] | int = subprocess.PIPE,
     stderr: IO[bytes] | int = subprocess.PIPE,
@@ -150,10 +150,9 @@ def _close(*pipes: IO[bytes] | None) -> None:
 def reading(
     arguments: Sequence[str],
     *,
-    cwd: Path | None = None,
     stdin: bytes = b"",
     timeout_s: float = 120.0,
-    environment: Mapping[str, str] | None = None,
+    **where: Any,  # noqa: ANN401 - two words
 ) -> Iterator[io.BufferedReader[io.FileIO]]:
     """Run a program and yield its standard output, to be read to its end inside the block.
 
@@ -162,10 +161,10 @@ def reading(
 
     Args:
         arguments: The program and its arguments; no shell is involved.
-        cwd: Folder to run in; default: the current one.
         stdin: What the child reads.
         timeout_s: Deadline in seconds.
-        environment: The whole environment; default: :func:`child_environment`.
+        where: ``cwd``, the folder to run in, and ``environment``, all of it; by default the
+            current one, and :func:`child_environment`.
 
     Raises:
         MissingProgramError: The program is not installed, or git-annex or DataLad, which it needs.
@@ -177,7 +176,7 @@ def reading(
     with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as words:
         source.write(stdin)
         source.seek(0)
-        process = _start(arguments, cwd=cwd, environment=environment, stdin=source, stderr=words)
+        process = _start(arguments, stdin=source, stderr=words, **where)
         timer = threading.Timer(timeout_s, kill_group, [process])
         timer.daemon = True
         timer.start()
@@ -189,10 +188,9 @@ def reading(
             timer.cancel()
             kill_group(process)
         shown = " ".join(arguments[:6])
-        if process.returncode != 0 and time.monotonic() >= until_s:
-            message = f"Cannot finish '{shown}': no end after {timeout_s:g} s; it was killed."
-            raise CommandError(message)
-        if process.returncode != 0:
+        if process.returncode and time.monotonic() >= until_s:
+            raise CommandError(f"Cannot finish '{shown}': no end after {timeout_s:g} s; killed.")
+        if process.returncode:
             words.seek(max(words.seek(0, os.SEEK_END) - _READ_BYTES, 0))
             said = words.read().decode(errors="replace").strip()
             if missing := missing_program(said):
@@ -201,15 +199,15 @@ def reading(
             raise CommandError(message, returncode=process.returncode, stderr=said)
 
 
-def run(arguments: Sequence[str], *, cwd: Path | None = None, **how: Any) -> bytes:  # noqa: ANN401
+def run(arguments: Sequence[str], **how: Any) -> bytes:  # noqa: ANN401 - as that one takes them
     """Run a program to its end, as :func:`reading` does, and return its standard output.
 
     Raises:
         UnsafeDatasetError: It wrote more than is believed; it was killed.
     """
-    with reading(arguments, cwd=cwd, **how) as output:
+    with reading(arguments, **how) as output:
         said = output.read(OUTPUT_BYTES + 1)
-        where = f"what '{' '.join(arguments[:6])}' writes in {cwd or 'this folder'}"
+        where = f"what '{' '.join(arguments[:6])}' writes in {how.get('cwd')}"
         refuse_above(OUTPUT_BYTES, len(said), where, "bytes")
     return said
 

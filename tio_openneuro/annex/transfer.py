@@ -252,10 +252,9 @@ class Transfer(Coprocess):
         """
         if sys.platform == "linux" and size_bytes is not None:
             most = max(size_bytes + 1, 2 * (file_size(self._index) or 0) + _SMALL_FILES_BYTES)
+            # git first: what it starts from then on inherits the limit. Passed, signal 25 is sent.
             with contextlib.suppress(psutil.Error):
-                # git first: what it starts from then on inherits the limit.
-                process = psutil.Process(self.pid)
-                for each in (process, *process.children(recursive=True)):
+                for each in [git := psutil.Process(self.pid), *git.children(recursive=True)]:
                     each.rlimit(psutil.RLIMIT_FSIZE, (most, psutil.RLIM_INFINITY))
 
     def _died(self) -> TransferError:

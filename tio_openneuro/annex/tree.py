@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tio_openneuro import bounds
 from tio_openneuro.annex.processes import reading
-from tio_openneuro.bounds import refuse_above
+from tio_openneuro.bounds import LOG_BYTES, LOGS_BYTES, refuse_above
 from tio_openneuro.content import AnnexKey, TreeFile
 from tio_openneuro.errors import UnsafeDatasetError
 
@@ -71,15 +71,13 @@ def index_tree(clone: Path, commit: str) -> list[TreeFile]:
             (links if mode == _LINK_MODE else regular).append(len(paths))
             paths.append(path)
             blobs.append(blob)
-        # Not by `ls-tree -l`, which takes six times as long.
-        facts = object_facts(clone, "objectsize", blobs)
-        sizes = [int(_required(*each)) for each in zip(blobs, facts, strict=True)]
-        longest = max(((sizes[n], paths[n]) for n in links), default=(0, ""))
-        refuse_above(bounds.LINK_BYTES, longest[0], f"the link {longest[1]!r} of {clone}", "bytes")
-        candidates = [n for n in regular if _may_be_pointer(paths[n], sizes[n])]
+        # Not by `ls-tree -l`, which takes six times as long to tell the links' sizes too.
+        facts = object_facts(clone, "objectsize", [blobs[n] for n in regular])
+        sizes = {n: int(_required(blobs[n], fact)) for n, fact in zip(regular, facts, strict=True)}
+        candidates = [n for n, size in sizes.items() if _may_be_pointer(paths[n], size)]
         keys, plain_links = _find_keys(clone, blobs, links, candidates)
         files = [
-            TreeFile(path, blob, key, sizes[n] if key is None else key.size_bytes)
+            TreeFile(path, blob, key, sizes.get(n) if key is None else key.size_bytes)
             for n, (path, blob, key) in enumerate(zip(paths, blobs, keys, strict=True))
         ]
     return _resolve_links(files, plain_links) if plain_links else files
@@ -118,39 +116,37 @@ def list_files(clone: Path, tree: str, times: int = 1) -> Iterator[tuple[bytes, 
 
 
 def read_blobs(
-    clone: Path,
-    blobs: Sequence[str],
-    most: int = bounds.LOG_BYTES,
-    most_all: int = bounds.LOGS_BYTES,
+    clone: Path, blobs: Sequence[str], most: int = LOG_BYTES, total: int = LOGS_BYTES
 ) -> Iterator[bytes | None]:
     """Yield the contents of git objects, and None for each that is not there.
+
+    git says an object's size before its content, of which no more comes than asked for: what is
+    large it does not hold either (:data:`~tio_openneuro.bounds.MEMORY_BYTES`).
 
     Args:
         clone: The clone's folder.
         blobs: Object ids, or other names of blobs without a newline.
         most: Bytes that one may have.
-        most_all: Bytes that they may have together.
+        total: Bytes that they may have together.
 
     Raises:
         CommandError: git failed.
-        UnsafeDatasetError: They have more bytes; none was read.
+        UnsafeDatasetError: They have more bytes; what is too long was not read.
     """
-    sizes = [int(fact or 0) for fact in object_facts(clone, "objectsize", blobs)]
-    size_bytes, blob = max(zip(sizes, blobs, strict=True), default=(0, ""))
-    refuse_above(most, size_bytes, f"{blob} of {clone}", "bytes")
-    refuse_above(most_all, sum(sizes), f"{len(blobs)} files like {blob} of {clone}", "bytes")
-    yield from _stream_blobs(clone, blobs)
-
-
-def _stream_blobs(clone: Path, blobs: Sequence[str]) -> Iterator[bytes | None]:
-    """Yield contents whose sizes are known to be within bounds."""
     if not blobs:
         return
+    come_bytes = 0
     with _asking_git(clone, "--batch", blobs) as answer:
-        for _ in blobs:
+        for blob in blobs:
             header = answer.readline().rstrip(b"\n")
-            absent = header.endswith(_ABSENT)
-            yield None if absent else answer.read(int(header.rpartition(b" ")[2]) + 1)[:-1]
+            if header.endswith(_ABSENT):
+                yield None
+                continue
+            size_bytes = int(header.rpartition(b" ")[2])
+            come_bytes += size_bytes
+            refuse_above(most, size_bytes, f"{blob} of {clone}", "bytes")
+            refuse_above(total, come_bytes, f"{len(blobs)} files like {blob} of {clone}", "bytes")
+            yield answer.read(size_bytes + 1)[:-1]
 
 
 def object_facts(clone: Path, fact: str, names: Sequence[str]) -> list[bytes | None]:
@@ -161,8 +157,6 @@ def object_facts(clone: Path, fact: str, names: Sequence[str]) -> list[bytes | N
         fact: As git names it: ``"objectsize"``, ``"objectname"``.
         names: Their ids, or other names without a newline.
     """
-    if not names:
-        return []
     with _asking_git(clone, f"--batch-check=%({fact})", names) as answer:
         lines = answer.read().split(b"\n")[:-1]
     return [None if line.endswith(_ABSENT) else line for line in lines]
@@ -236,13 +230,16 @@ def _find_keys(
     is_link = set(links)
     keys: list[AnnexKey | None] = [None] * len(blobs)
     plain_links: dict[int, str] = {}
-    contents = _stream_blobs(clone, list(numbers))
+    contents = read_blobs(clone, list(numbers), _LARGEST_POINTER_BYTES, bounds.IMAGE_BYTES)
     for (blob, same), content in zip(numbers.items(), contents, strict=True):
         text = _required(blob, content)
         key = None
         if b"annex/objects" in text:
             key = AnnexKey.from_pointer(text.decode(errors="surrogateescape"))
         for number in same:
+            refuse_above(
+                bounds.LINK_BYTES, len(text) * (number in is_link), clone, "bytes in a link"
+            )
             if key is not None and (number in is_link or text.startswith(_POINTER_START)):
                 keys[number] = key
             elif number in is_link:

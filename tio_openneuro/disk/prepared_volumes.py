@@ -49,12 +49,10 @@ class PreparedRepo:
         """
         self.path = Path(os.path.realpath(root)) / FOLDER
         self.path.mkdir(mode=0o700, exist_ok=True)
-        owner = self.path.lstat().st_uid
-        if sys.platform != "win32" and (owner != os.geteuid() or self.path.is_symlink()):
-            message = (
-                f"Cannot keep prepared volumes in {self.path}: it is a link, or user {owner}'s"
-            )
-            raise LedgerError(f"{message}, who would decide what is read. Give a root of your own.")
+        foreign = sys.platform != "win32" and self.path.lstat().st_uid != os.geteuid()
+        if foreign or self.path.is_symlink():
+            message = f"Cannot keep prepared volumes in {self.path}: another user's, or a link."
+            raise LedgerError(f"{message} Give a root of your own.")
         self.path.chmod(0o700)
         self.counts: Counter[str] = Counter()
 

@@ -27,6 +27,7 @@ _LINES = re.compile(r"\r\n|\r|\n")
 _SESSIONS = re.compile(r"(?:(sub-[^/_]+)/)?(?:sub-[^/_]+_)?sessions\.tsv")
 # Each row costs as much as so many cells.
 _LEAST_COLUMNS = 8
+_DELIMITERS = "\t,;"
 _SUBJECT_HEADERS = ("participant_id", "participantid", "participant", "subject_id", "subject")
 _SESSION_HEADERS = ("session_id", "session", "ses", "ses_id")
 
@@ -81,23 +82,19 @@ class Participants:
             UnsafeDatasetError: They have more bytes, or cells, than tables do.
         """
         of_sessions = [path for path in paths if _SESSIONS.fullmatch(path)]
-        tables: list[_Table] = []
+        tables = []
         asked = ["participants.tsv", *of_sessions]
         cells = 0
         for path, content in read(asked, TABLES_BYTES, TABLES_BYTES).items():
+            text = _decode(content)
+            header = _LINES.split(text.lstrip(), maxsplit=1)[0]
+            rows = max(text.count("\n"), text.count("\r")) + 1
+            columns = _LEAST_COLUMNS + max(map(header.count, _DELIMITERS))
+            cells += max(rows * columns, *map(text.count, _DELIMITERS))
+            refuse_above(CELLS, cells, f"{path} of {dataset_id}", f"cells, in {rows} rows,")
             found = _SESSIONS.fullmatch(path)
-            text, where = _decode(content), f"{path} of {dataset_id}"
-            rows = text.count("\n") + text.count("\r") - text.count("\r\n") + 1
-            refuse_above(CELLS, cells + rows * _LEAST_COLUMNS, where, f"cells ({rows} rows)")
-            lines = [line for line in _LINES.split(text) if line.strip()]
-            delimiter = next((mark for mark in "\t,;" if lines and mark in lines[0]), "\t")
-            width = 1 + max((line.count(delimiter) for line in lines), default=0)
-            cells += rows * max(width, _LEAST_COLUMNS)
-            refuse_above(CELLS, cells, where, f"cells ({rows} rows of {width})")
-            subject = (found[1] or "") if found else ""
-            if lines:
-                tables.append(_read_table(lines, delimiter, subject))
-        columns = tuple(dict.fromkeys(name for table in tables for name in table.columns))
+            tables.append(_read_table(text, (found[1] or "") if found else ""))
+        names = tuple(dict.fromkeys(name for table in tables for name in table.columns))
         id_column = next((table.id_column for table in tables if table.id_column), "")
         found_rows: dict[str, dict[str, dict[str, Value]]] = {}
         for table in tables:
@@ -107,7 +104,7 @@ class Participants:
                     found_rows[subject][session] = {**values, **before}
         every = [row for sessions in found_rows.values() for row in sessions.values()]
         numeric: set[str] = set()
-        for name in columns:
+        for name in names:
             having = [row for row in every if name in row]
             if having and all(_NUMBER.fullmatch(str(row[name])) for row in having):
                 numeric.add(name)
@@ -115,7 +112,7 @@ class Participants:
                     row[name] = float(row[name])
         short = Counter(map(_strip_zeros, found_rows))
         aliases = {_strip_zeros(s): s for s in found_rows if short[_strip_zeros(s)] == 1}
-        return cls(columns, frozenset(numeric), found_rows, id_column, aliases)
+        return cls(names, frozenset(numeric), found_rows, id_column, aliases)
 
     def row(self, subject_id: str, session_id: str = "") -> dict[str, Value]:
         """Return the values of every column for a subject, or for one of its sessions.
@@ -162,14 +159,17 @@ class _Table:
     id_column: str = ""
 
 
-def _read_table(lines: Sequence[str], delimiter: str, subject: str) -> _Table:
+def _read_table(text: str, subject: str) -> _Table:
     """Split a table into columns and rows.
 
     Args:
-        lines: Those that are not empty, one at least.
-        delimiter: What stands between cells.
+        text: The file's.
         subject: Whose table it is, where it has no column for that.
     """
+    lines = [line for line in _LINES.split(text) if line.strip()]
+    if not lines:
+        return _Table((), ())
+    delimiter = next((mark for mark in _DELIMITERS if mark in lines[0]), "\t")
     headers = _unique_headers(_cells(lines[0], delimiter))
     session_at = _position(headers, _SESSION_HEADERS)
     subject_at = _position(headers, _SUBJECT_HEADERS)

@@ -53,15 +53,13 @@ class TestTrees:
     def test_link_blob_is_measured_before_it_is_read(self, bare: Repository) -> None:
         """A link of 100 MB names no file."""
         link = bare.blob(b"a/" * (50 << 20))
-        with pytest.raises(
-            UnsafeDatasetError, match=r"the link 'l' of .*ds900650: it has 104857600"
-        ):
+        with pytest.raises(UnsafeDatasetError, match=r"ds900650: it has 104857600 bytes"):
             index_tree(bare.path, bare.tree({"l": ("120000", link)}))
 
-    def test_contents_are_measured_together_before_one_is_read(self, bare: Repository) -> None:
+    def test_contents_are_measured_together_while_they_come(self, bare: Repository) -> None:
         """The same text a thousand times is as long as all of it."""
         blob = bare.blob(bytes(1 << 20))
-        with pytest.raises(UnsafeDatasetError, match=r"1000 files like .* it has 1048576000 bytes"):
+        with pytest.raises(UnsafeDatasetError, match=r"1000 files like .* it has 135266304 bytes"):
             list(read_blobs(bare.path, [blob] * 1000))
         with pytest.raises(UnsafeDatasetError, match="it has 1048576 bytes"):
             list(read_blobs(bare.path, [blob], 1000))
@@ -99,7 +97,7 @@ class TestBranch:
         blob = bare.blob(b"1s u:V +v#p\n" * 80_000)
         tree = bare.tree({f"K{number}.log.rmet": ("100644", blob) for number in range(400)})
         bare.git("update-ref", "refs/heads/git-annex", bare.commit(tree))
-        with pytest.raises(UnsafeDatasetError, match=r"400 files like .*384000000 bytes"):
+        with pytest.raises(UnsafeDatasetError, match=r"400 files like .*13\d{7} bytes"):
             version_logs(bare.path, ["git-annex"], None)
 
     def test_many_exported_trees_are_refused(self, bare: Repository) -> None:
