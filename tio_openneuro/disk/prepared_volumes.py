@@ -49,8 +49,8 @@ class PreparedRepo:
         """
         self.path = Path(os.path.realpath(root)) / FOLDER
         self.path.mkdir(mode=0o700, exist_ok=True)
-        foreign = sys.platform != "win32" and self.path.lstat().st_uid != os.geteuid()
-        if foreign or self.path.is_symlink():
+        user = os.geteuid() if sys.platform != "win32" else 0
+        if self.path.lstat().st_uid != user or self.path.is_symlink():
             message = f"Cannot keep prepared volumes in {self.path}: another user's, or a link."
             raise LedgerError(f"{message} Give a root of your own.")
         self.path.chmod(0o700)
