@@ -157,6 +157,13 @@ class Repository:
         lines = [f"{m} {kinds.get(m, 'blob')} {i}\t{name}\0" for name, (m, i) in entries.items()]
         return self.git("mktree", "-z", stdin="".join(lines).encode())
 
+    def endless(self, leaf: Mapping[str, tuple[str, str]]) -> str:
+        """Write a folder in which there are ten thousand million of these."""
+        tree = self.tree(leaf)
+        for _ in range(10):
+            tree = self.tree({f"{number}": ("40000", tree) for number in range(10)})
+        return tree
+
     def commit(self, tree: str, message: bytes = b"made") -> str:
         """Write a commit and return its id."""
         return self.git("commit-tree", tree, stdin=message)

@@ -37,9 +37,7 @@ class TestTrees:
     @pytest.mark.parametrize("leaf", ["file", "nothing"])
     def test_endless_tree_is_refused_before_it_is_listed(self, bare: Repository, leaf: str) -> None:
         """Ten folders, each of which holds the next ten times, make ten thousand million paths."""
-        tree = bare.tree({"x": ("100644", bare.blob(b"x"))} if leaf == "file" else {})
-        for _ in range(10):
-            tree = bare.tree({f"{number}": ("40000", tree) for number in range(10)})
+        tree = bare.endless({"x": ("100644", bare.blob(b"x"))} if leaf == "file" else {})
         with pytest.raises(UnsafeDatasetError, match=rf"ds900650.* {bounds.ENTRIES} is the most"):
             index_tree(bare.path, tree)
 
@@ -116,15 +114,17 @@ class TestBranch:
         with pytest.raises(UnsafeDatasetError, match=rf"ds900650.* {bounds.OUTPUT_BYTES} is the"):
             run(["git", "for-each-ref", "refs/tags"], cwd=bare.path)
 
+    @pytest.mark.parametrize("kind", ["log", "tree"])
     def test_dataset_is_refused_before_git_annex_sees_it(
-        self, openneuro: LoopbackOpenNeuro, tmp_path: Path, root: Path
+        self, kind: str, tmp_path: Path, root: Path
     ) -> None:
-        """No clone of it stays."""
-        del openneuro
+        """It reads logs whole, and lists what HEAD has. No clone stays."""
         made = Repository(tmp_path / "ds900651")
         made.branch("main", {"dataset_description.json": b"{}"})
-        made.branch("git-annex", {"uuid.log": bytes(2 << 20)})
-        with pytest.raises(UnsafeDatasetError, match=r"uuid\.log"):
+        made.branch("git-annex", {"uuid.log": bytes(2 << 20) if kind == "log" else b""})
+        if kind == "tree":
+            made.git("update-ref", "refs/heads/main", made.commit(made.endless({})))
+        with pytest.raises(UnsafeDatasetError, match=r"uuid\.log|files, links and folders"):
             install(made.path.as_uri(), root)
         assert [path for path in (root / "clones").glob("*") if path.is_dir()] == []
 

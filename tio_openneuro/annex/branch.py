@@ -16,6 +16,7 @@ import posixpath
 import re
 import sys
 import threading
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,8 +126,10 @@ def refuse_bombs(clone: Path) -> None:
     """Raise where git-annex, which reads its branch as it is, would read more than is believed.
 
     Raises:
-        UnsafeDatasetError: The branch has more files than a dataset's, or longer ones.
+        UnsafeDatasetError: The branch, or HEAD, has more files than a dataset's, or longer ones.
     """
+    with contextlib.suppress(CommandError):  # Not every clone has one; git-annex lists its files.
+        deque(list_files(clone, "HEAD"), maxlen=0)
     for tip in branch_tips(clone):
         files = {blob: path for _, blob, path in list_files(clone, tip, 2)}
         sizes = (int(fact or 0) for fact in object_facts(clone, "objectsize", list(files)))
