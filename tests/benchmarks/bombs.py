@@ -44,7 +44,10 @@ except tno.TioOpenNeuroError as error:
     said = f"{type(error).__name__}: {error}"
 used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 cpu_s = sum(each.ru_utime + each.ru_stime for each in used) - before_s
-print(json.dumps([time.monotonic() - began_s, cpu_s, used[0].ru_maxrss * 1024, said]))
+# Not getrusage's, which begins with what the process had from which it was forked.
+status = open("/proc/self/status").read()
+peak_bytes = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+print(json.dumps([time.monotonic() - began_s, cpu_s, peak_bytes, said]))
 """
 
 
@@ -147,6 +150,8 @@ def measure(runs: int, folder: Path, console: Console) -> dict[str, object]:
     found: dict[str, object] = {
         "base_mb": base_bytes / 1e6,
         "base_child_mb": base_child_bytes / 1e6,
+        "base_s": base_s,
+        "base_cpu_s": base_cpu_s,
     }
     for number, (name, make) in enumerate(BOMBS.items()):
         bomb = Bomb(folder / f"bomb-{number:02}")
@@ -167,15 +172,22 @@ def measure(runs: int, folder: Path, console: Console) -> dict[str, object]:
             name, f"{over_mb:.0f}", f"{child_mb:.0f}", f"{seconds:.1f}", f"{cpu_s:.1f}", short
         )
         console.print(
-            f"{name}: {over_mb:.0f} MB, child {child_mb:.0f} MB, {seconds:.1f} s, {cpu_s:.1f} of CPU: {said}"
+            f"{name}: {over_mb:.0f} MB, child {child_mb:.0f} MB, {seconds:.1f} s, "
+            f"{cpu_s:.1f} of CPU: {said}"
         )
     console.print(table)
     return found
 
 
 def _open(repository: Path, root: Path, *, load: bool) -> tuple[float, float, int, int, str]:
-    """Return seconds, processor seconds, peak RSS of the opening process and of the largest child, and the error."""
-    command = [sys.executable, "-c", _OPEN, repository.as_uri(), str(root), *["load"][: int(load)]]
+    """Open a repository in a child of our own.
+
+    Returns:
+        Seconds, processor seconds of it and all that it started, peak RSS of it and of the largest
+        program that it started other than Python, and the error.
+    """
+    wanted = [repository.as_uri(), str(root), *["load"][: int(load)]]
+    command = [sys.executable, "-c", _OPEN, *wanted]
     child_bytes = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         opening = psutil.Process(process.pid)
