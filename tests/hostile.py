@@ -131,3 +131,51 @@ def enable_public(clone: Path) -> None:
     number = re.search(r"verifyremote \S+ --safe (\S+)", said)
     if number is not None:
         run(["git", "annex", "verifyremote", "s3-PUBLIC", "--safe", number[1]], cwd=clone)
+
+
+class Repository:
+    """A bare repository that is written object by object."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        run(["git", "init", "-q", "--bare", "-b", "main", str(path)])
+
+    def git(self, *arguments: str, stdin: bytes = b"") -> str:
+        """Run git in it; an object of any size may be written."""
+        environment = child_environment()
+        del environment["GIT_ALLOC_LIMIT"]
+        command = ["git", *arguments]
+        return run(command, cwd=self.path, stdin=stdin, environment=environment).decode().strip()
+
+    def blob(self, content: bytes) -> str:
+        """Write a blob and return its id."""
+        return self.git("hash-object", "-w", "--stdin", stdin=content)
+
+    def tree(self, entries: Mapping[str, tuple[str, str]]) -> str:
+        """Write a folder of names with mode and id, and return its own."""
+        kinds = {"40000": "tree", "160000": "commit"}
+        lines = [f"{m} {kinds.get(m, 'blob')} {i}\t{name}\0" for name, (m, i) in entries.items()]
+        return self.git("mktree", "-z", stdin="".join(lines).encode())
+
+    def endless(self, leaf: Mapping[str, tuple[str, str]]) -> str:
+        """Write a folder in which there are ten thousand million of these."""
+        tree = self.tree(leaf)
+        for _ in range(10):
+            tree = self.tree({f"{number}": ("40000", tree) for number in range(10)})
+        return tree
+
+    def commit(self, tree: str, message: bytes = b"made") -> str:
+        """Write a commit and return its id."""
+        return self.git("commit-tree", tree, stdin=message)
+
+    def branch(self, name: str, files: Mapping[str, bytes]) -> str:
+        """Make a branch of these files, by path, and return its commit."""
+        stream = [
+            f"commit refs/heads/{name}\ncommitter t <t@t> 1700000000 +0000\ndata 0\n".encode()
+        ]
+        for path, content in files.items():
+            stream.append(
+                f"M 100644 inline {path}\ndata {len(content)}\n".encode() + content + b"\n"
+            )
+        self.git("fast-import", "--quiet", stdin=b"".join(stream))
+        return self.git("rev-parse", name)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 _KEY = re.compile(
-    r"(?P<backend>[A-Z0-9_]+)(?:-s(?P<size>\d+))?(?:-m\d+)?(?:-S\d+-C\d+)?--(?P<name>[^/\x00\n]+)"
+    r"(?P<backend>[A-Z0-9_]+)(?:-s(?P<size>\d{1,18}))?(?:-m\d+)?(?:-S\d+-C\d+)?--(?P<name>[^/\x00\n]+)"
 )
 _CHECKED = re.compile(
     r"(?P<hash>MD5|SHA1|SHA224|SHA256|SHA384|SHA512)E?-s\d+(-m\d+)?--(?P<digest>[0-9a-f]+)(\..{1,40})?"

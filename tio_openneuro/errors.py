@@ -33,7 +33,9 @@ class TioOpenNeuroError(Exception):
             key: Name of the annex key concerned, or an empty string.
             unit: Name of the unit concerned (``"sub-07"``), or an empty string.
         """
-        super().__init__(message)
+        # What others named may hold what a terminal obeys.
+        shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+        super().__init__("".join(shown))
         self.key = key
         self.unit = unit
 

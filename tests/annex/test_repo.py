@@ -104,7 +104,7 @@ class TestIndex:
         assert unlocked.key is not None
         assert unlocked.size_bytes == 40_000
         assert files["notes.json"] == TreeFile("notes.json", files["notes.json"].blob, None, 35)
-        assert read_blobs(own, [files["notes.json"].blob]) == [
+        assert list(read_blobs(own, [files["notes.json"].blob])) == [
             b'"/annex/objects/MD5E-s5--aa.nii.gz"'
         ]
 

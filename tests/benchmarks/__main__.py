@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.extend(str(room) for room in Path(__file__).parent.parent.iterdir() if room.is_dir())
 
+import bombs
 import budget
 import campaign
 import eviction
@@ -55,6 +56,7 @@ BENCHMARKS = {
     "hops": hops,
     "http_fetching": http_fetching,
     "forks": forks,
+    "bombs": bombs,
 }
 
 

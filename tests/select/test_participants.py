@@ -1,5 +1,6 @@
 """participants.tsv in the shapes that real repositories have."""
 
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from math import isnan
 
@@ -7,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tio_openneuro.errors import UnsafeDatasetError
 from tio_openneuro.select.participants import Participants, normalise_id
 
 
 def parse(text: str | bytes) -> Participants:
     """Return what a dataset's participants.tsv says."""
     content = text if isinstance(text, bytes) else text.encode()
-    return Participants.read(lambda _: {"participants.tsv": content})
+    return Participants.read(lambda *_: {"participants.tsv": content})
 
 
 def row(text: str | bytes, subject: str, session: str = "") -> dict[str, float | str]:
@@ -135,7 +137,7 @@ def test_sessions_are_joined_and_typed_across_subjects() -> None:
         "sub-2/sub-2_sessions.tsv": b"session_id\tage\tscore\na\t40\thigh\n",
     }
 
-    def read(paths: Sequence[str]) -> Mapping[str, bytes]:
+    def read(paths: Sequence[str], *_: int) -> Mapping[str, bytes]:
         return {path: files[path] for path in paths if path in files}
 
     table = Participants.read(read, [*files, "sub-1/anat/sub-1_T1w.nii.gz"])
@@ -320,7 +322,7 @@ def test_no_value_of_a_table_is_lost_or_moved(
 
 def test_dataset_without_tables_has_no_columns() -> None:
     """participants.tsv may be absent."""
-    table = Participants.read(lambda _: {})
+    table = Participants.read(lambda *_: {})
     assert table.row("sub-1") == {}
 
 
@@ -328,3 +330,50 @@ def test_dataset_without_tables_has_no_columns() -> None:
 def test_id_has_its_prefix_once(text: str) -> None:
     """However the table spells it, the id is the folder's name."""
     assert normalise_id(text) == "sub-01"
+
+
+class TestBombs:
+    """Small files that would be large once they are taken apart."""
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"participant_id\n" + b"\n" * (12 << 20),
+            b"participant_id\r" * (1 << 20),
+            b"participant_id" + b"\t" * (12 << 20),
+            b"participant_id\tage\nsub-1" + b"\t" * (12 << 20),
+            b"a\t" * 20_000 + b"\n" + b"s\n" * 20_000,
+            "participant_id\tsex\n".encode("utf-16") + "\n".encode("utf-16-le") * (6 << 20),
+        ],
+        ids=["lines", "returns", "columns", "cells", "rows times columns", "utf-16"],
+    )
+    def test_more_cells_than_tables_have_are_refused_unsplit(self, content: bytes) -> None:
+        """The error names table, dataset and numbers."""
+        tracemalloc.start()
+        with pytest.raises(
+            UnsafeDatasetError, match=r"participants\.tsv of ds1: .* cells, in \d+ r"
+        ):
+            Participants.read(lambda *_: {"participants.tsv": content}, (), "ds1")
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak_bytes < 6 * len(content)
+
+    def test_tables_of_sessions_count_together(self) -> None:
+        """Ten thousand small tables are as many cells as one large one."""
+        table = b"session_id\tage\n" + b"ses-1\t1\n" * 100
+        files = {f"sub-{n}/sub-{n}_sessions.tsv": table for n in range(2000)}
+        with pytest.raises(UnsafeDatasetError, match=r"sub-\d+_sessions\.tsv of ds1"):
+            Participants.read(lambda *_: files, files, "ds1")
+
+    def test_table_of_a_thousand_columns_is_read(self) -> None:
+        """What datasets have is far below."""
+        header = "participant_id\t" + "\t".join(f"c{n}" for n in range(999))
+        text = header + "\n" + "\n".join(f"sub-{n}" + "\t1" * 999 for n in range(1000))
+        assert row(text.encode(), "sub-999")["c998"] == 1.0
+
+    def test_equal_headers_and_long_numbers_take_no_time(self) -> None:
+        """Neither is compared with all that came before; both took hours."""
+        text = "participant_id" + "\tx" * 50_000 + "\nsub-1\t" + "1" * (1 << 20) + "y"
+        values = row(text.encode(), "sub-1")
+        assert len(values) == 50_001
+        assert "x_50000" in values

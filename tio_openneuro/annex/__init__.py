@@ -12,13 +12,14 @@ from tio_openneuro.annex.branch import (
     git_folder,
     is_amazon,
     is_tuned,
+    refuse_bombs,
     special_remotes,
 )
 from tio_openneuro.annex.environment import child_environment
 from tio_openneuro.annex.messages import clone_error, verification
-from tio_openneuro.annex.processes import CommandError, Coprocess, run
+from tio_openneuro.annex.processes import CommandError, Coprocess, reading, run
 from tio_openneuro.annex.repo import AnnexRepo
-from tio_openneuro.annex.tree import index_tree, object_facts, read_blobs, read_blobs_if_present
+from tio_openneuro.annex.tree import index_tree, object_facts, read_blobs
 
 __all__ = [
     "AnnexRepo",
@@ -36,7 +37,8 @@ __all__ = [
     "is_tuned",
     "object_facts",
     "read_blobs",
-    "read_blobs_if_present",
+    "reading",
+    "refuse_bombs",
     "run",
     "special_remotes",
     "verification",

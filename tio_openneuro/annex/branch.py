@@ -16,13 +16,15 @@ import posixpath
 import re
 import sys
 import threading
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 from tio_openneuro.annex.processes import CommandError, run
-from tio_openneuro.annex.tree import index_tree, list_files, read_blobs_if_present
+from tio_openneuro.annex.tree import index_tree, list_files, object_facts, read_blobs
+from tio_openneuro.bounds import LOG_BYTES, refuse_above
 from tio_openneuro.content import AnnexKey
 
 _LOG = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ _RMET = ".log.rmet"
 _FEW_KEYS = 50
 _FEW_LOOKUPS = 10
 _EXPORT_WORDS = 3
+_MOST_EXPORTS = 32
 # What changes where git-annex puts content, in which mode, how it gets or removes it, or whether
 # it does; of the remote, too.
 _SETTINGS = re.compile(
@@ -119,6 +122,21 @@ def branch_tips(clone: Path) -> list[str]:
     return list(found)
 
 
+def refuse_bombs(clone: Path) -> None:
+    """Raise where git-annex, which reads its branch as it is, would read more than is believed.
+
+    Raises:
+        UnsafeDatasetError: The branch, or HEAD, has more files than a dataset's, or longer ones.
+    """
+    with contextlib.suppress(CommandError):  # Not every clone has one; git-annex lists its files.
+        deque(list_files(clone, "HEAD"), maxlen=0)
+    for tip in branch_tips(clone):
+        files = {blob: path for _, blob, path in list_files(clone, tip, 2)}
+        sizes = (int(fact or 0) for fact in object_facts(clone, "objectsize", list(files)))
+        longest = max(zip(sizes, files.values(), strict=True), default=(0, ""))
+        refuse_above(LOG_BYTES, longest[0], f"{longest[1]!r} of git-annex's in {clone}", "bytes")
+
+
 def is_tuned(clone: Path) -> bool:
     """Return whether the annex was made with a layout of its own, where we would not look."""
     (log,) = _read(clone, branch_tips(clone), "difference.log")
@@ -165,11 +183,11 @@ def version_logs(
         else:
             # git finds one path after another in 0.6 ms each; the whole branch takes it 20 ms.
             listed = {
-                path: blob for _, blob, path in list_files(clone, tip) if path.endswith(_RMET)
+                path: blob for _, blob, path in list_files(clone, tip, 2) if path.endswith(_RMET)
             }
             wanted = listed if keys is None else listed.keys() & map(_log_path, keys)
             blobs = {posixpath.basename(path).removesuffix(_RMET): listed[path] for path in wanted}
-        logs = read_blobs_if_present(clone, list(blobs.values()))
+        logs = read_blobs(clone, list(blobs.values()))
         for name, log in zip(blobs, logs, strict=True):
             if log is not None:
                 found[name] = found[name] + b"\n" + log if name in found else log
@@ -222,6 +240,7 @@ def exported_keys(clone: Path, tips: Sequence[str], uuids: Collection[str]) -> s
         if len(words) >= _EXPORT_WORDS and words[1].partition(":")[2] in uuids
     )
     keys: set[AnnexKey] = set()
+    refuse_above(_MOST_EXPORTS, len(exports), clone, "exported trees")
     for tree, *_ in exports.values():
         with contextlib.suppress(CommandError):
             keys.update(file.key for file in index_tree(clone, tree) if file.key is not None)
@@ -377,7 +396,7 @@ def journal_name(key: AnnexKey) -> str:
 
 def _read(clone: Path, tips: Sequence[str], *paths: str) -> list[bytes]:
     """Return files of the git-annex branch, each united over all that was fetched of it."""
-    logs = list(read_blobs_if_present(clone, [f"{tip}:{path}" for tip in tips for path in paths]))
+    logs = list(read_blobs(clone, [f"{tip}:{path}" for tip in tips for path in paths]))
     return [b"\n".join(filter(None, logs[n :: len(paths)])) for n in range(len(paths))]
 
 

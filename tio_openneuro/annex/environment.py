@@ -9,6 +9,8 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
+from tio_openneuro.bounds import MEMORY_BYTES
+
 _STRIPPED = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -34,6 +36,8 @@ _GIT_CONFIG = (
     ("protocol.ext.allow", "never"),
     ("submodule.recurse", "false"),
     ("fetch.recurseSubmodules", "false"),
+    # What is larger passes through git, and is not held by it.
+    ("core.bigFileThreshold", "4m"),
 )
 
 
@@ -49,7 +53,7 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     without an activated environment. AWS credentials are stripped: with them git-annex signs its
     requests and leaves the public URL. So is what git sets for a hook that this may run in. An
     identity is there where the environment gives none. No hook, file-system monitor, ``ext::``
-    transport or submodule recursion is left to git.
+    transport or submodule recursion is left to git, nor more memory than a dataset needs.
 
     Args:
         extra: Variables that go over all of these.
@@ -67,6 +71,7 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         environment.setdefault(name, value)
     environment["GIT_TERMINAL_PROMPT"] = "0"
     environment["LC_ALL"] = "C.UTF-8"
+    environment["GIT_ALLOC_LIMIT"] = str(MEMORY_BYTES)
     environment.update(extra or {})
     # Beside the settings that the environment carries.
     given = environment.get("GIT_CONFIG_COUNT", "0")

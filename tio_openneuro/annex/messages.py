@@ -122,7 +122,7 @@ class Failure(_Told):
         ContentMismatchError,
         "what arrived has another size or checksum than the annex key says",
         "Report it to the dataset's owners, or skip this file.",
-        r"Verification of content failed|incorrect size|checksum|bad content",
+        r"Verification of content failed|incorrect size|checksum|bad content|died of signal 25",
         attempts=3,
         backoff_s=0.2,
     )

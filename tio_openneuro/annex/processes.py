@@ -14,6 +14,7 @@ them open as long as it lives. And it knows which children live.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import queue
 import signal
@@ -25,10 +26,11 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from tio_openneuro.annex.environment import child_environment
 from tio_openneuro.annex.messages import missing_program
+from tio_openneuro.bounds import OUTPUT_BYTES, refuse_above
 from tio_openneuro.errors import TioOpenNeuroError
 from tio_openneuro.forks import at_fork
 
@@ -166,17 +168,18 @@ _SUPERVISOR = Supervisor()
 def _start(
     arguments: Sequence[str],
     *,
-    cwd: Path | None,
-    environment: Mapping[str, str] | None,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
     keep_fds: tuple[int, ...] = (),
     stdin: IO[bytes] | int = subprocess.PIPE,
+    stderr: IO[bytes] | int = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
     """Start a child that leads its own process group, with unbuffered pipes."""
     environment = child_environment() if environment is None else environment
     how: dict[str, Any] = {"start_new_session": True, "pass_fds": keep_fds}
     if sys.platform == "win32":
         how = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    how |= {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": cwd}
+    how |= {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": stderr, "cwd": cwd}
     how["env"] = {**environment, "TIO_OPENNEURO_CHILD": _SUPERVISOR.mark}
     try:
         return _SUPERVISOR.start(arguments, how)
@@ -230,50 +233,70 @@ def _close(*pipes: IO[bytes] | None) -> None:
                 pipe.close()
 
 
-def run(
+@contextlib.contextmanager
+def reading(
     arguments: Sequence[str],
     *,
-    cwd: Path | None = None,
     stdin: bytes = b"",
     timeout_s: float = 120.0,
-    environment: Mapping[str, str] | None = None,
-) -> bytes:
-    """Run a program to its end and return its standard output.
+    **where: Any,  # noqa: ANN401 - two words
+) -> Iterator[io.BufferedReader[io.FileIO]]:
+    """Run a program and yield its standard output, to be read to its end inside the block.
 
-    Killed with its process group at the deadline, and when an exception passes through.
+    Killed with its process group at the deadline, and when an exception passes through: whoever
+    reads says by one that it is enough.
 
     Args:
         arguments: The program and its arguments; no shell is involved.
-        cwd: Folder to run in; default: the current one.
         stdin: What the child reads.
         timeout_s: Deadline in seconds.
-        environment: The whole environment; default: :func:`child_environment`.
+        where: ``cwd``, the folder to run in, and ``environment``, all of it; by default the
+            current one, and :func:`child_environment`.
 
     Raises:
         MissingProgramError: The program is not installed, or git-annex or DataLad, which it needs.
         CommandError: It failed, or passed its deadline.
     """
-    # From a file and not a pipe, whose other end a process forked meanwhile would keep open.
-    with tempfile.TemporaryFile() as source:
+    until_s = time.monotonic() + timeout_s
+    # From a file and not a pipe, whose other end a process forked meanwhile would keep open; to
+    # one, so that nobody needs to read it meanwhile.
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as words:
         source.write(stdin)
         source.seek(0)
-        process = _start(arguments, cwd=cwd, environment=environment, stdin=source)
-    shown = " ".join(arguments[:6])
-    try:
-        stdout, stderr = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired as error:
-        message = f"Cannot finish '{shown}': no end after {timeout_s:g} s; it was killed."
-        raise CommandError(message) from error
-    finally:
-        kill_group(process)
-        _close(process.stdout, process.stderr)
-    if process.returncode != 0:
-        said = stderr.decode(errors="replace").strip()
-        if missing := missing_program(said):
-            raise MissingProgramError.of(missing)
-        message = f"Cannot run '{shown}': it exited with {process.returncode}: {said[-2000:]}"
-        raise CommandError(message, returncode=process.returncode, stderr=said)
-    return stdout
+        process = _start(arguments, stdin=source, stderr=words, **where)
+        timer = threading.Timer(timeout_s, kill_group, [process])
+        timer.daemon = True
+        timer.start()
+        try:
+            with io.BufferedReader(cast("io.FileIO", process.stdout), _READ_BYTES) as output:
+                yield output
+                process.wait()
+        finally:
+            timer.cancel()
+            kill_group(process)
+        shown = " ".join(arguments[:6])
+        if process.returncode and time.monotonic() >= until_s:
+            raise CommandError(f"Cannot finish '{shown}': no end after {timeout_s:g} s; killed.")
+        if process.returncode:
+            words.seek(max(words.seek(0, os.SEEK_END) - _READ_BYTES, 0))
+            said = words.read().decode(errors="replace").strip()
+            if missing := missing_program(said):
+                raise MissingProgramError.of(missing)
+            message = f"Cannot run '{shown}': it exited with {process.returncode}: {said[-2000:]}"
+            raise CommandError(message, returncode=process.returncode, stderr=said)
+
+
+def run(arguments: Sequence[str], **how: Any) -> bytes:  # noqa: ANN401 - as that one takes them
+    """Run a program to its end, as :func:`reading` does, and return its standard output.
+
+    Raises:
+        UnsafeDatasetError: It wrote more than is believed; it was killed.
+    """
+    with reading(arguments, **how) as output:
+        said = output.read(OUTPUT_BYTES + 1)
+        where = f"what '{' '.join(arguments[:6])}' writes in {how.get('cwd')}"
+        refuse_above(OUTPUT_BYTES, len(said), where, "bytes")
+    return said
 
 
 class Coprocess:

@@ -389,10 +389,10 @@ class AnnexRepo:
             failed = failed or TransferError(Failure.CORRUPT, "it is said to be there, and is not")
             arrived = [file_size(path) or 0 for path in self._partial_paths(key)]
             pause_s = retries.pause_s(failed.why, sum(arrived))
-            if pause_s is None:
-                return failed
             if failed.why in {Failure.BAD_RANGE, Failure.CORRUPT}:
                 self.discard_partial(key)
+            if pause_s is None:
+                return failed
             if failed.why is not Failure.BUSY:
                 self._count("retries")
             _LOG.debug("Again in %.1f s: %s: %s", pause_s, key, failed.said)

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import time
 import uuid
@@ -23,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tio_openneuro.annex.branch import branch_tips, git_config, git_folder
+import psutil
+
+from tio_openneuro.annex.branch import branch_tips, git_config, git_folder, refuse_bombs
 from tio_openneuro.annex.environment import annex_environment
 from tio_openneuro.annex.messages import Failure, complaints, parse_answer
 from tio_openneuro.annex.processes import CommandError, Coprocess, run
@@ -35,6 +38,7 @@ POLL_S = 0.1
 OWN_PREFIX = ".tio-openneuro."
 _SPACE_CHECK_S = 1.0
 _SPACE_LEFT_BYTES = 1 << 20
+_SMALL_FILES_BYTES = 1 << 20
 _HASHED_BYTES_PER_S = 1e8
 _CRAWL_BYTES_PER_S = 1024.0
 # Of a file that may be there all the same.
@@ -117,6 +121,7 @@ class Workplace:
             uuids: Ids of remotes that are trusted and perhaps not enabled in the clone.
             trusted: Names of the remotes that git-annex may use.
         """
+        refuse_bombs(clone)
         theirs = (git_folder(clone) or clone).absolute()
         config = git_config(clone, ".")
         bare = config.get("core.bare") == "true"
@@ -188,6 +193,7 @@ class Transfer(Coprocess):
             keep_fds: Descriptors that the child inherits.
         """
         self._clone = place.clone
+        self._index = (git_folder(place.folder) or place.folder) / "annex" / "index"
         options, environment = list(place.options), annex_environment()
         if place.folder == place.clone:
             # With an index and databases of our own git-annex knows of no unlocked file in the
@@ -226,6 +232,7 @@ class Transfer(Coprocess):
             return self._ended_by(TransferError(Failure.DIED, self.stderr))
         watch = Watch(self._clone, request)
         begun = False
+        self._bound(request.key.size_bytes)
         while True:
             try:
                 line = self.read_line(POLL_S)
@@ -243,6 +250,18 @@ class Transfer(Coprocess):
             failed = watch.complaint(answer.get("byte-progress"))
             if failed is not None:
                 return self._ended_by(failed, begun=begun)
+
+    def _bound(self, size_bytes: int | None) -> None:
+        """Have the kernel end a download that is longer than its key states.
+
+        Beside content git-annex writes small files, and an index of its branch.
+        """
+        if sys.platform == "linux" and size_bytes is not None:
+            most = max(size_bytes + 1, 2 * (file_size(self._index) or 0) + _SMALL_FILES_BYTES)
+            # git first: what it starts from then on inherits the limit. Passed, signal 25 is sent.
+            with contextlib.suppress(psutil.Error):
+                for each in [git := psutil.Process(self.pid), *git.children(recursive=True)]:
+                    each.rlimit(psutil.RLIMIT_FSIZE, (most, psutil.RLIM_INFINITY))
 
     def _ended_by(self, failed: TransferError, *, begun: bool = False) -> TransferError:
         self.kill()

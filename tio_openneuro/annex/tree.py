@@ -1,26 +1,33 @@
 """The index of a commit: which paths it has, and which annex keys they stand for.
 
 Reads git objects only: no work tree, no network, no git-annex. Everything that is read is taken
-for hostile: names that leave the dataset are refused, and no link is ever followed on disk.
+for hostile: names that leave the dataset are refused, and no link is ever followed on disk. Sizes
+are asked before contents, and what is listed is counted while it comes
+(:mod:`~tio_openneuro.bounds`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import logging
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tio_openneuro.annex.processes import run
+from tio_openneuro import bounds
+from tio_openneuro.annex.processes import reading
+from tio_openneuro.bounds import LOG_BYTES, LOGS_BYTES, refuse_above
 from tio_openneuro.content import AnnexKey, TreeFile
 from tio_openneuro.errors import UnsafeDatasetError
 
 _LOG = logging.getLogger(__name__)
 
 _INDEX_TIMEOUT_S = 600.0
+# Mode, type and id of an entry, with an id of SHA-256.
+_FACTS_BYTES = 77
 _POINTER_START = b"/annex/objects/"
 # A key is a file name, at most 255 bytes, so that a plain pointer is no longer than this.
 _PLAIN_POINTER_BYTES = 288
@@ -51,7 +58,8 @@ def index_tree(clone: Path, commit: str) -> list[TreeFile]:
 
     Raises:
         CommandError: The commit is not there, or git cannot read it.
-        UnsafeDatasetError: A path would leave the dataset's folder.
+        UnsafeDatasetError: A path would leave the dataset's folder; or there are more paths, or
+            longer paths or links, than datasets have.
     """
     with _without_collection():
         paths: list[str] = []
@@ -75,50 +83,70 @@ def index_tree(clone: Path, commit: str) -> list[TreeFile]:
     return _resolve_links(files, plain_links) if plain_links else files
 
 
-def list_files(clone: Path, tree: str) -> Iterator[tuple[bytes, str, str]]:
+def list_files(clone: Path, tree: str, times: int = 1) -> Iterator[tuple[bytes, str, str]]:
     """Yield mode, object id and path of each file and link of a commit or tree, in git's order.
+
+    Args:
+        clone: The clone's folder, or a bare repository.
+        tree: Any name of a commit or tree.
+        times: How many times as large as a dataset it may be.
 
     Raises:
         CommandError: It is not there, or git cannot read it.
+        UnsafeDatasetError: It has more entries than datasets have, or longer ones.
     """
-    command = ["git", "ls-tree", "-r", "-z", "--full-tree", tree]
-    for entry in run(command, cwd=clone, timeout_s=_INDEX_TIMEOUT_S).split(b"\0"):
-        # MODE, a space, TYPE, a space, the object's id, a tab, the path.
-        facts, _, path = entry.partition(b"\t")
-        mode = facts[:6]
-        if mode in _FILE_MODES:
-            yield mode, facts[12:].decode(), path.decode(errors="surrogateescape")
+    # With the folders themselves: a few trees make endless ones that hold no file.
+    command = ["git", "ls-tree", "-r", "-t", "-z", "--full-tree", tree]
+    count = listed_bytes = 0
+    where, rest = f"{clone} at {tree}", b""
+    with reading(command, cwd=clone, timeout_s=_INDEX_TIMEOUT_S) as output:
+        while block := output.read1():
+            *entries, rest = (rest + block).split(b"\0")
+            count, listed_bytes = count + len(entries), listed_bytes + len(block)
+            refuse_above(bounds.ENTRIES * times, count, where, "files, links and folders")
+            refuse_above(bounds.LISTING_BYTES * times, listed_bytes, where, "bytes of paths")
+            longest_bytes = max(map(len, [*entries, rest])) - _FACTS_BYTES
+            refuse_above(bounds.PATH_BYTES, longest_bytes, where, "bytes in one path")
+            for entry in entries:
+                # MODE, a space, TYPE, a space, the object's id, a tab, the path.
+                facts, _, path = entry.partition(b"\t")
+                mode = facts[:6]
+                if mode in _FILE_MODES:
+                    yield mode, facts[12:].decode(), path.decode(errors="surrogateescape")
 
 
-def read_blobs(clone: Path, blobs: Sequence[str]) -> list[bytes]:
-    """Return the contents of git objects, in the order asked for.
+def read_blobs(
+    clone: Path, blobs: Sequence[str], most: int = LOG_BYTES, total: int = LOGS_BYTES
+) -> Iterator[bytes | None]:
+    """Yield the contents of git objects, and None for each that is not there.
+
+    git says an object's size before its content, of which no more comes than asked for: what is
+    large it does not hold either (:data:`~tio_openneuro.bounds.MEMORY_BYTES`).
 
     Args:
         clone: The clone's folder.
         blobs: Object ids, or other names of blobs without a newline.
+        most: Bytes that one may have.
+        total: Bytes that they may have together.
 
     Raises:
-        KeyError: An object is not in the clone.
         CommandError: git failed.
+        UnsafeDatasetError: They have more bytes; what is too long was not read.
     """
-    contents = read_blobs_if_present(clone, blobs)
-    return [_required(blob, content) for blob, content in zip(blobs, contents, strict=True)]
-
-
-def read_blobs_if_present(clone: Path, blobs: Sequence[str]) -> Iterator[bytes | None]:
-    """Yield the contents of git objects, and None for each that is not there."""
-    answer = _ask_git(clone, "--batch", blobs)
-    position = 0
-    for _ in blobs:
-        end = answer.index(b"\n", position)
-        header = answer[position:end]
-        position = end + 1
-        if header.endswith(_ABSENT):
-            yield None
-            continue
-        size_bytes = int(header.rpartition(b" ")[2])
-        yield answer[position : position + size_bytes]
-        position += size_bytes + 1
+    if not blobs:
+        return
+    come_bytes = 0
+    with _asking_git(clone, "--batch", blobs) as answer:
+        for blob in blobs:
+            header = answer.readline().rstrip(b"\n")
+            if header.endswith(_ABSENT):
+                yield None
+                continue
+            size_bytes = int(header.rpartition(b" ")[2])
+            come_bytes += size_bytes
+            refuse_above(most, size_bytes, f"{blob} of {clone}", "bytes")
+            refuse_above(total, come_bytes, f"{len(blobs)} files like {blob} of {clone}", "bytes")
+            yield answer.read(size_bytes + 1)[:-1]
 
 
 def object_facts(clone: Path, fact: str, names: Sequence[str]) -> list[bytes | None]:
@@ -129,15 +157,16 @@ def object_facts(clone: Path, fact: str, names: Sequence[str]) -> list[bytes | N
         fact: As git names it: ``"objectsize"``, ``"objectname"``.
         names: Their ids, or other names without a newline.
     """
-    lines = _ask_git(clone, f"--batch-check=%({fact})", names).split(b"\n")[:-1]
+    with _asking_git(clone, f"--batch-check=%({fact})", names) as answer:
+        lines = answer.read().split(b"\n")[:-1]
     return [None if line.endswith(_ABSENT) else line for line in lines]
 
 
-def _ask_git(clone: Path, what: str, blobs: Sequence[str]) -> bytes:
-    """Return what one ``git cat-file`` answers about all these blobs."""
-    if not blobs:
-        return b""
-    return run(
+def _asking_git(
+    clone: Path, what: str, blobs: Sequence[str]
+) -> contextlib.AbstractContextManager[io.BufferedReader[io.FileIO]]:
+    """Have one ``git cat-file`` answer about all these blobs."""
+    return reading(
         ["git", "cat-file", what, "--buffer"],
         cwd=clone,
         stdin="".join(f"{blob}\n" for blob in blobs).encode(errors="surrogateescape"),
@@ -201,13 +230,16 @@ def _find_keys(
     is_link = set(links)
     keys: list[AnnexKey | None] = [None] * len(blobs)
     plain_links: dict[int, str] = {}
-    contents = read_blobs_if_present(clone, list(numbers))
+    contents = read_blobs(clone, list(numbers), _LARGEST_POINTER_BYTES, bounds.IMAGE_BYTES)
     for (blob, same), content in zip(numbers.items(), contents, strict=True):
         text = _required(blob, content)
         key = None
         if b"annex/objects" in text:
             key = AnnexKey.from_pointer(text.decode(errors="surrogateescape"))
         for number in same:
+            refuse_above(
+                bounds.LINK_BYTES, len(text) * (number in is_link), clone, "bytes in a link"
+            )
             if key is not None and (number in is_link or text.startswith(_POINTER_START)):
                 keys[number] = key
             elif number in is_link:

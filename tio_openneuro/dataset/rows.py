@@ -12,6 +12,7 @@ from typing import Any
 
 import torchio as tio
 
+from tio_openneuro.bounds import CELLS, refuse_above
 from tio_openneuro.content import AnnexKey, ContentUnit, TreeFile
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
@@ -119,11 +120,15 @@ class _Builder:
         self._catalog = catalog
         self._images = selection.images
         self._engine = engine
-        self._participants = Participants.read(catalog.read, [file.path for file in catalog.files])
+        paths = [file.path for file in catalog.files]
+        self._participants = Participants.read(catalog.read, paths, catalog.dataset_id)
+        columns, units = len(self._participants.columns), len(selection.rows)
+        where = f"participants.tsv of {catalog.dataset_id}"
+        refuse_above(CELLS, columns * units, where, f"values ({columns} for each of {units} units)")
         texts = [f for f in catalog.files if f.key is None and f.size_bytes is not None]
         self._texts = {file.path: file for file in texts if file.path.endswith(".json")}
         self._sidecars = Sidecars(self._texts)
-        self._events = Sidecars((file.path for file in catalog.files), "_events.tsv")
+        self._events = Sidecars(paths, "_events.tsv")
         self._told: list[str] = []
         self._names = self._column_names()
 

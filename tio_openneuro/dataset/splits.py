@@ -199,7 +199,7 @@ def read_split(
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         saved, parts = content["commit"], dict(content["parts"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SplitError(f"{path} holds no split: {error}. Save one with save_split.") from error
     if saved != commit:
         raise SplitError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,9 +43,17 @@ class PreparedRepo:
 
         Args:
             root: Folder of clones and ledger.
+
+        Raises:
+            LedgerError: It is another user's.
         """
         self.path = Path(os.path.realpath(root)) / FOLDER
         self.path.mkdir(mode=0o700, exist_ok=True)
+        user = os.geteuid() if sys.platform != "win32" else 0
+        if self.path.lstat().st_uid != user or self.path.is_symlink():
+            message = f"Cannot keep prepared volumes in {self.path}: another user's, or a link."
+            raise LedgerError(f"{message} Give a root of your own.")
+        self.path.chmod(0o700)
         self.counts: Counter[str] = Counter()
 
     def file(self, digest: str) -> ContentFile:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 from typing import TYPE_CHECKING
 
-from tio_openneuro.annex import child_environment, run
+from tio_openneuro.annex import child_environment, reading
 from tio_openneuro.loopback.message import HttpRequest, HttpResponse
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def _upload_pack(folder: Path, request: HttpRequest) -> HttpResponse:
 def _run_upload_pack(folder: Path, request: HttpRequest, body: bytes, *options: str) -> bytes:
     environment = child_environment({"GIT_PROTOCOL": request.headers.get("git-protocol", "")})
     command = ["git", "upload-pack", "--stateless-rpc", *options, str(folder)]
-    return run(command, stdin=body, environment=environment)
+    with reading(command, stdin=body, environment=environment) as output:
+        return output.read()
 
 
 def _git(body: bytes, kind: str) -> HttpResponse:

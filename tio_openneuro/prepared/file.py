@@ -59,7 +59,7 @@ class _Span:
     def check(self, body: memoryview) -> None:
         """Raise where the bytes are not those that were written."""
         if zlib.crc32(body[self.start : self.stop]) != self.checksum:
-            raise DamagedVolumeError(_DAMAGED)
+            raise DamagedVolumeError(DAMAGED)
 
 
 def encode(arrays: Mapping[str, Array], note: bytes) -> bytes:
@@ -182,10 +182,10 @@ class PreparedFile:
             magic, length, checksum = _PREFIX.unpack_from(view)
             text = bytes(view[_PREFIX.size : _PREFIX.size + length])
             if magic != _MAGIC or zlib.crc32(text) != checksum:
-                raise DamagedVolumeError(_DAMAGED)
+                raise DamagedVolumeError(DAMAGED)
             self._header = json.loads(text)
         except _DAMAGE as error:
-            raise DamagedVolumeError(_DAMAGED) from error
+            raise DamagedVolumeError(DAMAGED) from error
         self._sound = sound
         self._body = view[_PREFIX.size + length :]
 
@@ -225,12 +225,12 @@ def opened(path: Path, sound: SoundChunks | None = None) -> Iterator[PreparedFil
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:
-            raise DamagedVolumeError(_DAMAGED) from error
+            raise DamagedVolumeError(DAMAGED) from error
     # Not closed here: an array that somebody kept would read from nowhere. The last one does.
     yield PreparedFile(memoryview(mapped), {} if sound is None else sound)
 
 
-_DAMAGED = (
+DAMAGED = (
     "Cannot use a prepared volume: its file is damaged, as its checksum tells. It is dropped, and "
     "prepared again."
 )

@@ -1,13 +1,17 @@
 """How a prepared subject differs from the unprepared one.
 
-Owns the note from which images and attributes are put together again.
+Owns the note from which images and attributes are put together again: JSON of values of a few
+kinds, none of which runs code when it is read. A value of another kind, unless it is a part of the
+transform, cannot be told.
 """
 
 from __future__ import annotations
 
+import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +19,7 @@ import torch
 import torchio as tio
 from torchio.constants import AFFINE, DATA
 
-from tio_openneuro.prepared.file import PreparedArray
+from tio_openneuro.prepared.file import DAMAGED, DamagedVolumeError, PreparedArray
 from tio_openneuro.torchio_seams import FetchedImage, FetchedLabelMap, FetchedScalarImage
 
 _KINDS: dict[str, type[tio.Image]] = {
@@ -78,6 +82,70 @@ class SubjectNote:
     images: dict[str, ImageNote]
     items: Difference
     applied_transforms: list[Any]
+
+
+# How values of each kind are taken apart and put together; of a dictionary keys come before values.
+_FORMS: dict[type, tuple[Callable[[Any], Sequence[Any]], Callable[..., Any]]] = {
+    list: (list, lambda *items: list(items)),
+    tuple: (list, lambda *items: items),
+    dict: (
+        lambda held: [*held, *held.values()],
+        lambda *items: dict(zip(items, items[len(items) // 2 :], strict=False)),
+    ),
+    type(Path()): (lambda path: [str(path)], Path),
+    np.ndarray: (
+        lambda array: [array.dtype.str, array.shape, array.reshape(-1).view("u1").tobytes().hex()],
+        lambda kind, shape, text: np.frombuffer(bytearray.fromhex(text), kind).reshape(shape),
+    ),
+    torch.Tensor: (lambda tensor: [tensor.numpy()], torch.from_numpy),
+    **{
+        kind: (lambda note: [*vars(note).values()], kind)
+        for kind in (Difference, ImageNote, SubjectNote)
+    },
+}
+
+
+def write_note(note: SubjectNote, parts: Iterable[object]) -> bytes:
+    """Return a note as text.
+
+    Args:
+        note: The note.
+        parts: What it may name by number, since whoever reads has it too.
+
+    Raises:
+        KeyError: It holds a value of another kind.
+    """
+    numbers = {id(part): number for number, part in enumerate(parts)}
+
+    def told(value: Any) -> Any:  # noqa: ANN401 - any of a few kinds
+        if value is None or type(value) in {bool, int, float, str}:
+            return value
+        if isinstance(value, np.generic):
+            return ["number", told(np.asarray(value))]
+        if type(value) not in _FORMS:
+            return ["part", numbers[id(value)]]
+        return [type(value).__name__, *map(told, _FORMS[type(value)][0](value))]
+
+    return json.dumps(told(note)).encode()
+
+
+def read_note(text: bytes, parts: Iterable[object]) -> SubjectNote:
+    """Return the note of a text that :func:`write_note` made.
+
+    Raises:
+        DamagedVolumeError: It made no such text.
+    """
+    makers = {kind.__name__: make for kind, (_, make) in _FORMS.items()}
+    makers |= {"number": lambda array: array[()], "part": list(parts).__getitem__}
+
+    def made(told: Any) -> Any:  # noqa: ANN401 - any of a few kinds
+        return makers[told[0]](*map(made, told[1:])) if isinstance(told, list) else told
+
+    try:
+        note: SubjectNote = made(json.loads(text))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise DamagedVolumeError(DAMAGED) from error
+    return note
 
 
 def describe(before: tio.Subject, after: tio.Subject, images: dict[str, tio.Image]) -> SubjectNote:

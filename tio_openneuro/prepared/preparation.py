@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import logging
-import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +31,7 @@ from tio_openneuro.prepared.file import (
     encode,
     opened,
 )
-from tio_openneuro.prepared.notes import SubjectNote, describe, rebuild
+from tio_openneuro.prepared.notes import describe, read_note, rebuild, write_note
 from tio_openneuro.torchio_seams import (
     FetchedImage,
     ImageFiles,
@@ -47,7 +45,7 @@ from tio_openneuro.torchio_seams import (
 from tio_openneuro.volumes import SubjectSize, sum_sizes
 
 _LOGGER = logging.getLogger(__name__)
-_LAYOUT = 1
+_LAYOUT = 2
 _LIBRARIES = ("torchio", "torch", "numpy", "scipy", "nibabel", "SimpleITK")
 
 
@@ -171,7 +169,7 @@ class Preparation:
         return known[1]
 
     def _assemble(self, template: tio.Subject, file: PreparedFile) -> tio.Subject:
-        note = self._unpickle(file.note)
+        note = read_note(file.note, walk_parts(self._preprocess))
         subject = copy.deepcopy(template)
         bases = dict(subject.get_images_dict(intensity_only=False))
         for name in note.items.removed:
@@ -233,26 +231,10 @@ class Preparation:
             images = after.get_images_dict(intensity_only=False)
             note = describe(before, after, images)
             arrays = {key: image.data.numpy() for key, image in images.items()}
-            return encode(arrays, self._pickle(note))
-        except (TypeError, ValueError, AttributeError, KeyError, pickle.PicklingError) as error:
+            return encode(arrays, write_note(note, walk_parts(self._preprocess)))
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
             _LOGGER.info("The prepared volume of %s is not kept: %s.", name, error)
             return None
-
-    def _pickle(self, note: SubjectNote) -> bytes:
-        stream = io.BytesIO()
-        pickler = pickle.Pickler(stream, protocol=5)
-        numbers = {id(part): number for number, part in enumerate(_callables(self._preprocess))}
-        pickler.persistent_id = lambda part: numbers.get(id(part))  # type: ignore[method-assign]
-        pickler.dump(note)
-        return stream.getvalue()
-
-    def _unpickle(self, data: bytes) -> SubjectNote:
-        # The file lies in a folder of this user's alone, and its checksum was right.
-        unpickler = pickle.Unpickler(io.BytesIO(data))  # noqa: S301
-        parts = _callables(self._preprocess)
-        unpickler.persistent_load = lambda number: parts[number]  # type: ignore[method-assign]
-        note: SubjectNote = unpickler.load()
-        return note
 
 
 def _take_back(subject: tio.Subject) -> None:
@@ -260,12 +242,6 @@ def _take_back(subject: tio.Subject) -> None:
     for image in subject.get_images(intensity_only=False):
         if isinstance(image, FetchedImage):
             image.take_back()
-
-
-def _callables(transform: object) -> list[object]:
-    """Return the functions in a transform, which are named by their numbers in it."""
-    parts = filter(callable, walk_parts(transform))
-    return [part for part in parts if not isinstance(part, type | tio.Transform)]
 
 
 def _origin(source: ImageFiles | None) -> object:

@@ -3,7 +3,8 @@
 Read are: a byte order mark, CRLF or CR, no final newline, text that is not UTF-8, spaces around
 headers, empty and repeated headers, ragged and empty lines, commas in place of tabs, ids with and
 without their prefix or leading zeros, ids repeated for each session, rows without a folder and
-folders without a row. A column is numeric where every value given is a number. What is missing
+folders without a row. What holds more than tables do (:mod:`~tio_openneuro.bounds`) is refused
+before it is taken apart. A column is numeric where every value given is a number. What is missing
 is ``nan`` in numeric columns and ``""`` in others, never None, so that rows collate.
 
 Source: BIDS 1.10, "Participants file" and "Sessions file".
@@ -17,6 +18,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from tio_openneuro.bounds import CELLS, TABLES_BYTES, refuse_above
+
 Value = float | str
 _Row = tuple[str, str, dict[str, str]]
 
@@ -24,6 +27,9 @@ _MAIN = "participants.tsv"
 _MISSING = frozenset({"", "n/a", "N/A", "NA", "na", "nan", "NaN", "None", "null", "NULL", "#N/A"})
 # Of whole numbers those that a float holds.
 _NUMBER = re.compile(r"[+-]?(?:\d{1,15}|\d+\.\d*|\.\d+)(?:[eE][+-]?\d{1,2})?", re.ASCII)
+# Each row costs as much as so many cells.
+_LEAST_COLUMNS = 8
+_DELIMITERS = "\t,;"
 _LINES = re.compile(r"\r\n|\r|\n")
 _SESSIONS = re.compile(r"(?:(sub-[^/_]+)/)?(?:(sub-[^/_]+)_)?sessions\.tsv")
 _SUBJECT_HEADERS = ("participant_id", "participantid", "participant", "subject_id", "subject")
@@ -66,18 +72,25 @@ class Participants:
     @classmethod
     def read(
         cls,
-        read: Callable[[Sequence[str]], Mapping[str, bytes]],
+        read: Callable[[Sequence[str], int, int], Mapping[str, bytes]],
         paths: Iterable[str] = (),
+        dataset_id: str = "the dataset",
     ) -> Participants:
         """Read a dataset's tables: participants.tsv, and those of the sessions.
 
         Args:
-            read: Returns the bytes of those of the paths that exist.
+            read: Returns the bytes of those of the paths that exist; told how many bytes one may
+                have, and how many all.
             paths: The dataset's paths, among which tables of sessions are looked for.
+            dataset_id: For messages.
+
+        Raises:
+            UnsafeDatasetError: They have more bytes, or cells, than tables do.
         """
         paths = tuple(paths)
         found = {path: match for path in paths if (match := _SESSIONS.fullmatch(path))}
-        contents = read([_MAIN, *found])
+        contents = read([_MAIN, *found], TABLES_BYTES, TABLES_BYTES)
+        _refuse_cells(contents, dataset_id)
         main = _read_table(contents.get(_MAIN, b""))
         others = {
             path: _read_table(contents[path], match[1] or match[2] or "", main.id_column)
@@ -188,6 +201,18 @@ class _Table:
         return replace(self, columns=[*self.columns, *seconds], rows=rows)
 
 
+def _refuse_cells(contents: Mapping[str, bytes], dataset_id: str) -> None:
+    """Raise where tables have more cells than are read, all of them together."""
+    cells = 0
+    for path, content in contents.items():
+        text = decode_text(content)
+        header = _LINES.split(text.lstrip(), maxsplit=1)[0]
+        rows = max(text.count("\n"), text.count("\r")) + 1
+        columns = _LEAST_COLUMNS + max(map(header.count, _DELIMITERS))
+        cells += max(rows * columns, *map(text.count, _DELIMITERS))
+        refuse_above(CELLS, cells, f"{path} of {dataset_id}", f"cells, in {rows} rows,")
+
+
 def _read_table(content: bytes, place: str | None = None, taken: str = "") -> _Table:
     """Split a table into columns and rows.
 
@@ -200,7 +225,7 @@ def _read_table(content: bytes, place: str | None = None, taken: str = "") -> _T
     lines = [line for line in _LINES.split(decode_text(content)) if line.strip()]
     if not lines:
         return _Table((), ())
-    delimiter = next((mark for mark in ("\t", ",", ";") if mark in lines[0]), "\t")
+    delimiter = next((mark for mark in _DELIMITERS if mark in lines[0]), "\t")
     header, *body = (_cells(line, delimiter) for line in lines)
     own = {n for cells in [header, *body] for n, cell in enumerate(cells) if _given(cell)}
     when = _position(header, _SESSION_HEADERS)
@@ -240,11 +265,12 @@ def _cells(line: str, delimiter: str) -> list[str]:
 def unique_headers(headers: Sequence[str], taken: Collection[str]) -> list[str]:
     """Number headers that come again, or are taken."""
     names = dict.fromkeys(taken)
+    repetitions: Counter[str] = Counter()
     for header in headers:
-        name, repetition = header, 2
+        name = header
         while name in names:
-            name = f"{header}_{repetition}"
-            repetition += 1
+            repetitions[header] += 1
+            name = f"{header}_{repetitions[header] + 1}"
         names[name] = None
     return list(names)[len(taken) :]
 

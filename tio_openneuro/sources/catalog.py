@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tio_openneuro.annex import AnnexRepo, index_tree, read_blobs, read_blobs_if_present
+from tio_openneuro.annex import AnnexRepo, index_tree, read_blobs
+from tio_openneuro.bounds import FILE_BYTES, TEXT_BYTES, TEXTS_BYTES, refuse_above
 from tio_openneuro.content import AnnexKey, TreeFile
-from tio_openneuro.errors import SelectionError, UnsafeDatasetError
+from tio_openneuro.errors import SelectionError
 from tio_openneuro.sources.install import install, local_path
-
-_LONGEST_TEXT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -40,39 +39,48 @@ class Catalog:
     files: tuple[TreeFile, ...]
     repo: AnnexRepo | None
 
-    def read(self, paths: Sequence[str]) -> dict[str, bytes]:
+    def read(self, paths: Sequence[str], most: int, most_all: int) -> dict[str, bytes]:
         """Return the bytes of those of the paths that exist and are not annexed.
 
+        Args:
+            paths: From the dataset's root.
+            most: Bytes that one may have.
+            most_all: Bytes that they may have together, equal ones counted once.
+
         Raises:
-            UnsafeDatasetError: A file is too long to be a table or a sidecar.
+            UnsafeDatasetError: They have more.
         """
         wanted = set(paths)
         plain = [file for file in self.files if file.key is None and file.size_bytes is not None]
         files = [file for file in plain if file.path in wanted]
-        return read_texts(self.folder, files)
+        return read_texts(self.folder, files, most, most_all)
 
 
-def read_texts(folder: Path, files: Sequence[TreeFile]) -> dict[str, bytes]:
+def read_texts(
+    folder: Path, files: Sequence[TreeFile], most: int = TEXT_BYTES, most_all: int = TEXTS_BYTES
+) -> dict[str, bytes]:
     """Return the bytes of tables or sidecars by their paths, in the order asked for.
 
     Args:
         folder: The clone, or the plain BIDS folder.
         files: Files of it that are not annexed.
+        most: Bytes that one may have.
+        most_all: Bytes that they may have together, equal ones counted once.
 
     Raises:
-        UnsafeDatasetError: A file is too long to be a table or a sidecar.
+        UnsafeDatasetError: They have more.
         SelectionError: A file is not there any more.
     """
+    sizes = {file.blob or file.path: file.size_bytes or 0 for file in files}
     for file in files:
-        if (file.size_bytes or 0) > _LONGEST_TEXT_BYTES:
-            raise UnsafeDatasetError(
-                f"Refused to read {file.path} of {folder.name}: it has "
-                f"{file.size_bytes} bytes, and no table or sidecar is longer than "
-                f"{_LONGEST_TEXT_BYTES}. Do not use the dataset, or a version without it."
-            )
+        refuse_above(most, file.size_bytes or 0, f"{file.path} of {folder.name}", "bytes")
+    where = f"{', '.join(file.path for file in files[:2])}, … of {folder.name}"
+    refuse_above(most_all, sum(sizes.values()), where, "bytes")
+    ids = list(dict.fromkeys(file.blob for file in files if file.blob))
     try:
-        blobs = iter(read_blobs(folder, [file.blob for file in files if file.blob]))
-        return {f.path: next(blobs) if f.blob else (folder / f.path).read_bytes() for f in files}
+        found = zip(ids, read_blobs(folder, ids, most, most_all), strict=True)
+        blobs = {blob: content for blob, content in found if content is not None}
+        return {f.path: blobs[f.blob] if f.blob else (folder / f.path).read_bytes() for f in files}
     except (KeyError, OSError) as error:
         gone = f"it is gone since the dataset was opened ({error}). Open the dataset anew."
         raise SelectionError(f"Cannot read {files[0].path} of {folder}: {gone}") from error
@@ -132,11 +140,12 @@ def read_file(folder: Path, commit: str, path: str) -> bytes:
 
     Raises:
         SelectionError: There is no such file, or it is annexed.
+        UnsafeDatasetError: It is longer than 64 MiB.
     """
     inside = not {"..", ""} & set(path.split("/")) and "\n" not in path
     content: bytes | None = None
     if inside and commit:
-        (content,) = read_blobs_if_present(folder, [f"{commit}:{path}"])
+        (content,) = read_blobs(folder, [f"{commit}:{path}"], FILE_BYTES)
     elif inside and (folder / path).is_file():
         content = (folder / path).read_bytes()
     if content is None:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tio_openneuro.annex import CommandError, branch_tips, clone_error, run
+from tio_openneuro.annex import CommandError, branch_tips, clone_error, refuse_bombs, run
 from tio_openneuro.errors import NotAnAnnexError
 
 _LOG = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ def clone_into(url: str, target: Path, *, title: str) -> None:
                 f"Cannot use {title}: the repository at {hide_password(url)} has no git-annex "
                 f"branch, so that its content is nowhere on record. Choose another dataset."
             )
+        refuse_bombs(clone)
         command = ["git", "annex", "init", "--quiet", "--no-autoenable", "tio-openneuro"]
         run(command, cwd=clone, timeout_s=_INIT_TIMEOUT_S)
         run(["git", "config", "tio-openneuro.url", hide_password(url)], cwd=clone)
@@ -102,6 +103,7 @@ def fetch(clone: Path, *, title: str, version: str) -> None:
     asked = ["git", "-c", "gc.auto=0", "fetch", "--quiet", "--no-recurse-submodules"]
     refs = ("+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
     _reach([*asked, "--prune", "origin", *refs], clone, f"fetch new versions of {title}")
+    refuse_bombs(clone)
     now = _refs(clone)
     for ref, old in before.items():
         new, name = now.get(ref, ""), ref.split("/")[-1]

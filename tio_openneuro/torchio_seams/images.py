@@ -13,7 +13,6 @@ around a tensor (1.2.1), which is why patches need these subclasses too.
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 import warnings
@@ -30,6 +29,7 @@ import torchio as tio
 from torchio.constants import AFFINE
 
 from tio_openneuro.annex import read_blobs
+from tio_openneuro.bounds import IMAGE_BYTES, parse_json
 from tio_openneuro.content import AnnexKey, ContentFile, ContentRepo, ContentUnit, TreeFile
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
@@ -69,8 +69,8 @@ class Metadata(Mapping[str, Any]):
         fields: dict[str, Any] = {}
         for path, text in read_texts(folder, files).items():
             try:
-                fields = {**fields, **json.loads(decode_text(text))}
-            except (ValueError, TypeError, RecursionError):
+                fields = {**fields, **parse_json(decode_text(text), f"{path} of {folder.name}")}
+            except (ValueError, TypeError):
                 if not told:
                     logging.getLogger(__name__).warning(_NO_FIELDS, path, folder.name)
                 told[:] = [path]
@@ -167,7 +167,8 @@ class ImageFiles:
                     suffix = "".join(Path(file.path).suffixes[-2:])
                     copy = stack.enter_context(tempfile.TemporaryDirectory(prefix="tio-openneuro-"))
                     path = Path(copy) / f"image{suffix}"
-                    path.write_bytes(read_blobs(self.folder, [file.blob])[0])
+                    held = read_blobs(self.folder, [file.blob], IMAGE_BYTES, IMAGE_BYTES)
+                    path.write_bytes(b"".join(filter(None, held)))
                     found.append(VolumeFile(path))
                 else:
                     found.append(VolumeFile(self.folder / file.path))

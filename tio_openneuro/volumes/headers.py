@@ -8,7 +8,6 @@ Source: https://nifti.nimh.nih.gov (nifti1.h, nifti2.h); FreeSurfer's MGH format
 
 from __future__ import annotations
 
-import gzip
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ _MGH_SUFFIXES = (".mgz", ".mgh")
 VOLUME_SUFFIXES = _NIFTI_SUFFIXES + _MGH_SUFFIXES
 HEADER_BYTES = 544
 PLAIN_EXTENSION_BYTES = 1 << 20
+_PACKED_BYTES = 1 << 16
 GZIP = b"\x1f\x8b"
 _LEAST_ITEM_BYTES = 4
 _NIFTI2_BYTES = 540
@@ -226,15 +226,17 @@ class VolumeFile:
     def first(self) -> bytes:
         """Its first ``HEADER_BYTES``, inflated where they are compressed; none where unreadable."""
         try:
+            # Not by Python's gzip, which reads the name in a gzip header however long it is.
             with self.path.open("rb") as file:
-                compressed = file.read(len(GZIP)) == GZIP
-                file.seek(0)
-                if not compressed:
-                    return file.read(HEADER_BYTES)
-                with gzip.open(file) as inflated:
-                    return inflated.read(HEADER_BYTES)
-        except (OSError, EOFError, zlib.error):
+                packed = file.read(_PACKED_BYTES)
+            first = b"" if packed.startswith(GZIP) else packed[:HEADER_BYTES]
+            while packed.startswith(GZIP) and len(first) < HEADER_BYTES:
+                member = zlib.decompressobj(31)
+                first += member.decompress(packed, HEADER_BYTES - len(first))
+                packed = member.unused_data
+        except (OSError, zlib.error):
             return b""
+        return first
 
     @cached_property
     def nifti(self) -> NiftiHeader | None:
