@@ -6,21 +6,34 @@ import dataclasses
 import functools
 import json
 import logging
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import platformdirs
 import rich
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from tio_openneuro.errors import SelectionError, TioOpenNeuroError
+from tio_openneuro.cli.options import (
+    DiskBudget,
+    Images,
+    Json,
+    Labels,
+    Root,
+    Source,
+    UnitOf,
+    UsageError,
+    Version,
+    checked_size,
+    in_one_line,
+    read_patterns,
+)
+from tio_openneuro.errors import TioOpenNeuroError
 from tio_openneuro.ledger import Ledger
-from tio_openneuro.select import Label, Scalar, Unit
+from tio_openneuro.roots import refuse_root
+from tio_openneuro.select import Unit
 from tio_openneuro.sizes import format_size, parse_size
 
 # What a command needs is imported when it runs: `--help` and `status` wait for no torch.
@@ -37,31 +50,6 @@ app = typer.Typer(
 )
 
 _NEUTRAL_BUDGET = "1000 PB"  # the smallest stated budget of a root holds: this one never is
-
-Source = Annotated[str, typer.Argument(help="Accession (ds004199), git URL, or path of a clone.")]
-Root = Annotated[
-    Path,
-    typer.Option(
-        envvar="TIO_OPENNEURO_ROOT",
-        help="Folder of clones and ledger.",
-        default_factory=lambda: Path(platformdirs.user_cache_dir("tio_openneuro")),
-    ),
-]
-Images = Annotated[
-    list[str],
-    typer.Option(
-        "--image",
-        metavar="NAME=GLOB",
-        help="An intensity image; repeatable; also NAME:ENTITY=VALUE,….",
-    ),
-]
-Labels = Annotated[
-    list[str], typer.Option("--label", metavar="NAME=GLOB", help="A label map; the same.")
-]
-Version = Annotated[str | None, typer.Option(help="Tag or commit; default: the newest snapshot.")]
-UnitOf = Annotated[str, typer.Option("--unit", help="What one unit is: subject, session or run.")]
-DiskBudget = Annotated[str, typer.Option(help="Bytes, '10 GB', or 'auto'.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
 @app.callback()
@@ -101,9 +89,10 @@ def info(
     from tio_openneuro.cli.summary import summarise, summarise_selection
     from tio_openneuro.sources import open_catalog
 
+    patterns = read_patterns(image, label)
     catalog = open_catalog(source, root, version=version)
     record = dataclasses.asdict(summarise(catalog))
-    if patterns := _patterns(image, label):
+    if patterns:
         selected = summarise_selection(catalog, patterns, cast(Unit, unit))
         record |= dataclasses.asdict(selected)
     _report(str(source), record, as_json=as_json)
@@ -118,7 +107,9 @@ def plan(
     version: Version = None,
     unit: UnitOf = "subject",
     disk_budget: DiskBudget = "auto",
-    rate: Annotated[str, typer.Option(help="What the link gives in a second.")] = "20 MB",
+    rate: Annotated[
+        str, typer.Option(help="What the link gives in a second.", callback=checked_size)
+    ] = "20 MB",
     epochs: Annotated[int, typer.Option(min=2, help="Passes over the units.")] = 10,
     seed: Annotated[int, typer.Option(help="The queue's seed, which decides the order.")] = 0,
     as_json: Json = False,  # noqa: FBT002 - typer
@@ -128,8 +119,9 @@ def plan(
     from tio_openneuro.cli.summary import unit_contents
     from tio_openneuro.sources import open_catalog
 
+    patterns = read_patterns(image, label)
     catalog = open_catalog(source, root, version=version)
-    units = unit_contents(catalog, _patterns(image, label), cast(Unit, unit))
+    units = unit_contents(catalog, patterns, cast(Unit, unit))
     automatic = disk_budget == "auto"
     budget_bytes = Ledger.planned_budget(root) if automatic else parse_size(disk_budget)
     found = plan_disk(units, budget_bytes, epochs=epochs, seed=seed)
@@ -170,11 +162,6 @@ def fetch(
 @app.command()
 def status(root: Root, as_json: Json = False) -> None:  # noqa: FBT002 - typer
     """Show what is held under the root, the budget that binds, and who is at work."""
-    if not (root / "ledger").is_dir():
-        raise TioOpenNeuroError(
-            f"Cannot show {root}: it holds no ledger. Nothing was fetched under it yet; give the "
-            f"root of your training with --root or TIO_OPENNEURO_ROOT."
-        )
     with _engine(root) as engine:
         record = dataclasses.asdict(engine.status())
     _report(f"Held under {root}", record, as_json=as_json)
@@ -194,6 +181,7 @@ def evict(
         with _engine(root) as engine:
             evicted_bytes, used_bytes = engine.evict_all(), engine.statistics().used_bytes
     else:
+        _refuse_unused(root)
         with _open(source, root, image, label, version, _NEUTRAL_BUDGET) as dataset:
             evicted_bytes, used_bytes = dataset.evict(), dataset.statistics().used_bytes
     record = {"evicted_bytes": evicted_bytes, "used_bytes": used_bytes}
@@ -222,8 +210,6 @@ def forget(source: Source, root: Root, as_json: Json = False) -> None:  # noqa: 
     """Remove the clone of a dataset, and what this library fetched of it; what is yours stays."""
     from tio_openneuro.sources import forget as forget_clone
 
-    if not root.is_dir():
-        raise TioOpenNeuroError(f"Cannot forget {source}: there is no root {root}. Look at --root.")
     with _engine(root) as engine:
         record = dataclasses.asdict(forget_clone(source, root, engine.forget))
     _report(f"Forgot {source}", record, as_json=as_json)
@@ -251,9 +237,20 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _refuse_unused(root: Path) -> None:
+    """Raise where nothing was ever kept under a root: only what fetches makes one."""
+    refuse_root(root.expanduser().absolute())
+    if not any((root / name).exists() for name in ("ledger", "clones", ".ledger")):
+        raise TioOpenNeuroError(
+            f"Cannot look into the root {root}: it holds no ledger. Nothing was fetched under it "
+            f"yet; give the root of your training with --root or TIO_OPENNEURO_ROOT."
+        )
+
+
 def _engine(root: Path) -> Engine:
     from tio_openneuro.disk import Engine
 
+    _refuse_unused(root)
     return Engine(root, disk_budget=_NEUTRAL_BUDGET)
 
 
@@ -270,32 +267,12 @@ def _open(
 
     return DataladSubjectsDataset(
         source,
-        _patterns(image, label) or None,
+        read_patterns(image, label) or None,
         version=version,
         root=root,
         unit=cast(Unit, unit),
         disk_budget=disk_budget,
     )
-
-
-def _patterns(image: list[str], label: list[str]) -> dict[str, Scalar | Label]:
-    patterns: dict[str, Scalar | Label] = {}
-    for kind, texts in ((Scalar, image), (Label, label)):
-        for text in texts:
-            match = re.fullmatch(r"([^=:]+)([=:])(.+)", text)
-            name, sign, wanted = match.groups() if match else ("", "", "")
-            pairs = [pair.partition("=") for pair in wanted.split(",")]
-            entities: dict[str, Any] = {entity: value for entity, _, value in pairs if value}
-            if not match or (sign == ":" and len(entities.keys() - {"required"}) < len(pairs)):
-                raise typer.BadParameter(
-                    f"{text!r} is neither NAME=GLOB, as in t1='sub-*/anat/*_T1w*', nor "
-                    f"NAME:ENTITY=VALUE,…, as in t1:suffix=T1w,acq=mprage"
-                )
-            try:
-                patterns[name] = kind(wanted) if sign == "=" else kind(**entities)
-            except SelectionError as error:
-                raise typer.BadParameter(f"{text!r}: {error}") from error
-    return patterns
 
 
 def _print_json(record: dict[str, Any]) -> None:
@@ -330,9 +307,15 @@ def _shown(name: str, value: object) -> str:
 def main() -> None:
     """Run the command line; exit with 0 done, 1 failed with one message, 2 wrong usage."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except UsageError as error:
+        context: Any = getattr(error, "ctx", None)
+        command = context.command_path if context else app.info.name
+        if said := in_one_line(error):  # Else the help was shown already.
+            typer.echo(f"tio-openneuro: {said} Try '{command} --help'.", err=True)
+        sys.exit(2)
     except (TioOpenNeuroError, OSError, NotImplementedError) as error:
-        typer.echo(f"tio-openneuro: {error}", err=True)
+        typer.echo(f"tio-openneuro: {in_one_line(error)}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("tio-openneuro: interrupted", err=True)
