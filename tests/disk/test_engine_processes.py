@@ -360,3 +360,15 @@ def test_a_check_beside_others_raises_no_false_alarm(nursery: Nursery, root: Pat
         assert engine.statistics().evicted_files + sum(repo.fetches().values()) > CHURNED
     assert found == []
     assert checks > CHURNED
+
+
+def test_statistics_stay_known_after_closing(root: Path) -> None:
+    """They are those of the instant before."""
+    repo = FakeRepo(root / "clones" / "ds1")
+    unit = make_unit(repo, "sub-1", 4_000)
+    with Engine(root, disk_budget=8_000, open_repo=FakeRepo.reopen) as engine:
+        with engine.lease(unit):
+            pass
+        before = engine.statistics()
+    assert before.fetched_files == 1
+    assert engine.statistics() == before
