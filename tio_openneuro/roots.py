@@ -6,6 +6,7 @@ Reads the mount table and folder entries; makes and changes nothing.
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -16,14 +17,12 @@ from tio_openneuro.errors import LedgerError
 # SQLite takes paths of 512 bytes; a clone's own files lie 300 bytes deeper, in limits of 4096.
 _LONGEST_BYTES = 450
 _LONGEST_NAME_BYTES = 255
-_NETWORK_TYPES = {
-    "9p", "afs", "beegfs", "ceph", "cifs", "drvfs", "fuse.9pfs", "fuse.beegfs", "fuse.blobfuse",
-    "fuse.blobfuse2", "fuse.ceph", "fuse.ceph-fuse", "fuse.cvmfs2", "fuse.gcsfuse",
-    "fuse.glusterfs", "fuse.goofys", "fuse.juicefs", "fuse.mount-s3", "fuse.rclone", "fuse.s3fs",
-    "fuse.sshfs", "gcsfuse", "glusterfs", "gpfs", "lustre", "mountpoint-s3", "ncpfs", "nfs",
-    "nfs4", "orangefs", "panfs", "prl_fs", "pvfs2", "smb", "smb2", "smb3", "smbfs", "vboxsf",
-    "virtiofs", "vmhgfs", "fuse.vmhgfs-fuse", "wekafs",
-}  # fmt: skip
+# Also as programs mount them, with "fuse." before it.
+_NETWORK_TYPES = re.compile(
+    r"(fuse\.)?(9p|afs|beegfs|blobfuse2?|ceph(-fuse)?|cifs|cvmfs2|drvfs|gcsfuse|glusterfs|goofys|"
+    r"gpfs|juicefs|lustre|mount-s3|ncpfs|nfs4?|orangefs|panfs|prl_fs|pvfs2|rclone|s3fs|smb[23]?|smbfs|"
+    r"sshfs|vboxsf|virtiofs|vmhgfs(-fuse)?|wekafs)"
+)
 
 
 def network_type(path: Path, mounts: list[tuple[str, str]] | None = None) -> tuple[str, str] | None:
@@ -42,7 +41,7 @@ def network_type(path: Path, mounts: list[tuple[str, str]] | None = None) -> tup
     # Of several mounts on one point the last is the one that is seen.
     longest = max(len(point) for point, _ in holding)
     point, kind = [mount for mount in holding if len(mount[0]) == longest][-1]
-    return (point, kind) if kind.lower() in _NETWORK_TYPES else None
+    return (point, kind) if _NETWORK_TYPES.fullmatch(kind.lower()) else None
 
 
 def refuse_root(root: Path) -> None:
@@ -68,24 +67,19 @@ def _complaint(root: Path) -> str:
     text, real = str(root), os.path.realpath(root)
     if any(unicodedata.category(letter) in {"Cc", "Cs"} for letter in text + real):
         return "its path has control characters, or is not UTF-8, which git-annex does not bear"
-    longest = max(len(os.fsencode(path)) for path in (text, real))
-    if longest > _LONGEST_BYTES or any(
-        len(os.fsencode(part)) > _LONGEST_NAME_BYTES for part in root.parts
-    ):
-        return (
-            f"its path has {longest} bytes, and a root may have {_LONGEST_BYTES}, and "
-            f"{_LONGEST_NAME_BYTES} in one name"
-        )
+    longest, name = (max(len(os.fsencode(p)) for p in ps) for ps in ((text, real), root.parts))
+    if longest > _LONGEST_BYTES or name > _LONGEST_NAME_BYTES:
+        most = f"{_LONGEST_BYTES}, {_LONGEST_NAME_BYTES} in one name"
+        return f"its path has {longest} bytes, and a root may have {most}"
     there = next(path for path in (root, *root.parents) if os.path.lexists(path))
     if not os.path.isdir(there):  # noqa: PTH112 - of a loop of links pathlib raises
-        link = there.is_symlink()
-        return f"{there} is {'a link to no folder' if link else 'no folder but a file'}"
-    network = network_type(root)
-    if network is not None:
         return (
-            f"{network[0]} is a network file system ({network[1]}), on which processes of several "
-            f"machines cannot share one ledger. A root lies on a local disk: on a cluster "
-            f"$SLURM_TMPDIR or another scratch of the node, or in RAM /dev/shm"
+            f"{there} is {'a link to no folder' if there.is_symlink() else 'no folder but a file'}"
+        )
+    if network := network_type(root):
+        return (
+            f"{network[0]} is a network file system ({network[1]}), where machines cannot share a "
+            f"ledger. On a cluster $SLURM_TMPDIR or another disk of the node can, or /dev/shm (RAM)"
         )
     for folder in (there, *[root / name for name in ("clones", "ledger") if there == root]):
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):

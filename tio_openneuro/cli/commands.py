@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import rich
 import typer
@@ -16,20 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from tio_openneuro.cli.options import (
-    DiskBudget,
-    Images,
-    Json,
-    Labels,
-    Root,
-    Source,
-    UnitOf,
-    UsageError,
-    Version,
-    checked_size,
-    in_one_line,
-    read_patterns,
-)
+from tio_openneuro.cli import options
 from tio_openneuro.errors import TioOpenNeuroError
 from tio_openneuro.ledger import Ledger
 from tio_openneuro.roots import refuse_root
@@ -77,51 +64,51 @@ def demo(
 
 @app.command()
 def info(
-    source: Source,
-    root: Root,
-    image: Images = [],  # noqa: B006 - typer copies it
-    label: Labels = [],  # noqa: B006
-    version: Version = None,
-    unit: UnitOf = "subject",
-    as_json: Json = False,  # noqa: FBT002 - typer
+    source: options.Source,
+    root: options.Root,
+    image: options.Images = [],  # noqa: B006 - typer copies it
+    label: options.Labels = [],  # noqa: B006
+    version: options.Version = None,
+    unit: options.UnitOf = "subject",
+    as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Show what a dataset has and what patterns select of it, from git metadata alone."""
     from tio_openneuro.cli.summary import summarise, summarise_selection
     from tio_openneuro.sources import open_catalog
 
-    patterns = read_patterns(image, label)
+    patterns = options.read_patterns(image, label)
     catalog = open_catalog(source, root, version=version)
     record = dataclasses.asdict(summarise(catalog))
     if patterns:
-        selected = summarise_selection(catalog, patterns, cast(Unit, unit))
+        selected = summarise_selection(catalog, patterns, unit)
         record |= dataclasses.asdict(selected)
     _report(str(source), record, as_json=as_json)
 
 
 @app.command()
 def plan(
-    source: Source,
-    root: Root,
-    image: Images,
-    label: Labels = [],  # noqa: B006 - typer copies it
-    version: Version = None,
-    unit: UnitOf = "subject",
-    disk_budget: DiskBudget = "auto",
+    source: options.Source,
+    root: options.Root,
+    image: options.Images,
+    label: options.Labels = [],  # noqa: B006 - typer copies it
+    version: options.Version = None,
+    unit: options.UnitOf = "subject",
+    disk_budget: options.DiskBudget = "auto",
     rate: Annotated[
-        str, typer.Option(help="What the link gives in a second.", callback=checked_size)
+        str, typer.Option(help="What the link gives in a second.", callback=options.checked_size)
     ] = "20 MB",
     epochs: Annotated[int, typer.Option(min=2, help="Passes over the units.")] = 10,
     seed: Annotated[int, typer.Option(help="The queue's seed, which decides the order.")] = 0,
-    as_json: Json = False,  # noqa: FBT002 - typer
+    as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Tell what training will fetch and how long the link is busy, from git metadata alone."""
     from tio_openneuro.cli.plan import plan_disk
     from tio_openneuro.cli.summary import unit_contents
     from tio_openneuro.sources import open_catalog
 
-    patterns = read_patterns(image, label)
+    patterns = options.read_patterns(image, label)
     catalog = open_catalog(source, root, version=version)
-    units = unit_contents(catalog, patterns, cast(Unit, unit))
+    units = unit_contents(catalog, patterns, unit)
     automatic = disk_budget == "auto"
     budget_bytes = Ledger.planned_budget(root) if automatic else parse_size(disk_budget)
     found = plan_disk(units, budget_bytes, epochs=epochs, seed=seed)
@@ -133,14 +120,14 @@ def plan(
 
 @app.command()
 def fetch(
-    source: Source,
-    root: Root,
-    image: Images = [],  # noqa: B006 - typer copies it
-    label: Labels = [],  # noqa: B006
-    version: Version = None,
-    unit: UnitOf = "subject",
-    disk_budget: DiskBudget = "auto",
-    as_json: Json = False,  # noqa: FBT002 - typer
+    source: options.Source,
+    root: options.Root,
+    image: options.Images = [],  # noqa: B006 - typer copies it
+    label: options.Labels = [],  # noqa: B006
+    version: options.Version = None,
+    unit: options.UnitOf = "subject",
+    disk_budget: options.DiskBudget = "auto",
+    as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Fetch the selected images, as far as the disk budget holds them."""
     with _open(source, root, image, label, version, disk_budget, unit) as dataset:
@@ -160,7 +147,7 @@ def fetch(
 
 
 @app.command()
-def status(root: Root, as_json: Json = False) -> None:  # noqa: FBT002 - typer
+def status(root: options.Root, as_json: options.Json = False) -> None:  # noqa: FBT002 - typer
     """Show what is held under the root, the budget that binds, and who is at work."""
     with _engine(root) as engine:
         record = dataclasses.asdict(engine.status())
@@ -169,12 +156,12 @@ def status(root: Root, as_json: Json = False) -> None:  # noqa: FBT002 - typer
 
 @app.command()
 def evict(
-    root: Root,
+    root: options.Root,
     source: Annotated[str | None, typer.Argument(help="One dataset; default: all.")] = None,
-    image: Images = [],  # noqa: B006 - typer copies it
-    label: Labels = [],  # noqa: B006
-    version: Version = None,
-    as_json: Json = False,  # noqa: FBT002 - typer
+    image: options.Images = [],  # noqa: B006 - typer copies it
+    label: options.Labels = [],  # noqa: B006
+    version: options.Version = None,
+    as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Drop what this library fetched and nobody leases; what was yours before stays."""
     if source is None:
@@ -190,13 +177,13 @@ def evict(
 
 @app.command()
 def adopt(
-    source: Source,
-    root: Root,
-    image: Images = [],  # noqa: B006 - typer copies it
-    label: Labels = [],  # noqa: B006
-    version: Version = None,
-    disk_budget: DiskBudget = "auto",
-    as_json: Json = False,  # noqa: FBT002 - typer
+    source: options.Source,
+    root: options.Root,
+    image: options.Images = [],  # noqa: B006 - typer copies it
+    label: options.Labels = [],  # noqa: B006
+    version: options.Version = None,
+    disk_budget: options.DiskBudget = "auto",
+    as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Hand content that was there before, and that a remote can give back, to the budget."""
     with _open(source, root, image, label, version, disk_budget) as dataset:
@@ -206,7 +193,7 @@ def adopt(
 
 
 @app.command()
-def forget(source: Source, root: Root, as_json: Json = False) -> None:  # noqa: FBT002 - typer
+def forget(source: options.Source, root: options.Root, as_json: options.Json = False) -> None:  # noqa: FBT002 - typer
     """Remove the clone of a dataset, and what this library fetched of it; what is yours stays."""
     from tio_openneuro.sources import forget as forget_clone
 
@@ -217,12 +204,12 @@ def forget(source: Source, root: Root, as_json: Json = False) -> None:  # noqa: 
 
 @app.command()
 def doctor(
-    root: Root,
+    root: options.Root,
     repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False,  # noqa: FBT002 - typer
     adopt: Annotated[  # noqa: FBT002 - typer
         bool, typer.Option("--adopt", help="With --repair: take what is nobody's for fetched.")
     ] = False,
-    as_json: Json = False,  # noqa: FBT002 - typer
+    as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Compare ledger and disk; exit with 1 where they disagree."""
     with _engine(root) as engine:
@@ -261,16 +248,16 @@ def _open(
     label: list[str],
     version: str | None,
     disk_budget: str,
-    unit: str = "subject",
+    unit: Unit = "subject",
 ) -> DataladSubjectsDataset:
     from tio_openneuro.dataset import DataladSubjectsDataset
 
     return DataladSubjectsDataset(
         source,
-        read_patterns(image, label) or None,
+        options.read_patterns(image, label) or None,
         version=version,
         root=root,
-        unit=cast(Unit, unit),
+        unit=unit,
         disk_budget=disk_budget,
     )
 
@@ -308,14 +295,14 @@ def main() -> None:
     """Run the command line; exit with 0 done, 1 failed with one message, 2 wrong usage."""
     try:
         sys.exit(app(standalone_mode=False))
-    except UsageError as error:
+    except options.UsageError as error:
         context: Any = getattr(error, "ctx", None)
         command = context.command_path if context else app.info.name
-        if said := in_one_line(error):  # Else the help was shown already.
+        if said := options.in_one_line(error):  # Else the help was shown already.
             typer.echo(f"tio-openneuro: {said} Try '{command} --help'.", err=True)
         sys.exit(2)
     except (TioOpenNeuroError, OSError, NotImplementedError) as error:
-        typer.echo(f"tio-openneuro: {in_one_line(error)}", err=True)
+        typer.echo(f"tio-openneuro: {options.in_one_line(error)}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("tio-openneuro: interrupted", err=True)

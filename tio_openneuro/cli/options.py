@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import platformdirs
 import typer
@@ -19,14 +19,7 @@ from tio_openneuro.sizes import parse_size
 # Typer may carry click within itself.
 UsageError: Any = typer.BadParameter.__base__
 # What messages call by the names of Python's parameters.
-_OPTION_OF = {
-    r"\bdisk_budget=": "--disk-budget ",
-    r"\bdisk_budget\b": "--disk-budget",
-    r"--root, root= or ": "--root or ",
-    r"\bversion=": "--version ",
-    r"\bunit=": "--unit ",
-    r"\b(remotes|jobs|on_\w+|when_missing|ram_budget)=": r"the Python parameter \1=",
-}
+_OPTION_OF = {r"\bdisk_budget\b=?": "--disk-budget", r"\b(version|unit)=": r"--\1 ", ", root=": ""}
 
 Source = Annotated[str, typer.Argument(help="Accession (ds004199), git URL, or path of a clone.")]
 Root = Annotated[
@@ -37,48 +30,30 @@ Root = Annotated[
         default_factory=lambda: Path(platformdirs.user_cache_dir("tio_openneuro")),
     ),
 ]
-Images = Annotated[
-    list[str],
-    typer.Option(
-        "--image",
-        metavar="NAME=GLOB",
-        help="An intensity image; repeatable; also NAME:ENTITY=VALUE,….",
-    ),
-]
-Labels = Annotated[
-    list[str], typer.Option("--label", metavar="NAME=GLOB", help="A label map; the same.")
-]
+_MORE = "; repeatable; also NAME:ENTITY=VALUE,…."
+_image, _label = (
+    typer.Option(name, metavar="NAME=GLOB", help=text + _MORE)
+    for name, text in (("--image", "An intensity image"), ("--label", "A label map"))
+)
+Images = Annotated[list[str], _image]
+Labels = Annotated[list[str], _label]
 Version = Annotated[str | None, typer.Option(help="Tag or commit; default: the newest snapshot.")]
 
 
-def _checked_unit(unit: str) -> str:
-    if unit not in get_args(Unit):
-        raise typer.BadParameter(f"{unit!r} is none of {', '.join(get_args(Unit))}.")
-    return unit
-
-
-def checked_size(size: str) -> str:
+def checked_size(text: str) -> str:
     """Return the text of a size, or refuse what is none."""
     try:
-        parse_size(size)
+        parse_size(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    return size
+    return text
 
 
-def _checked_budget(size: str) -> str:
-    return size if size == "auto" else checked_size(size)
-
-
-UnitOf = Annotated[
-    str,
-    typer.Option(
-        "--unit", help="What one unit is: subject, session or run.", callback=_checked_unit
-    ),
-]
-DiskBudget = Annotated[
-    str, typer.Option(help="Bytes, '10 GB', or 'auto'.", callback=_checked_budget)
-]
+UnitOf = Annotated[Unit, typer.Option("--unit", help="What one unit is.")]
+_budget = typer.Option(
+    help="Bytes, '10 GB', or 'auto'.", callback=lambda t: t if t == "auto" else checked_size(t)
+)
+DiskBudget = Annotated[str, _budget]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 

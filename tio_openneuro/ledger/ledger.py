@@ -422,15 +422,11 @@ class Ledger:
         with self._db.writing() as db:
             known = {row[0] for row in db.execute("SELECT name FROM owner")}
             for path in (self.folder / "owners").glob("*.lock"):
-                lock = None
                 with suppress(FileNotFoundError):
-                    lock = OwnerLock.try_take(path) if path.stem not in known else None
-                if lock is None:
-                    continue
-                stray += [path.name] * path.exists()
-                if remove:
-                    lock.remove()
-                lock.let_go()
+                    lock = None if path.stem in known else OwnerLock.try_take(path)
+                    if lock is not None:
+                        stray += [path.name] * path.exists()
+                        (lock.remove if remove else lock.let_go)()
         return stray
 
     def close(self) -> None:
