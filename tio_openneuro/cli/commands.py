@@ -69,7 +69,7 @@ def info(
     image: options.Images = [],  # noqa: B006 - typer copies it
     label: options.Labels = [],  # noqa: B006
     version: options.Version = None,
-    unit: options.UnitOf = "subject",
+    unit: Unit = "subject",
     as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Show what a dataset has and what patterns select of it, from git metadata alone."""
@@ -92,11 +92,9 @@ def plan(
     image: options.Images,
     label: options.Labels = [],  # noqa: B006 - typer copies it
     version: options.Version = None,
-    unit: options.UnitOf = "subject",
+    unit: Unit = "subject",
     disk_budget: options.DiskBudget = "auto",
-    rate: Annotated[
-        str, typer.Option(help="What the link gives in a second.", callback=options.checked_size)
-    ] = "20 MB",
+    rate: options.Rate = "20 MB",
     epochs: Annotated[int, typer.Option(min=2, help="Passes over the units.")] = 10,
     seed: Annotated[int, typer.Option(help="The queue's seed, which decides the order.")] = 0,
     as_json: options.Json = False,  # noqa: FBT002 - typer
@@ -125,7 +123,7 @@ def fetch(
     image: options.Images = [],  # noqa: B006 - typer copies it
     label: options.Labels = [],  # noqa: B006
     version: options.Version = None,
-    unit: options.UnitOf = "subject",
+    unit: Unit = "subject",
     disk_budget: options.DiskBudget = "auto",
     as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
@@ -296,10 +294,8 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except options.UsageError as error:
-        context: Any = getattr(error, "ctx", None)
-        command = context.command_path if context else app.info.name
         if said := options.in_one_line(error):  # Else the help was shown already.
-            typer.echo(f"tio-openneuro: {said} Try '{command} --help'.", err=True)
+            typer.echo(f"tio-openneuro: {said} Try it with --help.", err=True)
         sys.exit(2)
     except (TioOpenNeuroError, OSError, NotImplementedError) as error:
         typer.echo(f"tio-openneuro: {options.in_one_line(error)}", err=True)

@@ -13,7 +13,7 @@ import platformdirs
 import typer
 
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select import Label, Scalar, Unit, check_images
+from tio_openneuro.select import Label, Scalar, check_images
 from tio_openneuro.sizes import parse_size
 
 # Typer may carry click within itself.
@@ -30,13 +30,9 @@ Root = Annotated[
         default_factory=lambda: Path(platformdirs.user_cache_dir("tio_openneuro")),
     ),
 ]
-_MORE = "; repeatable; also NAME:ENTITY=VALUE,…."
-_image, _label = (
-    typer.Option(name, metavar="NAME=GLOB", help=text + _MORE)
-    for name, text in (("--image", "An intensity image"), ("--label", "A label map"))
-)
-Images = Annotated[list[str], _image]
-Labels = Annotated[list[str], _label]
+_GLOB = "NAME=GLOB, or NAME:ENTITY=VALUE,…"
+Images = Annotated[list[str], typer.Option("--image", metavar=_GLOB, help="Repeatable.")]
+Labels = Annotated[list[str], typer.Option("--label", metavar=_GLOB, help="A label map.")]
 Version = Annotated[str | None, typer.Option(help="Tag or commit; default: the newest snapshot.")]
 
 
@@ -49,7 +45,7 @@ def checked_size(text: str) -> str:
     return text
 
 
-UnitOf = Annotated[Unit, typer.Option("--unit", help="What one unit is.")]
+Rate = Annotated[str, typer.Option(help="What the link gives in a second.", callback=checked_size)]
 _budget = typer.Option(
     help="Bytes, '10 GB', or 'auto'.", callback=lambda t: t if t == "auto" else checked_size(t)
 )
