@@ -653,6 +653,15 @@ def fill(path: Path) -> None:
         ("This special remote cannot be used since it's not verified.", Failure.NOT_ALLOWED),
         ("Configuration does not allow accessing 10.0.0.1", Failure.NOT_ALLOWED),
         ("something new", Failure.UNKNOWN),
+        ("404 Not Found", Failure.NOT_FOUND),
+        ("StatusCodeException: statusCode = 503", Failure.THROTTLED),
+        ("HTTP/1.1 403 ", Failure.FORBIDDEN),
+        ("The requested URL returned error: 416", Failure.BAD_RANGE),
+        ("it broke after 404 bytes", Failure.UNKNOWN),
+        ("<RequestId>7-503-a</RequestId>", Failure.UNKNOWN),
+        ("no room in /data/416/500", Failure.UNKNOWN),
+        ("at line 403: unexpected", Failure.UNKNOWN),
+        ("git-annex-shell: command not found", Failure.UNKNOWN),
     ],
 )
 def test_words_of_git_annex_are_understood(message: str, failure: Failure) -> None:

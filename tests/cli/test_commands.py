@@ -316,3 +316,72 @@ def test_a_command_outlives_a_terminal_where_it_was_told_to(openneuro: LoopbackO
         _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert said.endswith("tio-openneuro: interrupted (SIGTERM)\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "ds900001", *IMAGES, "--disk-budget", "10 apples"],
+        ["plan", "ds900001", *IMAGES, "--rate", "auto"],
+        ["fetch", "ds900001", "--disk-budget", "0"],
+        ["adopt", "ds900001", "--disk-budget", "-1"],
+        ["fetch", "ds900001", "--unit", "patient"],
+        ["info", "ds900001", *IMAGES, *IMAGES],
+        ["fetch", "ds900001", "--image", "t1:suffix"],
+        ["frobnicate"],
+        ["fetch"],
+    ],
+    ids=[*("budget", "rate", "zero", "negative", "unit", "twice", "entity", "command", "none")],
+)
+def test_wrong_options_are_one_line_and_exit_code_2(
+    tmp_path: Path, enter: Callable[..., Ended], arguments: list[str]
+) -> None:
+    """Before anything is cloned or made; the line says what to try."""
+    more = ["--root", str(tmp_path / "new")] if len(arguments) > 1 else []
+    ended = enter(*arguments, *more)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert "--help" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["status"],
+        ["doctor"],
+        ["doctor", "--repair"],
+        ["evict"],
+        ["evict", "ds1"],
+        ["forget", "ds1"],
+    ],
+    ids=" ".join,
+)
+def test_what_only_looks_or_drops_makes_no_root(
+    tmp_path: Path, enter: Callable[..., Ended], arguments: list[str]
+) -> None:
+    """A typing error in ``--root`` is told, and leaves no folder."""
+    ended = enter(*arguments, "--root", str(tmp_path / "new"))
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert "--root" in ended.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["status", "doctor", "evict", "info", "fetch", "adopt", "forget"]
+)
+def test_a_root_that_cannot_be_is_one_line(
+    tmp_path: Path, enter: Callable[..., Ended], command: str
+) -> None:
+    """Whichever command is given it."""
+    (tmp_path / "file").touch()
+    source = [] if command in {"status", "doctor", "evict"} else ["ds900001"]
+    for root in (tmp_path / "file" / "root", tmp_path / "a\nb", tmp_path / ("x" * 600)):
+        ended = enter(command, *source, "--root", str(root))
+        assert ended.returncode == 1
+        assert ended.stderr.count("\n") == 1
+        assert "as the root" in ended.stderr
+        assert "--root or TIO_OPENNEURO_ROOT" in ended.stderr
+    assert not (tmp_path / "a\nb").exists()

@@ -326,3 +326,49 @@ def test_a_rank_that_stops_consuming_does_not_stop_the_other(nursery: Nursery, r
         assert worker.process.is_running()
     with Engine(root, disk_budget=budget_bytes, open_repo=FakeRepo.reopen) as engine:
         assert engine.check(repair=True) == []
+
+
+CHURNED = 20
+
+
+def churn(root: Path, units: list[ContentUnit], budget_bytes: int, seed: int) -> int:
+    """Open, fetch, evict and close again and again; return how often."""
+    chance = random.Random(seed)
+    for _ in range(CHURNED):
+        with Engine(root, disk_budget=budget_bytes, open_repo=FakeRepo.reopen) as engine:
+            for unit in chance.sample(units, 3):
+                with engine.lease(unit, timeout_s=60):
+                    pass
+                if chance.random() < 0.5:
+                    engine.evict([unit])
+    return CHURNED
+
+
+def test_a_check_beside_others_raises_no_false_alarm(nursery: Nursery, root: Path) -> None:
+    """What one look at the disk or at the ledger caught on its way is no inconsistency."""
+    repo = FakeRepo(root / "clones" / "ds1")
+    units = make_units(repo, 12, (4_000,))
+    budget_bytes = 6 * units[0].size_bytes
+    found: list[str] = []
+    checks = 0
+    with Engine(root, disk_budget=budget_bytes, open_repo=FakeRepo.reopen) as engine:
+        workers = [nursery.start(churn, root, units, budget_bytes, seed) for seed in range(4)]
+        while any(worker.process.is_running() for worker in workers):
+            found += engine.check()
+            checks += 1
+        assert [worker.result() for worker in workers] == [CHURNED] * 4
+        assert engine.statistics().evicted_files + sum(repo.fetches().values()) > CHURNED
+    assert found == []
+    assert checks > CHURNED
+
+
+def test_statistics_stay_known_after_closing(root: Path) -> None:
+    """They are those of the instant before."""
+    repo = FakeRepo(root / "clones" / "ds1")
+    unit = make_unit(repo, "sub-1", 4_000)
+    with Engine(root, disk_budget=8_000, open_repo=FakeRepo.reopen) as engine:
+        with engine.lease(unit):
+            pass
+        before = engine.statistics()
+    assert before.fetched_files == 1
+    assert engine.statistics() == before

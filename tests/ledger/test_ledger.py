@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import stat
 import threading
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,11 +29,11 @@ from tio_openneuro.ledger.root import (
     FLOOR_BYTES,
     automatic_budget,
     free_bytes,
-    network_type,
     prepare_ledger_folder,
 )
 from tio_openneuro.ledger.schema import SCHEMA_VERSION, TABLES, Answer, ContentState, Want
 from tio_openneuro.ledger.transaction import OVERTAKES
+from tio_openneuro.roots import network_type
 
 Opening = Callable[..., Ledger]
 
@@ -339,11 +340,67 @@ def test_network_file_systems_are_refused_by_name(tmp_path: Path) -> None:
     assert network_type(tmp_path / "root", [*local, (f"{here}/roo", "nfs")]) is None
 
 
-def test_a_root_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    """The error names the folder."""
-    (tmp_path / "file").write_text("")
-    with pytest.raises(LedgerError, match="file/root/ledger"):
-        prepare_ledger_folder(tmp_path / "file" / "root")
+@pytest.mark.parametrize(
+    "kind",
+    ["9p", "virtiofs", "drvfs", "wekafs", "panfs", "fuse.gcsfuse", "gcsfuse", "lustre"],
+)
+def test_a_network_file_system_is_told_by_any_of_its_names(tmp_path: Path, kind: str) -> None:
+    """Those of clusters, clouds and virtual machines, mounted by the kernel or by a program."""
+    assert network_type(tmp_path, [(str(tmp_path), kind)]) == (str(tmp_path), kind)
+
+
+def test_a_refused_network_file_system_says_what_a_cluster_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scratch of a job, and memory; nothing is made."""
+    mounts = [types.SimpleNamespace(mountpoint=str(tmp_path), fstype="wekafs")]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda **_: mounts)
+    with pytest.raises(LedgerError, match=r"wekafs.*\$SLURM_TMPDIR.*/dev/shm"):
+        prepare_ledger_folder(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("below", "why"),
+    [
+        ("x" * 600, "bytes"),
+        ("/".join(["y" * 100] * 6), "bytes"),
+        ("bad\udcff", "UTF-8"),
+        ("two\nlines", "control"),
+        ("dangling", "a link to no folder"),
+        ("loop/root", "a link to no folder"),
+        ("file", "no folder but a file"),
+        ("file/root", "no folder but a file"),
+        ("locked/root", "may not write"),
+    ],
+    ids=[
+        *("name", "path", "bytes", "newline", "dangling", "loop", "file", "below-a-file"),
+        "permission",
+    ],
+)
+def test_a_root_that_cannot_be_used_is_one_clear_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str, why: str
+) -> None:
+    """The folder, why, and what to give instead, in one line; nothing is made."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "locked").mkdir()
+    if below.startswith("locked"):  # Who runs the tests may be allowed anything.
+        monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "locked")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(LedgerError, match=why) as refused:
+        prepare_ledger_folder(tmp_path / below)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 700
+    assert "--root" in str(refused.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("below", ["a" * 255, "Größe/ü ber", "new/er/root"])
+def test_what_can_be_a_root_is_none_to_refuse(tmp_path: Path, below: str) -> None:
+    """Also where it is not there yet, and with letters of any language."""
+    assert prepare_ledger_folder(tmp_path / below).is_dir()
 
 
 def test_a_lock_has_one_holder(tmp_path: Path) -> None:

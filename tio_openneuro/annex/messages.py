@@ -28,6 +28,8 @@ _PROGRESS_BYTES = 1 << 20
 _LATER = "Try again later, or look at the network."
 _SKIP = "Skip this file, or ask the dataset's owners."
 _MISSING = {"git-annex": "'annex' is not a git command", "datalad": "No module named 'datalad'"}
+# A number is a status only where HTTP says it: it may be a size, a path or a request's id.
+_STATUS = r"(?:^|HTTP/[\d.]+ |error: |[Ss]tatus ?[Cc]ode\W{1,4})"
 _VERIFY = re.compile(r"verifyremote \S+ --safe (\S+)")
 
 
@@ -141,28 +143,28 @@ class Failure(_Told):
         RemoteUnavailableError,
         "the remote does not send the part of the file that was asked for (416)",
         _LATER,
-        r"\b416\b|Range Not Satisfiable",
+        rf"{_STATUS}416\b|Range Not Satisfiable",
         attempts=3,
     )
     NOT_FOUND = Policy(
         RemoteUnavailableError,
         "the remote does not have it (404)",
         _SKIP,
-        r"\b(404|[Nn]ot ?[Ff]ound|NoSuchKey|NoSuchVersion)\b",
+        rf"{_STATUS}404\b|(?<!command )\b[Nn]ot ?[Ff]ound\b|\bNoSuch(Key|Version)\b",
         attempts=2,
     )
     FORBIDDEN = Policy(
         RemoteUnavailableError,
         "the remote refuses access (403)",
         "Look whether the dataset is still public; skip this file if not.",
-        r"\b(403|401|Forbidden|AccessDenied)\b",
+        rf"{_STATUS}40[13]\b|\b(Forbidden|AccessDenied)\b",
         attempts=2,
     )
     THROTTLED = Policy(
         RemoteUnavailableError,
         "the remote is overloaded",
         "Try again later, or with fewer jobs.",
-        r"\b(429|500|502|503|504|SlowDown|Service Unavailable|Too Many Requests)\b",
+        rf"{_STATUS}(429|50[0234])\b|\b(SlowDown|Service Unavailable|Too Many Requests)\b",
         attempts=8,
     )
     CONNECTION = Policy(

@@ -56,6 +56,7 @@ _LOG = logging.getLogger(__name__)
 
 _SLOWEST_BYTES_PER_S = 50e3
 _DROP_ATTEMPTS = 4
+_NO_REMOTE = "no remote is trusted to give it: name one that has it with remotes="
 _NO_VERSION = "no S3 version id is recorded for it, so that the remote cannot give it"
 
 
@@ -292,7 +293,8 @@ class AnnexRepo:
         versioned = {name for name, log in logs.items() if recorded_versions(log, living)}
         lacking = [key for key in keys if key.name not in versioned]
         exported = exported_keys(self.path, tips, living) if lacking else set()
-        return {key: _NO_VERSION for key in lacking if key not in exported} | unsafe
+        why = _NO_VERSION if self.remotes else _NO_REMOTE
+        return {key: why for key in lacking if key not in exported} | unsafe
 
     def gone(self, keys: Sequence[AnnexKey]) -> dict[AnnexKey, str]:
         """Return the keys that no trusted remote has now, each with the reason.
@@ -386,6 +388,7 @@ class AnnexRepo:
             self._refuse_stopped(request)
             if found is not None:
                 return found
+            self._refuse_unseen()  # Which is no reason of the remote's.
             failed = failed or TransferError(Failure.CORRUPT, "it is said to be there, and is not")
             arrived = [file_size(path) or 0 for path in self._partial_paths(key)]
             pause_s = retries.pause_s(failed.why, sum(arrived))

@@ -6,22 +6,22 @@ import dataclasses
 import functools
 import json
 import logging
-import re
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
-import platformdirs
 import rich
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from tio_openneuro.cli import options
 from tio_openneuro.errors import SelectionError, TioOpenNeuroError
 from tio_openneuro.ledger import Ledger
-from tio_openneuro.select import Label, Scalar, Unit
+from tio_openneuro.roots import refuse_root
+from tio_openneuro.select import Unit
 from tio_openneuro.sizes import format_size, parse_size
 
 # What a command needs is imported when it runs: `--help` and `status` wait for no torch.
@@ -40,40 +40,7 @@ app = typer.Typer(
 _ENDING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
-# Words of the library to what is typed here; what cannot be typed is left out of a list of ways.
-_TYPED = {
-    r"[;,] or (?:pass|give) (?:on_multiple|required)=[^.]*": "",
-    r" = (?:Scalar|Label)\((.*?)\)(?= among|, where)": r" = \1",
-    r"(?:pass )?\b(version|unit)='([^']*)'": r"--\1 \2",
-    r"\b(\w+=)'([^']*)'": r"\1\2",
-    r"\bwith remotes=": "in Python with remotes=",
-}
 _NEUTRAL_BUDGET = "1000 PB"  # the smallest stated budget of a root holds: this one never is
-
-Source = Annotated[str, typer.Argument(help="Accession (ds004199), git URL, or path of a clone.")]
-Root = Annotated[
-    Path,
-    typer.Option(
-        envvar="TIO_OPENNEURO_ROOT",
-        help="Folder of clones and ledger.",
-        default_factory=lambda: Path(platformdirs.user_cache_dir("tio_openneuro")),
-    ),
-]
-Images = Annotated[
-    list[str],
-    typer.Option(
-        "--image",
-        metavar="NAME=GLOB",
-        help="An intensity image; repeatable; also NAME:ENTITY=VALUE,….",
-    ),
-]
-Labels = Annotated[
-    list[str], typer.Option("--label", metavar="NAME=GLOB", help="A label map; the same.")
-]
-Version = Annotated[str | None, typer.Option(help="Tag or commit; default: the newest snapshot.")]
-UnitOf = Annotated[str, typer.Option("--unit", help="What one unit is: subject, session or run.")]
-DiskBudget = Annotated[str, typer.Option(help="Bytes, '10 GB', or 'auto'.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
 @app.callback()
@@ -101,46 +68,48 @@ def demo(
 
 @app.command()
 def info(
-    source: Source,
-    root: Root,
-    image: Images = [],  # noqa: B006 - typer copies it
-    label: Labels = [],  # noqa: B006
-    version: Version = None,
-    unit: UnitOf = "subject",
-    as_json: Json = False,  # noqa: FBT002 - typer
+    source: options.Source,
+    root: options.Root,
+    image: options.Images = [],  # noqa: B006 - typer copies it
+    label: options.Labels = [],  # noqa: B006
+    version: options.Version = None,
+    unit: Unit = "subject",
+    as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Show what a dataset has and what patterns select of it, from git metadata alone."""
     from tio_openneuro.cli.summary import summarise, usable_units
     from tio_openneuro.sources import open_catalog
 
+    patterns = options.read_patterns(image, label)
     catalog = open_catalog(source, root, version=version)
     record = dataclasses.asdict(summarise(catalog))
-    if patterns := _patterns(image, label):
-        record |= dataclasses.asdict(usable_units(catalog, patterns, cast(Unit, unit))[1])
+    if patterns:
+        record |= dataclasses.asdict(usable_units(catalog, patterns, unit)[1])
     _report(str(source), record, as_json=as_json)
 
 
 @app.command()
 def plan(
-    source: Source,
-    root: Root,
-    image: Images,
-    label: Labels = [],  # noqa: B006 - typer copies it
-    version: Version = None,
-    unit: UnitOf = "subject",
-    disk_budget: DiskBudget = "auto",
-    rate: Annotated[str, typer.Option(help="What the link gives in a second.")] = "20 MB",
+    source: options.Source,
+    root: options.Root,
+    image: options.Images,
+    label: options.Labels = [],  # noqa: B006 - typer copies it
+    version: options.Version = None,
+    unit: Unit = "subject",
+    disk_budget: options.DiskBudget = "auto",
+    rate: options.Rate = "20 MB",
     epochs: Annotated[int, typer.Option(min=2, help="Passes over the units.")] = 10,
     seed: Annotated[int, typer.Option(help="The queue's seed, which decides the order.")] = 0,
-    as_json: Json = False,  # noqa: FBT002 - typer
+    as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Tell what training will fetch and how long the link is busy, from git metadata alone."""
     from tio_openneuro.cli.plan import plan_disk
     from tio_openneuro.cli.summary import usable_units
     from tio_openneuro.sources import open_catalog
 
+    patterns = options.read_patterns(image, label)
     catalog = open_catalog(source, root, version=version)
-    units, selected = usable_units(catalog, _patterns(image, label), cast(Unit, unit))
+    units, selected = usable_units(catalog, patterns, unit)
     if not units:
         reasons = "; ".join(selected.skipped_reasons)
         raise SelectionError(f"Cannot plan {catalog.dataset_id}: no unit can be had ({reasons}).")
@@ -156,14 +125,14 @@ def plan(
 
 @app.command()
 def fetch(
-    source: Source,
-    root: Root,
-    image: Images = [],  # noqa: B006 - typer copies it
-    label: Labels = [],  # noqa: B006
-    version: Version = None,
-    unit: UnitOf = "subject",
-    disk_budget: DiskBudget = "auto",
-    as_json: Json = False,  # noqa: FBT002 - typer
+    source: options.Source,
+    root: options.Root,
+    image: options.Images = [],  # noqa: B006 - typer copies it
+    label: options.Labels = [],  # noqa: B006
+    version: options.Version = None,
+    unit: Unit = "subject",
+    disk_budget: options.DiskBudget = "auto",
+    as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Fetch the selected images, as far as the disk budget holds them."""
     with _open(source, root, image, label, version, disk_budget, unit) as dataset:
@@ -183,13 +152,8 @@ def fetch(
 
 
 @app.command()
-def status(root: Root, as_json: Json = False) -> None:  # noqa: FBT002 - typer
+def status(root: options.Root, as_json: options.Json = False) -> None:  # noqa: FBT002 - typer
     """Show what is held under the root, the budget that binds, and who is at work."""
-    if not (root / "ledger").is_dir():
-        raise TioOpenNeuroError(
-            f"Cannot show {root}: it holds no ledger. Nothing was fetched under it yet; give the "
-            f"root of your training with --root or TIO_OPENNEURO_ROOT."
-        )
     with _engine(root) as engine:
         record = dataclasses.asdict(engine.status())
     _report(f"Held under {root}", record, as_json=as_json)
@@ -197,18 +161,19 @@ def status(root: Root, as_json: Json = False) -> None:  # noqa: FBT002 - typer
 
 @app.command()
 def evict(
-    root: Root,
+    root: options.Root,
     source: Annotated[str | None, typer.Argument(help="One dataset; default: all.")] = None,
-    image: Images = [],  # noqa: B006 - typer copies it
-    label: Labels = [],  # noqa: B006
-    version: Version = None,
-    as_json: Json = False,  # noqa: FBT002 - typer
+    image: options.Images = [],  # noqa: B006 - typer copies it
+    label: options.Labels = [],  # noqa: B006
+    version: options.Version = None,
+    as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Drop what this library fetched and nobody leases; what was yours before stays."""
     if source is None:
         with _engine(root) as engine:
             evicted_bytes, used_bytes = engine.evict_all(), engine.statistics().used_bytes
     else:
+        _refuse_unused(root)
         with _open(source, root, image, label, version, _NEUTRAL_BUDGET) as dataset:
             evicted_bytes, used_bytes = dataset.evict(), dataset.statistics().used_bytes
     record = {"evicted_bytes": evicted_bytes, "used_bytes": used_bytes}
@@ -217,13 +182,13 @@ def evict(
 
 @app.command()
 def adopt(
-    source: Source,
-    root: Root,
-    image: Images = [],  # noqa: B006 - typer copies it
-    label: Labels = [],  # noqa: B006
-    version: Version = None,
-    disk_budget: DiskBudget = "auto",
-    as_json: Json = False,  # noqa: FBT002 - typer
+    source: options.Source,
+    root: options.Root,
+    image: options.Images = [],  # noqa: B006 - typer copies it
+    label: options.Labels = [],  # noqa: B006
+    version: options.Version = None,
+    disk_budget: options.DiskBudget = "auto",
+    as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Hand content that was there before, and that a remote can give back, to the budget."""
     with _open(source, root, image, label, version, disk_budget) as dataset:
@@ -233,12 +198,10 @@ def adopt(
 
 
 @app.command()
-def forget(source: Source, root: Root, as_json: Json = False) -> None:  # noqa: FBT002 - typer
+def forget(source: options.Source, root: options.Root, as_json: options.Json = False) -> None:  # noqa: FBT002 - typer
     """Remove the clone of a dataset, and what this library fetched of it; what is yours stays."""
     from tio_openneuro.sources import forget as forget_clone
 
-    if not root.is_dir():
-        raise TioOpenNeuroError(f"Cannot forget {source}: there is no root {root}. Look at --root.")
     with _engine(root) as engine:
         record = dataclasses.asdict(forget_clone(source, root, engine.forget))
     _report(f"Forgot {source}", record, as_json=as_json)
@@ -246,12 +209,12 @@ def forget(source: Source, root: Root, as_json: Json = False) -> None:  # noqa: 
 
 @app.command()
 def doctor(
-    root: Root,
+    root: options.Root,
     repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False,  # noqa: FBT002 - typer
     adopt: Annotated[  # noqa: FBT002 - typer
         bool, typer.Option("--adopt", help="With --repair: take what is nobody's for fetched.")
     ] = False,
-    as_json: Json = False,  # noqa: FBT002 - typer
+    as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Compare ledger and disk; exit with 1 where they disagree."""
     with _engine(root) as engine:
@@ -266,9 +229,20 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _refuse_unused(root: Path) -> None:
+    """Raise where nothing was ever kept under a root: only what fetches makes one."""
+    refuse_root(root.expanduser().absolute())
+    if not any((root / name).exists() for name in ("ledger", "clones", ".ledger")):
+        raise TioOpenNeuroError(
+            f"Cannot look into the root {root}: it holds no ledger. Nothing was fetched under it "
+            f"yet; give the root of your training with --root or TIO_OPENNEURO_ROOT."
+        )
+
+
 def _engine(root: Path) -> Engine:
     from tio_openneuro.disk import Engine
 
+    _refuse_unused(root)
     return Engine(root, disk_budget=_NEUTRAL_BUDGET)
 
 
@@ -279,38 +253,18 @@ def _open(
     label: list[str],
     version: str | None,
     disk_budget: str,
-    unit: str = "subject",
+    unit: Unit = "subject",
 ) -> DataladSubjectsDataset:
     from tio_openneuro.dataset import DataladSubjectsDataset
 
     return DataladSubjectsDataset(
         source,
-        _patterns(image, label) or None,
+        options.read_patterns(image, label) or None,
         version=version,
         root=root,
-        unit=cast(Unit, unit),
+        unit=unit,
         disk_budget=disk_budget,
     )
-
-
-def _patterns(image: list[str], label: list[str]) -> dict[str, Scalar | Label]:
-    patterns: dict[str, Scalar | Label] = {}
-    for kind, texts in ((Scalar, image), (Label, label)):
-        for text in texts:
-            match = re.fullmatch(r"([^=:]+)([=:])(.+)", text)
-            name, sign, wanted = match.groups() if match else ("", "", "")
-            pairs = [pair.partition("=") for pair in wanted.split(",")]
-            entities: dict[str, Any] = {entity: value for entity, _, value in pairs if value}
-            if not match or (sign == ":" and len(entities.keys() - {"required"}) < len(pairs)):
-                raise typer.BadParameter(
-                    f"{text!r} is neither NAME=GLOB, as in t1='sub-*/anat/*_T1w*', nor "
-                    f"NAME:ENTITY=VALUE,…, as in t1:suffix=T1w,acq=mprage"
-                )
-            try:
-                patterns[name] = kind(wanted) if sign == "=" else kind(**entities)
-            except SelectionError as error:
-                raise typer.BadParameter(f"{text!r}: {_typed(error)}") from error
-    return patterns
 
 
 def _print_json(record: dict[str, Any]) -> None:
@@ -353,14 +307,6 @@ def _end(number: int, _frame: object) -> None:
     raise _EndedError(128 + number)
 
 
-def _typed(error: Exception) -> str:
-    """Return the words of an error with the options of the command line in place of Python's."""
-    said = str(error)
-    for python, typed in _TYPED.items():
-        said = re.sub(python, typed, said)
-    return said
-
-
 def main() -> None:
     """Run the command line; exit with 0 done, 1 failed with one message, 2 wrong usage.
 
@@ -371,9 +317,13 @@ def main() -> None:
         if signal.getsignal(each) is not signal.SIG_IGN:
             signal.signal(each, _end)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except options.UsageError as error:
+        if said := options.in_one_line(error):  # Else the help was shown already.
+            typer.echo(f"tio-openneuro: {said} Try it with --help.", err=True)
+        sys.exit(2)
     except (TioOpenNeuroError, OSError, NotImplementedError) as error:
-        typer.echo(f"tio-openneuro: {_typed(error)}", err=True)
+        typer.echo(f"tio-openneuro: {options.in_one_line(error)}", err=True)
         sys.exit(1)
     except _EndedError as ended:
         name = signal.Signals(int(ended.code or 0) - 128).name

@@ -6,10 +6,14 @@ repair cannot tell to be ours stays on disk.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from tio_openneuro.content import ContentId
 from tio_openneuro.disk.prepared_volumes import PreparedRepo
 from tio_openneuro.disk.store import FOLDER, UNSEEN, Store, key_of
 from tio_openneuro.ledger import ContentRow, ContentState, Ledger, Want
+
+_LOOKS = 2
 
 
 def audit(ledger: Ledger, store: Store, *, repair: bool) -> list[str]:
@@ -22,7 +26,7 @@ def audit(ledger: Ledger, store: Store, *, repair: bool) -> list[str]:
     """
     ledger.reap()
     if repair:
-        for row in _suspects(ledger, store):
+        for row, _ in _suspects(ledger, store):
             _mend(ledger, store, row)
         for content, _ in _unknown_partials(ledger, store):
             _charge(ledger, store, content)
@@ -32,8 +36,8 @@ def audit(ledger: Ledger, store: Store, *, repair: bool) -> list[str]:
     ]
     found += ledger.miscounted(repair=repair)
     suspects = _suspects(ledger, store)
-    found += [_describe(row, store) for row in suspects]
-    told = {row.content for row in suspects}
+    found += [why for _, why in suspects]
+    told = {row.content for row, _ in suspects}
     found += [
         f"{content.clone}: {size_bytes} bytes of {content.key}, unfinished, spoilt or prepared, "
         f"are not charged"
@@ -43,18 +47,19 @@ def audit(ledger: Ledger, store: Store, *, repair: bool) -> list[str]:
     return found + [f"{name} is the lock of no owner" for name in ledger.stray_locks(remove=False)]
 
 
-def _suspects(ledger: Ledger, store: Store) -> list[ContentRow]:
-    """Return the rows that the disk contradicts, twice, without having changed between."""
-    rows = ledger.rows()
-    partials = _partials(store, {content.clone for content in rows})
-    suspects = [row for row in rows.values() if not _is_sound(row, store, partials)]
-    again = ledger.rows(row.content for row in suspects)
-    partials = _partials(store, {row.content.clone for row in suspects})
-    return [
-        row
-        for row in suspects
-        if again.get(row.content) == row and not _is_sound(row, store, partials)
-    ]
+def _suspects(ledger: Ledger, store: Store) -> list[tuple[ContentRow, str]]:
+    """Return the rows that the disk contradicts and why, twice, with the ledger as it was before.
+
+    Others act between any two looks: a row that is the same before and after one was so meanwhile.
+    """
+    rows, why = ledger.rows(), {}
+    for _ in range(_LOOKS):
+        partials = _partials(store, {content.clone for content in rows})
+        told = {content: _complaint(row, store, partials) for content, row in rows.items()}
+        why = {content: said for content, said in told.items() if said}
+        again = ledger.rows(why)
+        rows = {content: rows[content] for content in why if again.get(content) == rows[content]}
+    return [(row, why[content]) for content, row in rows.items()]
 
 
 def _partials(store: Store, clones: set[str]) -> dict[ContentId, int]:
@@ -69,31 +74,28 @@ def _partials(store: Store, clones: set[str]) -> dict[ContentId, int]:
     return found
 
 
-def _is_sound(row: ContentRow, store: Store, partials: dict[ContentId, int]) -> bool:
-    """Return whether the disk has what the row says."""
-    repo = store.repo_of(row.content.clone)
-    if repo is None:
-        return False
-    path = repo.locate(key_of(row.content))
-    if row.state is ContentState.PRESENT:
-        ours = path is not None and store.is_ours(row, path)
-        return ours and path is not None and path.stat().st_size == row.size_bytes
-    if row.owner_id:
-        return True
-    # Nobody works on it: a download kept for later is sound, as long as it is charged whole.
-    held_bytes = partials.get(row.content, 0)
-    return row.state is ContentState.RESERVED and path is None and held_bytes <= row.size_bytes
-
-
-def _describe(row: ContentRow, store: Store) -> str:
-    repo = store.repo_of(row.content.clone)
+def _complaint(row: ContentRow, store: Store, partials: dict[ContentId, int]) -> str:
+    """Return how the disk contradicts a row; empty where it has what the row says."""
     where = f"{row.content.clone}: {row.content.key} ({row.size_bytes} bytes charged)"
+    repo = store.repo_of(row.content.clone)
     if repo is None:
         return f"{where}: {UNSEEN.format(row.content.clone)}"
     path = repo.locate(key_of(row.content))
-    if path is not None and not store.is_ours(row, path):
+    size_bytes, ours = None, True
+    with suppress(FileNotFoundError):  # Dropped in between: absent.
+        if path is not None:
+            ours, size_bytes = store.is_ours(row, path), path.stat().st_size
+    if row.state is ContentState.PRESENT:
+        sound = ours and size_bytes == row.size_bytes
+    else:
+        # What nobody works on, a download kept for later, is sound while it is charged whole.
+        kept = row.state is ContentState.RESERVED and size_bytes is None
+        sound = bool(row.owner_id) or (kept and partials.get(row.content, 0) <= row.size_bytes)
+    if sound:
+        return ""
+    if not ours:
         return f"{where} was replaced by a file that is not this library's"
-    there = "absent" if path is None else f"whole, {path.stat().st_size} bytes"
+    there = "absent" if size_bytes is None else f"whole, {size_bytes} bytes"
     return f"{where} is recorded as {row.state} and is {there}"
 
 
@@ -123,22 +125,22 @@ def _mend(ledger: Ledger, store: Store, row: ContentRow) -> None:
 def _unknown_partials(ledger: Ledger, store: Store) -> list[tuple[ContentId, int]]:
     """Return downloads in our own clones, and prepared volumes, that the ledger does not charge."""
     ours = {clone for clone in ledger.clones() if store.is_own(clone)}
-    found = _partials(store, ours)
-    for clone in ours:
-        repo = store.repo_of(clone)
+    found: dict[ContentId, tuple[int, ContentRow | None]] = {}
+    for look in range(_LOOKS):
+        sizes = _partials(store, ours)
+        repo = store.repo_of(FOLDER) if FOLDER in ours else None
         if isinstance(repo, PreparedRepo):
-            found |= {ContentId(clone, each.key_name): each.size_bytes for each in repo.stored()}
-    known = ledger.rows(found)
-    suspects = {
-        content: size_bytes
-        for content, size_bytes in found.items()
-        # What lies beside whole content is not charged either.
-        if content not in known
-        or (known[content].state is ContentState.PRESENT and content.clone != FOLDER)
-    }
-    again = _partials(store, {content.clone for content in suspects})
-    whole = [each for each in suspects if each.clone == FOLDER]
-    return [(c, size) for c, size in suspects.items() if c in whole or again.get(c) == size]
+            sizes |= {ContentId(FOLDER, each.key_name): each.size_bytes for each in repo.stored()}
+        known = ledger.rows(sizes)
+        now = {content: (size_bytes, known.get(content)) for content, size_bytes in sizes.items()}
+        found = {
+            content: (size_bytes, row)
+            for content, (size_bytes, row) in now.items()
+            # What lies beside whole content is not charged either.
+            if (row is None or (row.state is ContentState.PRESENT and content.clone != FOLDER))
+            and (not look or found.get(content) == (size_bytes, row))
+        }
+    return [(content, size_bytes) for content, (size_bytes, _) in found.items()]
 
 
 def _charge(ledger: Ledger, store: Store, content: ContentId) -> None:

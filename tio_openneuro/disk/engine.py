@@ -95,6 +95,7 @@ class Engine:
         self._opening = threading.Lock()
         self._leases: Leases | None = None
         self._closed = False
+        self._last: DiskStatistics | None = None
         at_fork("engine", self, in_child=Engine._after_fork)
 
     def _after_fork(self) -> None:
@@ -319,8 +320,13 @@ class Engine:
         return many_units.adopt(self._here(), units)
 
     def statistics(self) -> DiskStatistics:
-        """Return what this process did, and what the root holds."""
-        leases = self._here()
+        """Return what this process did, and what the root holds, or held when this was closed."""
+        if self._closed and self._last is not None:
+            return self._last
+        return self._statistics(self._here())
+
+    @staticmethod
+    def _statistics(leases: Leases) -> DiskStatistics:
         now, counts = leases.ledger.holdings(), leases.store.counts()
         return leases.counters.statistics(
             now.budget_bytes, now.used_bytes, now.peak_bytes, of_clones=counts
@@ -362,6 +368,8 @@ class Engine:
             self._closed = True
             leases, self._leases = self._leases, None
         if leases is not None:
+            with suppress(LedgerError):
+                self._last = self._statistics(leases)
             leases.close()
 
     def __enter__(self) -> Self:

@@ -411,20 +411,25 @@ class Ledger:
         return dead
 
     def dead(self) -> list[OwnerRecord]:
-        """Return the owners that ended without leaving."""
-        return [owner for owner in self.other_owners() if not runs(owner)]
+        """Return the owners that ended without leaving: who leaves does so before it ends."""
+        ended = [owner for owner in self.other_owners() if not runs(owner)]
+        return [owner for owner in self.other_owners() if owner in ended] if ended else []
 
     def stray_locks(self, *, remove: bool) -> list[str]:
-        """Return the files of owners that the ledger does not know; remove them if asked."""
+        """Return files of owners that nobody holds and the ledger does not know; or remove them.
+
+        Who leaves, or forgets a dead one, holds the file until it is removed.
+        """
+        stray = []
         with self._db.writing() as db:
             known = {row[0] for row in db.execute("SELECT name FROM owner")}
-            files = (self.folder / "owners").glob("*.lock")
-            stray = [path for path in files if path.stem not in known]
-            for path in stray if remove else ():
-                lock = OwnerLock.try_take(path)
-                if lock is not None:
-                    lock.remove()
-            return [path.name for path in stray]
+            for path in (self.folder / "owners").glob("*.lock"):
+                with suppress(FileNotFoundError):
+                    lock = None if path.stem in known else OwnerLock.try_take(path)
+                    if lock is not None:
+                        stray += [path.name] * path.exists()
+                        (lock.remove if remove else lock.let_go)()
+        return stray
 
     def close(self) -> None:
         """End this owner and its leases; what it reserved stays counted, to be resumed."""

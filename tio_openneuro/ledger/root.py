@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
-
 from tio_openneuro.errors import DiskBudgetError, LedgerError
 from tio_openneuro.forks import close_apart, open_apart
 from tio_openneuro.ledger.owners import (
@@ -20,6 +18,7 @@ from tio_openneuro.ledger.owners import (
     locked_owners,
     unlock,
 )
+from tio_openneuro.roots import refuse_root
 from tio_openneuro.sizes import ask_unit, format_size
 
 FLOOR_BYTES = 5_000_000_000
@@ -27,46 +26,15 @@ FLOOR_BYTES = 5_000_000_000
 
 _ALONE_TIMEOUT_S = 3.0
 _ALONE_PAUSE_S = 0.02
-_NETWORK_TYPES = {
-    "afs", "beegfs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.rclone",
-    "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "pvfs2",
-    "smb", "smb2", "smb3", "smbfs",
-}  # fmt: skip
-
-
-def network_type(path: Path, mounts: list[tuple[str, str]] | None = None) -> tuple[str, str] | None:
-    """Return mount point and type of the network file system that holds the path, if one does.
-
-    Args:
-        path: Absolute; need not exist.
-        mounts: Mount points with their types; default: this machine's.
-    """
-    if mounts is None:
-        mounts = [(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)]
-    real = Path(os.path.realpath(path))
-    holding = [(point, kind) for point, kind in mounts if real.is_relative_to(point)]
-    if not holding:
-        return None
-    # Of several mounts on one point the last is the one that is seen.
-    longest = max(len(point) for point, _ in holding)
-    point, kind = [mount for mount in holding if len(mount[0]) == longest][-1]
-    return (point, kind) if kind.lower() in _NETWORK_TYPES else None
 
 
 def prepare_ledger_folder(root: Path) -> Path:
     """Make ``root/ledger`` for this user alone, and return it.
 
     Raises:
-        LedgerError: The root lies on a network file system, or cannot be written.
+        LedgerError: The root cannot hold a ledger, for one reason or another.
     """
-    network = network_type(root.absolute())
-    if network is not None:
-        message = (
-            f"Cannot keep a ledger in {root}: {network[0]} is a network file system "
-            f"({network[1]}), on which processes of several machines cannot share one. "
-            f"Give a root on a local disk, or set TIO_OPENNEURO_ROOT."
-        )
-        raise LedgerError(message)
+    refuse_root(root.absolute())
     folder = root / "ledger"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from tio_openneuro.annex import (
     run,
 )
 from tio_openneuro.errors import NotAnAnnexError, TioOpenNeuroError
+from tio_openneuro.roots import refuse_root
 from tio_openneuro.sources.clones import clone_into, fetch, hide_password, remove
 from tio_openneuro.sources.remotes import enable, usable
 
@@ -368,6 +369,7 @@ def _locked(path: Path, clone: Path, title: str) -> Iterator[None]:
 
     Nor does a folder that was not there before; one that was there is the user's.
     """
+    refuse_root(path.parent.parent)
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = filelock.FileLock(path, timeout=_LOCK_TIMEOUT_S)

@@ -1,0 +1,95 @@
+"""What the options of the command line mean, checked before a command begins.
+
+Owns no state. Knows the parameters of Python that messages name, as the options they are here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import platformdirs
+import typer
+
+from tio_openneuro.errors import SelectionError
+from tio_openneuro.select import Label, Scalar, check_images
+from tio_openneuro.sizes import parse_size
+
+# Typer may carry click within itself.
+UsageError: Any = typer.BadParameter.__base__
+# What messages call by the names of Python's parameters; what cannot be typed is left out of a list
+# of ways.
+_OPTION_OF = {
+    r"[;,] or (?:pass|give) (?:on_multiple|required)=[^.]*": "",
+    r" = (?:Scalar|Label)\((.*?)\)(?= among|, where)": r" = \1",
+    r"(?:pass )?\b(version|unit)='([^']*)'": r"--\1 \2",
+    r"\b(\w+=)'([^']*)'": r"\1\2",
+    r"\bwith remotes=": "in Python with remotes=",
+    r"\bdisk_budget\b=?": "--disk-budget",
+    r"\b(version|unit)=": r"--\1 ",
+    ", root=": "",
+}
+
+Source = Annotated[str, typer.Argument(help="Accession (ds004199), git URL, or path of a clone.")]
+Root = Annotated[
+    Path,
+    typer.Option(
+        envvar="TIO_OPENNEURO_ROOT",
+        help="Folder of clones and ledger.",
+        default_factory=lambda: Path(platformdirs.user_cache_dir("tio_openneuro")),
+    ),
+]
+_GLOB = "NAME=GLOB, or NAME:ENTITY=VALUE,…"
+Images = Annotated[list[str], typer.Option("--image", metavar=_GLOB, help="Repeatable.")]
+Labels = Annotated[list[str], typer.Option("--label", metavar=_GLOB, help="A label map.")]
+Version = Annotated[str | None, typer.Option(help="Tag or commit; default: the newest snapshot.")]
+
+
+def checked_size(text: str) -> str:
+    """Return the text of a size, or refuse what is none."""
+    try:
+        parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return text
+
+
+Rate = Annotated[str, typer.Option(help="What the link gives in a second.", callback=checked_size)]
+_budget = typer.Option(
+    help="Bytes, '10 GB', or 'auto'.", callback=lambda t: t if t == "auto" else checked_size(t)
+)
+DiskBudget = Annotated[str, _budget]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+def read_patterns(image: list[str], label: list[str]) -> dict[str, Scalar | Label]:
+    """Return the patterns that ``--image`` and ``--label`` state, by their names."""
+    patterns: dict[str, Scalar | Label] = {}
+    for kind, texts in ((Scalar, image), (Label, label)):
+        for text in texts:
+            match = re.fullmatch(r"([^=:]+)([=:])(.+)", text)
+            name, sign, wanted = match.groups() if match else ("", "", "")
+            if name in patterns:
+                raise typer.BadParameter(f"{name!r} is given twice: each image has a name.")
+            pairs = [pair.partition("=") for pair in wanted.split(",")]
+            entities: dict[str, Any] = {entity: value for entity, _, value in pairs if value}
+            if not match or (sign == ":" and len(entities.keys() - {"required"}) < len(pairs)):
+                raise typer.BadParameter(
+                    f"{text!r} is neither NAME=GLOB, as in t1='sub-*/anat/*_T1w*', nor "
+                    f"NAME:ENTITY=VALUE,…, as in t1:suffix=T1w,acq=mprage"
+                )
+            try:
+                patterns[name] = kind(wanted) if sign == "=" else kind(**entities)
+                check_images({name: patterns[name]})
+            except SelectionError as error:
+                raise typer.BadParameter(f"{text!r}: {error}") from error
+    return patterns
+
+
+def in_one_line(error: Exception) -> str:
+    """Return an error's message in one line, with the options of the command line."""
+    said = error.format_message() if isinstance(error, UsageError) else str(error)
+    for parameter, option in _OPTION_OF.items():
+        said = re.sub(parameter, option, said)
+    return " ".join(said.split())
