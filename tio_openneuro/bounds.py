@@ -24,7 +24,7 @@ LINK_BYTES = 4096
 # Bytes of a log of the git-annex branch: 48,594. Of all that are read at once: 2 MB.
 LOG_BYTES = 1 << 20
 LOGS_BYTES = 128 << 20
-# Bytes of a sidecar or a split: 334,530. Of all sidecars, equal ones counted once: 137 MB.
+# Bytes of a sidecar: 334,530. Of all that are read at once, equal ones counted once.
 TEXT_BYTES = 4 << 20
 TEXTS_BYTES = 200 << 20
 # Bytes of any other text that git holds: 3,121,901. Of an image that it holds: none.

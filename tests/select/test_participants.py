@@ -154,7 +154,7 @@ def tables(**files: bytes) -> Participants:
     """Return what the tables of a dataset say, by their paths with a space for each slash."""
     named = {path.replace(" ", "/") + ".tsv": content for path, content in files.items()}
 
-    def read(paths: Sequence[str]) -> Mapping[str, bytes]:
+    def read(paths: Sequence[str], *_: int) -> Mapping[str, bytes]:
         return {path: named[path] for path in paths if path in named}
 
     return Participants.read(read, [*named, "sub-01/anat/sub-01_T1w.nii.gz"])
@@ -305,7 +305,7 @@ def test_no_value_of_a_table_is_lost_or_moved(
         path = f"{folder}/{folder}_sessions.tsv"
         files[path] = write([own, *visits[folder].values()])
     table = Participants.read(
-        lambda paths: {path: files[path] for path in paths if path in files},
+        lambda paths, *_: {path: files[path] for path in paths if path in files},
         [*files, *(f"{folder}/anat/{folder}_T1w.nii" for folder in FOLDERS)],
     )
     for folder in FOLDERS:

@@ -238,7 +238,10 @@ def _combination_names(unit: str, combinations: Sequence[Combination]) -> list[s
     """
     if len(combinations) == 1:
         return [unit]
-    files = [[hit.parsed for hit in hits_of([each])] for each in combinations]
+    files = [
+        sorted((hit.parsed for hit in hits_of([each])), key=lambda file: natural_key(file.path))
+        for each in combinations
+    ]
     for part, sign, mark in (("stem", "_", "-"), ("stem", "_", ""), ("path", "/", "")):
         words = [[w for f in fs for w in getattr(f, part).split(sign) if mark in w] for fs in files]
         common = set(words[0]).intersection(*words[1:])
