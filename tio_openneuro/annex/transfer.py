@@ -247,7 +247,11 @@ class Transfer(Coprocess):
             if "success" in answer:
                 return self._finished(answer, request.key.text)
             begun = begun or "byte-progress" in answer
-            failed = watch.complaint(answer.get("byte-progress"))
+            failed = watch.complaint(come_bytes := answer.get("byte-progress"))
+            if come_bytes and request.key.size_bytes and come_bytes > request.key.size_bytes:
+                # git-annex would go on to the end, and compare then.
+                said = f"incorrect size: more than {request.key.size_bytes} bytes"
+                failed = TransferError(Failure.CORRUPT, said)
             if failed is not None:
                 return self._ended_by(failed, begun=begun)
 
@@ -303,11 +307,6 @@ class Watch:
             return TransferError(Failure.STALLED)
         if isinstance(progress, int):
             self._bytes = max(self._bytes, progress)
-        stated_bytes = self._request.key.size_bytes
-        if stated_bytes is not None and self._bytes > stated_bytes:
-            # git-annex would go on to the end, and compare then.
-            said = f"incorrect size: more than {stated_bytes} bytes"
-            return TransferError(Failure.CORRUPT, said)
         now_s = time.monotonic()
         # A crawl is as good as a stall: each window must bring a little.
         if self._bytes - self._window_bytes >= _CRAWL_BYTES_PER_S * self._stall_s:
