@@ -139,7 +139,7 @@ UNIT_KEYS = {"subject": ["sub"], "session": ["sub", "ses"], "run": ["sub", "ses"
 
 def named(text: str) -> dict[str, str]:
     """Return the subject, session and run that a name speaks of."""
-    return dict(re.findall(r"(?<![a-z])(sub|ses|run)-([a-z0-9]+)", text))
+    return dict(re.findall(r"(?<![a-z])(sub|ses|run)-([^/_. ]+)", text))
 
 
 def owns(unit: dict[str, str], path: str, keys: list[str]) -> bool:
@@ -340,9 +340,9 @@ def test_every_image_of_a_real_repository_is_accounted_for(accession: str, tmp_p
         selection = select(files, None, unit=unit, on_multiple=how, on_incomplete="allow")
         used = {f.path for row in selection.rows for s in row.images.values() for f in s}
         out = skipped(selection)
-        whole = [name for name in out if name not in niftis]
+        whole = [named(name) for name in out if name not in niftis]
         left = {p for p in niftis - used - out.keys()
-                if not any(p.split("/")[0] in name or name in p for name in whole)}  # fmt: skip
+                if not any(owns(each, p, UNIT_KEYS[unit]) for each in whole)}  # fmt: skip
         assert used <= niftis
         assert not left
         assert how != "all" or len(used) + len(out) >= len(niftis)
