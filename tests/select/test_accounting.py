@@ -134,6 +134,23 @@ def largest_sets(files: dict[str, list[str]]) -> set[frozenset[str]]:
     return {each for each in good if not any(each < other for other in good)}
 
 
+UNIT_KEYS = {"subject": ["sub"], "session": ["sub", "ses"], "run": ["sub", "ses", "run"]}
+
+
+def named(text: str) -> dict[str, str]:
+    """Return the subject, session and run that a name speaks of."""
+    return dict(re.findall(r"(?<![a-z])(sub|ses|run)-([^/_. ]+)", text))
+
+
+def owns(unit: dict[str, str], path: str, keys: list[str]) -> bool:
+    """Tell whether a file is one of a unit's: of its subject, and of no other of these keys."""
+    folder, _, name = path.rpartition("/")
+    subjects, file = {named(part).get("sub") for part in (folder, name)}, named(path)
+    return unit["sub"] in subjects and all(
+        unit.get(key, "").lstrip("0") == file[key].lstrip("0") for key in keys[1:] if key in file
+    )
+
+
 def random_tree(draw: random.Random) -> list[TreeFile]:
     """Return a tree of a few subjects, with what goes wrong in real ones."""
     paths = set()
@@ -184,7 +201,16 @@ def test_every_hit_of_random_trees_is_in_a_unit_or_in_skipped(part: int) -> None
         for file in files:
             parsed = parse_path(file.path)
             if parsed.suffix in SUFFIXES and is_volume(file.path) and file.path not in used:
-                assert file.path in out or any(name.startswith(parsed.subject) for name in out)
+                kept = [
+                    {"sub": row.subject_id, "ses": row.session_id, "run": row.run_id}
+                    for row in selection.rows
+                ]
+                kept = [{k: row[k][4:] for k in UNIT_KEYS[unit] if row[k]} for row in kept]
+                left = [named(name) for name in out if "/" not in name]
+                assert file.path in out or (
+                    any(owns(each, file.path, UNIT_KEYS[unit]) for each in left)
+                    and not any(owns(each, file.path, UNIT_KEYS[unit]) for each in kept)
+                ), (seed, file.path)
                 if "/._" in file.path or file.size_bytes in {9, None}:
                     reason = out.get(file.path, "no file for")
                     assert re.search(
@@ -314,9 +340,9 @@ def test_every_image_of_a_real_repository_is_accounted_for(accession: str, tmp_p
         selection = select(files, None, unit=unit, on_multiple=how, on_incomplete="allow")
         used = {f.path for row in selection.rows for s in row.images.values() for f in s}
         out = skipped(selection)
-        whole = [name for name in out if name not in niftis]
+        whole = [named(name) for name in out if name not in niftis]
         left = {p for p in niftis - used - out.keys()
-                if not any(p.split("/")[0] in name or name in p for name in whole)}  # fmt: skip
+                if not any(owns(each, p, UNIT_KEYS[unit]) for each in whole)}  # fmt: skip
         assert used <= niftis
         assert not left
         assert how != "all" or len(used) + len(out) >= len(niftis)

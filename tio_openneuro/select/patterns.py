@@ -391,7 +391,7 @@ def listed(counts: Counter[str]) -> str:
     return first_few([f"{text} ({count})" for text, count in counts.most_common()])
 
 
-def first_few(texts: Sequence[str], separator: str = ", ") -> str:
+def first_few(texts: Sequence[str], separator: str = ", ", shown: int = _SHOWN) -> str:
     """Return the first of the texts, and how many more there are."""
-    more = [f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
-    return separator.join([*texts[:_SHOWN], *more])
+    more = [f"and {len(texts) - shown} more"] if len(texts) > shown else []
+    return separator.join([*texts[:shown], *more])

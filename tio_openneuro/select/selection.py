@@ -33,6 +33,8 @@ OnMissing = Literal["skip", "raise"]
 OnMultiple = Literal["raise", "first", "all", "stack"]
 OnIncomplete = Literal["raise", "allow"]
 
+# Of the paths that a message shows.
+_SHOWN_LENGTH = 200
 _TAKEN = frozenset({"subject_id", "session_id", "dataset_id"})
 
 
@@ -290,7 +292,9 @@ def _ambiguous_message(
     hits = {image: {hit.file.path: hit for c in found for hit in c[image]} for image in images}
     image = max(hits, key=lambda candidate: len(hits[candidate]))
     several = list(hits[image].values())
-    shown = first_few(list(hits[image]))
+    # A message is read in a terminal, however long the paths are.
+    longest = max(map(len, hits[image]))
+    shown = first_few(list(hits[image]), shown=min(5, max(1, _SHOWN_LENGTH // longest)))
     ways = ["narrow the pattern"]
     for finer, level in (("session", 2), ("run", 3)):
         values = {hit.parsed.get(finer) for hit in several}
