@@ -400,3 +400,14 @@ def test_tables_of_a_repository_keep_every_value(tmp_path: Path) -> None:
     everything(index_tree(tmp_path / "repo", "main"))
     with pytest.warns(UserWarning, match=r"participants\.tsv"):
         tno.DataladSubjectsDataset(tmp_path / "repo", unit="session").close()
+
+
+def test_guessed_image_without_a_subject_is_nobodys() -> None:
+    """One subject's label does not become everybody's for want of a name."""
+    paths = [*each("sub-{n}/anat/sub-{n}_T1w.nii.gz", n="C1 C2")]
+    labels = [*each("derivatives/lesions/subject_{n}/lesion.nii.gz", n="C1 C2")]
+    files = [TreeFile(path, "", None, 10**6) for path in (*paths, *labels)]
+    selection = select(files, None)
+    used = [file.path for row in selection.rows for found in row.images.values() for file in found]
+    assert used == paths
+    assert sorted(entry.unit for entry in selection.skipped) == labels

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-import logging
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,8 +21,6 @@ from tio_openneuro.annex.processes import reading
 from tio_openneuro.bounds import LOG_BYTES, LOGS_BYTES, refuse_above
 from tio_openneuro.content import AnnexKey, TreeFile
 from tio_openneuro.errors import UnsafeDatasetError
-
-_LOG = logging.getLogger(__name__)
 
 _INDEX_TIMEOUT_S = 600.0
 # Mode, type and id of an entry, with an id of SHA-256.
@@ -248,10 +245,9 @@ def _find_keys(
 
 
 def _resolve_links(files: list[TreeFile], targets: dict[int, str]) -> list[TreeFile]:
-    """Replace links inside the dataset by what they name, and leave out the others."""
+    """Replace links inside the dataset by what they name; the others have no content."""
     by_path = {file.path: number for number, file in enumerate(files)}
     result = []
-    left_out: list[int] = []
     for number, file in enumerate(files):
         end: int | None = number
         for _ in range(_LONGEST_LINK_CHAIN):
@@ -260,15 +256,7 @@ def _resolve_links(files: list[TreeFile], targets: dict[int, str]) -> list[TreeF
             folder = posixpath.dirname(files[end].path)
             end = by_path.get(posixpath.normpath(posixpath.join(folder, targets[end])))
         if end is None or end in targets:
-            left_out.append(number)
+            result.append(TreeFile(file.path, "", None, None))
         else:
             result.append(file if end == number else replace(files[end], path=file.path))
-    if left_out:
-        first = left_out[0]
-        _LOG.info(
-            "Left out %d links that lead to no file of the dataset, %r to %r the first.",
-            len(left_out),
-            files[first].path,
-            targets[first],
-        )
     return result

@@ -72,7 +72,7 @@ def summarise(catalog: Catalog) -> Summary:
     images = [
         (file, path)
         for file, path in zip(catalog.files, parsed, strict=True)
-        if path.extension in IMAGE_EXTENSIONS
+        if path.extension in IMAGE_EXTENSIONS and (file.key or file.size_bytes is not None)
     ]
     keys = {file.key for file in catalog.files if file.key is not None}
     present = [k for k in keys if catalog.repo is not None and catalog.repo.locate(k) is not None]

@@ -110,7 +110,8 @@ def select(
     else:
         hits = {name: find_hits(name, pattern, files) for name, pattern in images.items()}
     apart = never_together(hits)
-    units, skipped = find_units(hits, files, unit)
+    # What is for all is named; a guess would give one subject's label to the others.
+    units, skipped = find_units(hits, files, unit, share=not guessed)
     rows: list[SelectedUnit] = []
     lacking: list[Skipped] = []
     ambiguous: list[tuple[str, list[Combination]]] = []

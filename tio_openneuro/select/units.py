@@ -95,9 +95,16 @@ def _tells_label(token: str) -> bool:
 
 
 def find_units(
-    hits: Hits, files: Iterable[TreeFile], unit: Unit
+    hits: Hits, files: Iterable[TreeFile], unit: Unit, *, share: bool = True
 ) -> tuple[dict[str, Candidate], list[Skipped]]:
-    """Gather the hits of each unit; files without a unit come back as skipped."""
+    """Gather the hits of each unit; files without a unit come back as skipped.
+
+    Args:
+        hits: By the images' names.
+        files: The dataset's.
+        unit: What one is.
+        share: Whether an image's only hit, which names no subject, is every unit's: a template.
+    """
     if not any(hit.parsed.subject for several in hits.values() for hit in several):
         return _units_by_captures(hits)
     loose: list[Skipped] = []
@@ -109,7 +116,7 @@ def find_units(
                 by_subject.setdefault(subject, []).append((name, hit))
             if hit.parsed.subject:
                 continue
-            if len(several) == 1:
+            if share and len(several) == 1:
                 shared.append((name, hit))
             else:
                 folder = hit.file.path.rpartition("/")[0].rpartition("/")[2] or "the dataset's own"
