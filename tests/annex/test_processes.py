@@ -235,12 +235,13 @@ def note(folder: Path, name: str, *pids: int) -> None:
 
 
 def noted(folder: Path, name: str) -> list[psutil.Process]:
-    """Wait for the file, and return the processes."""
+    """Wait for the file, and return the processes that are there still."""
     deadline_s = time.monotonic() + 30
     while not (folder / name).exists():
         assert time.monotonic() < deadline_s, f"there is no {name}"
         threading.Event().wait(0.01)
-    return [psutil.Process(int(word)) for word in (folder / name).read_text().split()]
+    pids = map(int, (folder / name).read_text().split())
+    return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
 
 
 def start_both(folder: Path, name: str) -> None:

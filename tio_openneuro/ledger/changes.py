@@ -10,6 +10,7 @@ import random
 import threading
 import time
 
+from tio_openneuro.closing import wait_in_steps
 from tio_openneuro.ledger.ledger import Ledger
 
 Moment = tuple[int, int]
@@ -56,7 +57,11 @@ class Changes:
     def wait_here(self, seen: int, timeout_s: float) -> bool:
         """Return whether the number differs from the one seen, waiting for it at most so long."""
         with self._condition:
-            return self._condition.wait_for(lambda: self.value != seen, timeout_s)
+
+            def differs(timeout_s: float) -> bool:
+                return self._condition.wait_for(lambda: self.value != seen, timeout_s)
+
+            return wait_in_steps(differs, timeout_s)
 
     def moment(self) -> Moment:
         """Return what changes whenever anything does, here or in another process."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 import torchio as tio
 
+from tio_openneuro.closing import wait_in_steps
 from tio_openneuro.queue.draw import EpochPlan, Pass, Turn
 from tio_openneuro.queue.schedule import Buffer, Schedule
 from tio_openneuro.queue.source import Production, RamBounds, SubjectSource, forget_locals
@@ -161,7 +162,7 @@ class Filler:
         begun = time.monotonic()
         with self._changed:
             while not self._is_made(turn):
-                if not self._changed.wait(_DIAGNOSIS_S):
+                if not wait_in_steps(self._changed.wait, _DIAGNOSIS_S):
                     self._log_wait(turn, time.monotonic() - begun)
 
     def _log_wait(self, turn: Turn, waited_s: float) -> None:
