@@ -41,7 +41,7 @@ try:
         if sys.argv[3:] == ["load"]:
             dataset[0]
         elif sys.argv[3:]:
-            dict(dataset.dry_iter()[0]["t1"]["sidecar"])
+            dict(dataset.dry_iter()[0]["t1"]["metadata"])
 except tno.TioOpenNeuroError as error:
     said = f"{type(error).__name__}: {error}"
 used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
