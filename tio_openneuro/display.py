@@ -12,15 +12,9 @@ from typing import Any
 import rich
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as LeftColumn
+from rich.progress import TransferSpeedColumn as RateColumn
 
 Advance = Callable[[str], None]
 
@@ -44,11 +38,15 @@ def live(
     if console.is_jupyter:
         with _in_notebook(render, transient=transient):
             yield
-    else:
-        with Live(
-            get_renderable=render, console=console, refresh_per_second=_PER_S, transient=transient
-        ):
+    elif console.is_terminal:
+        how: Any = {"refresh_per_second": _PER_S, "transient": transient}
+        with Live(get_renderable=render, console=console, **how):
             yield
+    else:
+        try:
+            yield
+        finally:
+            console.print(render())
 
 
 @contextmanager
@@ -56,7 +54,8 @@ def _in_notebook(render: Callable[[], RenderableType], *, transient: bool) -> It
     """Change one output in place; rich alone would need ipywidgets for that."""
     from IPython.display import display
 
-    handle: Any = display(_for_notebook(render()), raw=True, display_id=True)
+    shown: Any = display
+    handle: Any = shown(_for_notebook(render()), raw=True, display_id=True)
     ended = threading.Event()
 
     def refresh() -> None:
@@ -75,10 +74,8 @@ def _in_notebook(render: Callable[[], RenderableType], *, transient: bool) -> It
 
 def _for_notebook(shown: RenderableType) -> dict[str, str]:
     """Return the same as HTML and as text."""
-    console = Console(
-        file=io.StringIO(), record=True, width=_NOTEBOOK_COLUMNS, force_jupyter=False,
-        force_terminal=True, color_system="truecolor", legacy_windows=False,
-    )  # fmt: skip
+    how: Any = {"force_jupyter": False, "color_system": "truecolor"}
+    console = Console(file=io.StringIO(), record=True, width=_NOTEBOOK_COLUMNS, **how)
     console.print(shown)
     html = console.export_html(inline_styles=True, code_format=_HTML, clear=False)
     return {"text/html": html, "text/plain": console.export_text()}
@@ -117,10 +114,8 @@ def transferring(title: str) -> Iterator[Callable[[int, int], None]]:
     Yields:
         A function to call with the bytes done, and those of all.
     """
-    progress = Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=16), DownloadColumn(),
-        TransferSpeedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
+    columns = (BarColumn(bar_width=16), DownloadColumn(), RateColumn(), LeftColumn())
+    progress = Progress(TextColumn("{task.description}"), *columns)
     task = progress.add_task(title, total=None)
     row = progress.tasks[0]
     with live(progress.get_renderable):

@@ -161,8 +161,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         )
         self.dataset_id = catalog.dataset_id
         self.version = catalog.commit
-        # None where there are several, each with files of its own.
-        self._folder: Path | None = catalog.folder
+        # As many as were concatenated, each with small files of its own.
+        self.parts = [replace(catalog, files=())]
         self.preprocess = preprocess
         try:
             self._rows, self.skipped = build_rows(
@@ -349,13 +349,13 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             SelectionError: There is no such file at this version, or it is annexed; or this is a
                 :func:`concat` of several datasets.
         """
-        if self._folder is None:
+        if len(self.parts) > 1:
             raise SelectionError(
                 f"Cannot read {path!r} of {self.dataset_id}: these are several datasets, and each "
                 f"has files of its own. Call read() of the one that you mean, as it was given to "
                 f"tno.concat."
             )
-        return read_file(self._folder, self.version, path)
+        return read_file(self.parts[0].folder, self.version, path)
 
     # -- content -----------------------------------------------------------------------------
 

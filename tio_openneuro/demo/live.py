@@ -1,4 +1,4 @@
-"""Show the demo on a console: live on a terminal, plain lines elsewhere, a table at the end.
+"""Show the demo on a console: live on a terminal, and a table at the end.
 
 Owns the look of the demo's text. Computes nothing; the numbers come with the events.
 """
@@ -9,21 +9,17 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from tio_openneuro.demo.records import DemoEvent, DemoResult, Stage
+from tio_openneuro.display import live
 from tio_openneuro.sizes import format_size
+from tio_openneuro.watch import board, gauge_bar
 
 Run: TypeAlias = Callable[[Callable[[DemoEvent], None]], DemoResult]
-
-_BAR_WIDTH = 32
-_REFRESH_PER_S = 8
-_FULL = 0.995
 
 
 def render(run: Run, console: Console) -> DemoResult:
@@ -31,44 +27,24 @@ def render(run: Run, console: Console) -> DemoResult:
 
     Args:
         run: Takes the callback for events, ``functools.partial(run_demo, folder)`` for example.
-        console: Where to; live where it is a terminal, else one line for each event of weight.
+        console: Where to; live where it is a terminal, else once at the end.
 
     Returns:
         What ``run`` returned.
     """
-    if console.is_terminal:
-        board = _Board()
-        with Live(board, console=console, refresh_per_second=_REFRESH_PER_S):
-            result = run(board.take)
-    else:
-        result = _run_plain(run, console)
+    shown = _Board()
+    with live(lambda: shown, console=console):
+        result = run(shown.take)
     console.print(_summary(result))
     return result
 
 
-def _run_plain(run: Run, console: Console) -> DemoResult:
-    """Print each stage once, and each scored epoch."""
-    said: set[Stage] = set()
-
-    def say(event: DemoEvent) -> None:
-        scored = event.stage is Stage.SCORED
-        if scored or event.stage not in said:
-            line = _scored_line(event) if scored else event.stage.value
-            console.print(f"{event.elapsed_s:5.0f} s  {line}", highlight=False, soft_wrap=True)
-        said.add(event.stage)
-
-    return run(say)
-
-
-def _scored_line(event: DemoEvent) -> str:
-    if event.epoch == 0:
-        return f"untrained: held-out Dice {event.dice:.2f}"
-    return (
-        f"epoch {event.epoch}/{event.epochs}: loss {_number(event.loss)}, "
-        f"held-out Dice {event.dice:.2f}, disk held {format_size(event.held_bytes)} of "
-        f"{format_size(event.budget_bytes)}, fetched {format_size(event.fetched_bytes)}, "
-        f"waited {event.wait_s:.1f} s"
-    )
+def _told(event: DemoEvent) -> tuple[str, str, str]:
+    """Return what was held, fetched and waited for by then."""
+    if event.moment is None:
+        return "-", "-", "-"
+    disk, wait_s = event.moment.reading.disk, event.moment.reading.queue.wait_s
+    return format_size(disk.used_bytes), format_size(disk.fetched_bytes), f"{wait_s:.1f} s"
 
 
 class _Board:
@@ -102,9 +78,7 @@ class _Board:
                 str(event.epoch) if event.epoch else "untrained",
                 _number(event.loss),
                 f"{event.dice:.3f}",
-                format_size(event.held_bytes),
-                format_size(event.fetched_bytes),
-                f"{event.wait_s:.1f} s",
+                *_told(event),
             )
         return table
 
@@ -113,28 +87,12 @@ class _Board:
         if event.stage in (Stage.TRAINING, Stage.SCORED):
             doing = f"epoch {max(event.epoch, 1)} of {event.epochs}"
         self._spinner.update(text=Text(f" {doing}  ({event.elapsed_s:.0f} s)", style="bold"))
-        rows = Table.grid(padding=(0, 2))
-        rows.add_column(style="dim", min_width=14)
-        rows.add_column(width=_BAR_WIDTH)
-        rows.add_column()
+        parts: list[RenderableType] = [self._spinner]
         if event.steps:
-            rows.add_row("progress", _bar(event.step, event.steps), f"{event.step}/{event.steps}")
-        if self._scored:
-            share = event.held_bytes / event.budget_bytes
-            style = "red" if share > 1 else "green" if share <= _FULL else "yellow"
-            shown = f"{format_size(event.held_bytes)} of {format_size(event.budget_bytes)}"
-            rows.add_row("disk held", _bar(event.held_bytes, event.budget_bytes, style), shown)
-            shown = f"{format_size(event.link_bytes_per_s)}/s"
-            rows.add_row("link", shown, f"{format_size(event.fetched_bytes)} fetched")
-            rows.add_row("loss", _number(event.loss), f"held-out Dice {event.dice:.3f}")
-            rows.add_row("waited", f"{event.wait_s:.1f} s for patches")
-        return Group(self._spinner, rows)
-
-
-def _bar(done: float, total: float, style: str = "cyan") -> ProgressBar:
-    return ProgressBar(
-        total=total, completed=done, width=_BAR_WIDTH, complete_style=style, finished_style=style
-    )
+            parts.append(gauge_bar(event.step, event.steps))
+        if event.moment is not None:
+            parts.append(board(event.moment))
+        return Group(*parts)
 
 
 def _number(value: float | None) -> str:
@@ -146,7 +104,6 @@ def _summary(result: DemoResult) -> RenderableType:
     first, last = result.epochs[0], result.epochs[-1]
     fetched = result.fetched_bytes / result.budget_bytes
     share = result.dataset_bytes / result.budget_bytes
-    ram_peak, ram_budget = format_size(last.ram_peak_bytes), format_size(result.ram_budget_bytes)
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim")
     rows.add_column()
@@ -165,11 +122,7 @@ def _summary(result: DemoResult) -> RenderableType:
         f"{format_size(result.fetched_bytes)}, {fetched:.0f} times the budget; the dataset has "
         f"{format_size(result.dataset_bytes)}, {share:.0f} times the budget",
     )
-    rows.add_row("RAM", f"budget of the queue {ram_budget}, at most {ram_peak} charged to it")
-    rows.add_row(
-        "time",
-        f"{result.wall_s:.0f} s in all, {result.train_s:.0f} s of training, of which "
-        f"{last.wait_s:.1f} s waiting for patches",
-    )
+    rows.add_row("time", f"{result.wall_s:.0f} s in all, {result.train_s:.0f} s of training")
     rows.add_row("picture", str(result.report))
+    rows.add_row("the run", str(result.report.with_suffix(".html")))
     return Panel(rows, title="tio-openneuro demo", title_align="left", expand=False)

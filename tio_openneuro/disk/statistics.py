@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass, fields
+from typing import Any
 
 from tio_openneuro.recording import Activity
 
@@ -106,10 +107,6 @@ class DiskCounters:
         """Return the counts and the clones', beside the root's budget, used and peak bytes."""
         with self._mutex:
             counts = self._counts + of_clones
-        return DiskStatistics(
-            *of_the_root,
-            *(counts[f.name] for f in fields(DiskStatistics)[3:-3]),
-            fetching_files=self.activity.threads("fetch"),
-            fetch_s=self.activity.seconds("fetch"),
-            evict_s=self.activity.seconds("evict"),
-        )
+        told: list[Any] = [counts[field.name] for field in fields(DiskStatistics)[3:-3]]
+        told += [self.activity.threads("fetch"), *map(self.activity.seconds, ("fetch", "evict"))]
+        return DiskStatistics(*of_the_root, *told)

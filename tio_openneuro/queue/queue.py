@@ -23,6 +23,7 @@ from tio_openneuro.queue.order import Planner
 from tio_openneuro.queue.source import SubjectSource
 from tio_openneuro.queue.state import (
     LONGEST_SKIPPED,
+    WORK,
     QueueState,
     QueueStatistics,
     Record,
@@ -392,10 +393,7 @@ class BudgetedQueue(tio.Queue):
             epoch_total=self._planner.total(epoch) if current is None else current.plan.total,
             intra_op_threads=INTRA_OP_THREADS,
             in_work=filler.in_work,
-            content_s=self._source.activity.seconds("content"),
-            decode_s=self._source.activity.seconds("decode"),
-            transform_s=self._source.activity.seconds("transform"),
-            sample_s=self._source.activity.seconds("sample"),
+            **{f"{work}_s": self._source.activity.seconds(work) for work in WORK},
         )
 
     def __repr__(self) -> str:

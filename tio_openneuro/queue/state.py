@@ -14,9 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import starmap
-from typing import Any, Protocol
-
-import torchio as tio
+from typing import Any
 
 from tio_openneuro.dataset import DataladSubjectsDataset
 from tio_openneuro.disk import DiskStatistics
@@ -27,6 +25,7 @@ from tio_openneuro.recording import History
 
 STATE_VERSION = 2
 LONGEST_SKIPPED = 500
+WORK = ("content", "decode", "transform", "sample")
 _LONGEST_NAME = 300
 _LONGEST_TEXT = 5000
 # For each subject of an epoch; its replay takes the square of that in time.
@@ -135,16 +134,7 @@ class Reading:
     disk: DiskStatistics
 
 
-class _Told(Protocol):
-    """What can be read: a queue."""
-
-    subjects_dataset: tio.SubjectsDataset
-
-    def statistics(self) -> QueueStatistics:
-        """Return what was done and what is held."""
-
-
-def read(queue: _Told) -> Reading:
+def read(queue: Any) -> Reading:  # noqa: ANN401 - the queue, whose room imports this
     """Return what a queue and its dataset tell now; fetch nothing."""
     disk, dataset = DiskStatistics.empty(), queue.subjects_dataset
     if isinstance(dataset, DataladSubjectsDataset):
@@ -168,7 +158,7 @@ class Record:
         self.moments: History[Reading] = History(most=1024, interval_s=0.5)
         self.epochs: History[Reading] = History(most=512)
 
-    def note(self, queue: _Told) -> None:
+    def note(self, queue: Any) -> None:  # noqa: ANN401
         """Read the queue, where that is due."""
         if self.moments.is_due():
             self.moments.add(read(queue))
