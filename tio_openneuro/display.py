@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import rich
+from rich import progress as bars
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as LeftColumn
-from rich.progress import TransferSpeedColumn as RateColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 Advance = Callable[[str], None]
 
@@ -96,7 +95,7 @@ def showing(title: str, steps: int) -> Iterator[Advance]:
     if not (console.is_terminal or console.is_jupyter):
         yield lambda _: None
         return
-    progress = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    progress = Progress(TextColumn("{task.description}"), BarColumn(), bars.TimeElapsedColumn())
     task, done = progress.add_task(title, total=steps), itertools.count()
     with live(progress.get_renderable, transient=True):
         yield lambda step: progress.update(
@@ -114,8 +113,8 @@ def transferring(title: str) -> Iterator[Callable[[int, int], None]]:
     Yields:
         A function to call with the bytes done, and those of all.
     """
-    columns = (BarColumn(bar_width=16), DownloadColumn(), RateColumn(), LeftColumn())
-    progress = Progress(TextColumn("{task.description}"), *columns)
+    told = bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn()
+    progress = Progress(TextColumn("{task.description}"), BarColumn(bar_width=16), *told)
     task = progress.add_task(title, total=None)
     row = progress.tasks[0]
     with live(progress.get_renderable):

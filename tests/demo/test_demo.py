@@ -187,7 +187,7 @@ def test_the_watch_sees_what_came_and_went(tmp_path: Path) -> None:
     """Samples come in order, show a file that lay there, and the last one comes at the end."""
     with DiskWatch(tmp_path, interval_s=0.001) as watch:
         (tmp_path / "file").write_bytes(bytes(500))
-        while watch.held_bytes() != 500:
+        while watch.samples()[-1].held_bytes != 500:
             pass
         (tmp_path / "file").unlink()
     samples = watch.samples()
@@ -218,7 +218,7 @@ def some_result(report: Path, head: Head, *, epochs: int = 3) -> DemoResult:
     held = [HeldSample(0.01 * n, 1_000_000 + 7_000 * (n % 100)) for n in range(2000)]
     return DemoResult(
         heads=12, epochs=scored, picture=picture, samples=tuple(held), dataset_bytes=8_000_000,
-        budget_bytes=2_000_000, fetched_bytes=30_000_000, wall_s=25.0, report=report,
+        budget_bytes=2_000_000, fetched_bytes=30_000_000, report=report,
     )  # fmt: skip
 
 

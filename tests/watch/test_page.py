@@ -4,6 +4,7 @@ Real: a queue over a loopback OpenNeuro, headless Chromium where there is one.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+import torch
 import torchio as tio
 from conftest import SHARED, heads
 from faulty import LoopbackOpenNeuro
@@ -22,7 +24,8 @@ from tio_openneuro.sources import open_catalog
 from tio_openneuro.watch.citing import describe
 
 ACCESSION = "ds900170"
-BUNDLES = sorted((SHARED / "openneuro").glob("*.bundle"))
+DATA = Path(os.environ.get("TIO_OPENNEURO_TEST_DATA", SHARED))
+BUNDLES = sorted((DATA / "openneuro").glob("*.bundle"))
 DESCRIPTION = {
     "Name": "Heads & <b>tails</b>",
     "License": "CC0",
@@ -70,7 +73,7 @@ def figures_of(page: str) -> dict[str, str]:
 
 def rows_of(page: str, title: str) -> list[list[str]]:
     """Return the cells of the table under a heading."""
-    section = page.split(f"<h2>{title}</h2>")[1].split("<h2>")[0]
+    section = page.split(f"<h2>{title}</h2>")[1].split("<h2>", maxsplit=1)[0]
     found = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section)]
     return [row for row in found if row]
 
@@ -124,7 +127,7 @@ def test_what_a_dataset_says_is_shown_and_not_believed(
     assert re.findall(r'(?:src|href)="([^"]*)"', page) == ["data:,"]
     assert f"{ACCESSION}: Heads & <b>tails</b>" in text
     assert f"1.0.0, commit {queue.subjects_dataset.version}" in text
-    cited = "Ada Lovelace, Grace Hopper. Heads & <b>tails</b>. OpenNeuro, ds900170 1.0.0 [dataset]"
+    cited = "Ada Lovelace; Grace Hopper. Heads & <b>tails</b>. OpenNeuro, ds900170 1.0.0 [dataset]"
     assert f"{cited}. doi:10.18112/openneuro.ds900170.v1.0.0" in text
     assert {"CC0", DESCRIPTION["HowToAcknowledge"], "A paper."} <= set(text.split("\n"))
     assert rows_of(page, "Skipped subjects") == [["no file for &#x27;t1&#x27;", "1", "sub-03"]]
@@ -132,8 +135,6 @@ def test_what_a_dataset_says_is_shown_and_not_believed(
 
 def test_a_queue_over_subjects_in_ram_has_a_report_too(tmp_path: Path) -> None:
     """Nothing is fetched there: no disk, no epochs' bytes, no dataset; before any patch, too."""
-    import torch
-
     image = tio.ScalarImage(tensor=torch.zeros(1, 16, 16, 16))
     dataset = tio.SubjectsDataset([tio.Subject(t1=image)])
     with tno.BudgetedQueue(dataset, 4, 4, tio.UniformSampler(8), start_background=False) as queue:
@@ -148,9 +149,8 @@ def test_a_queue_over_subjects_in_ram_has_a_report_too(tmp_path: Path) -> None:
     assert rows_of(page, "Bytes per epoch") == []
 
 
-def test_each_of_several_datasets_is_cited(
-    _heads: None, openneuro: LoopbackOpenNeuro, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("_heads", "openneuro")
+def test_each_of_several_datasets_is_cited(tmp_path: Path) -> None:
     """A concatenation names both, each with its own commit, licence or the lack of one."""
     images = {"t1": tno.Scalar("sub-*/anat/*_T1w.nii.gz")}
     with (
@@ -165,17 +165,18 @@ def test_each_of_several_datasets_is_cited(
         assert f"commit {dataset.version}" in page
     assert "not stated: ask its authors" in page
     assert "<dd>CC0</dd>" in page
-    del openneuro
 
 
-@pytest.mark.skipif(not BUNDLES, reason=f"NOT TESTED ON REAL DATASETS: no bundles in {SHARED}")
+@pytest.mark.skipif(not BUNDLES, reason=f"NOT TESTED ON REAL DATA: no bundles in {DATA}")
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.stem)
 def test_real_datasets_tell_licence_and_citation(bundle: Path, tmp_path: Path) -> None:
     """Each of the bundled OpenNeuro datasets has a licence, a title and a way to be cited."""
     told = dict(describe(open_catalog(str(bundle), tmp_path / "root")))
     assert told["licence"] in {"CC0", "PDDL"}
     assert "without a title" not in told["dataset"]
-    assert re.search(r"\. OpenNeuro, .*\[dataset\]\. (doi:10\.18112/|commit [0-9a-f]{40})", told["cite"])
+    assert re.search(
+        r"\. OpenNeuro, .*\[dataset\]\. (doi:10\.18112/|commit [0-9a-f]{40})", told["cite"]
+    )
 
 
 def browser() -> str | None:

@@ -377,9 +377,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         """
         if self._engine is None:
             return 0
-        if not progress:
-            return self._engine.fetch(self._contents())
-        with transferring(self.dataset_id) as on_progress:
+        with transferring(self.dataset_id) if progress else nullcontext() as on_progress:
             return self._engine.fetch(self._contents(), on_progress=on_progress)
 
     def evict(self) -> int:

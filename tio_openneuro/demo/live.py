@@ -39,14 +39,6 @@ def render(run: Run, console: Console) -> DemoResult:
     return result
 
 
-def _told(event: DemoEvent) -> tuple[str, str, str]:
-    """Return what was held, fetched and waited for by then."""
-    if event.moment is None:
-        return "-", "-", "-"
-    disk, wait_s = event.moment.reading.disk, event.moment.reading.queue.wait_s
-    return format_size(disk.used_bytes), format_size(disk.fetched_bytes), f"{wait_s:.1f} s"
-
-
 class _Board:
     """The live display; rich asks for it several times a second."""
 
@@ -71,15 +63,11 @@ class _Board:
 
     def _epochs(self) -> RenderableType:
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-        for heading in ("epoch", "loss", "held-out Dice", "disk held", "fetched", "waited"):
+        for heading in ("epoch", "loss", "held-out Dice"):
             table.add_column(heading, justify="right", no_wrap=True)
         for event in self._scored:
-            table.add_row(
-                str(event.epoch) if event.epoch else "untrained",
-                _number(event.loss),
-                f"{event.dice:.3f}",
-                *_told(event),
-            )
+            name = str(event.epoch) if event.epoch else "untrained"
+            table.add_row(name, _number(event.loss), f"{event.dice:.3f}")
         return table
 
     def _now(self, event: DemoEvent) -> RenderableType:
@@ -122,7 +110,6 @@ def _summary(result: DemoResult) -> RenderableType:
         f"{format_size(result.fetched_bytes)}, {fetched:.0f} times the budget; the dataset has "
         f"{format_size(result.dataset_bytes)}, {share:.0f} times the budget",
     )
-    rows.add_row("time", f"{result.wall_s:.0f} s in all, {result.train_s:.0f} s of training")
     rows.add_row("picture", str(result.report))
     rows.add_row("the run", str(result.report.with_suffix(".html")))
     return Panel(rows, title="tio-openneuro demo", title_align="left", expand=False)

@@ -93,7 +93,6 @@ class DemoResult:
         dataset_bytes: Content of the dataset.
         budget_bytes: Disk budget.
         fetched_bytes: What the server sent.
-        wall_s: Seconds of the whole demo.
         report: The PNG.
     """
 
@@ -104,15 +103,9 @@ class DemoResult:
     dataset_bytes: int
     budget_bytes: int
     fetched_bytes: int
-    wall_s: float
     report: Path
 
     @property
     def peak_held_bytes(self) -> int:
         """The most that the root held at any sample."""
         return max(sample.held_bytes for sample in self.samples)
-
-    @property
-    def train_s(self) -> float:
-        """Seconds from the first epoch's beginning to the last one's end, scoring included."""
-        return self.epochs[-1].elapsed_s - self.epochs[0].elapsed_s

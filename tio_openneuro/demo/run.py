@@ -105,11 +105,10 @@ def run_demo(
         dataset_bytes=dataset_bytes,
         budget_bytes=budget_bytes,
         fetched_bytes=fetched_bytes,
-        wall_s=progress.elapsed_s,
         report=folder / REPORT,
     )
     write_report(result)
-    return replace(result, wall_s=progress.elapsed_s)
+    return result
 
 
 class _Progress:
@@ -121,14 +120,10 @@ class _Progress:
         self._event = DemoEvent(Stage.HEADS, epochs=epochs)
         self._began_s = time.monotonic()
 
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the demo began."""
-        return time.monotonic() - self._began_s
-
     def say(self, stage: Stage, **changed: Any) -> DemoEvent:  # noqa: ANN401 - its fields
         """Send an event with these fields changed, and return it."""
-        self._event = replace(self._event, stage=stage, elapsed_s=self.elapsed_s, **changed)
+        elapsed_s = time.monotonic() - self._began_s
+        self._event = replace(self._event, stage=stage, elapsed_s=elapsed_s, **changed)
         self._on_event(self._event)
         return self._event
 

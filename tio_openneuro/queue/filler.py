@@ -107,11 +107,6 @@ class Filler:
         """Seconds that the consumer stood waiting, the present wait included."""
         return self._waiting.seconds("wait")
 
-    @property
-    def in_work(self) -> int:
-        """Subjects of which patches are being made."""
-        return len(self._running)
-
     def take(
         self, current: Pass, meanwhile: Callable[[], None] = lambda: None
     ) -> tio.Subject | BaseException:

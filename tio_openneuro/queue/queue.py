@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from itertools import count
 from typing import Any, Self
 
@@ -392,7 +391,7 @@ class BudgetedQueue(tio.Queue):
             epoch_patches=self._next.step if current is None else current.step,
             epoch_total=self._planner.total(epoch) if current is None else current.plan.total,
             intra_op_threads=INTRA_OP_THREADS,
-            in_work=filler.in_work,
+            in_work=sum(map(self._source.activity.threads, WORK)),
             **{f"{work}_s": self._source.activity.seconds(work) for work in WORK},
         )
 
@@ -455,7 +454,7 @@ class BudgetedQueue(tio.Queue):
 
     def _next_patch(self, current: Pass) -> tio.Subject:
         while not current.finished:
-            made = self._filler.take(current, partial(self.record.note, self))
+            made = self._filler.take(current, lambda: self.record.note(self))
             if not isinstance(made, BaseException):
                 return made
             turn, _ = current.next()

@@ -31,7 +31,7 @@ def describe(part: Catalog) -> Iterator[tuple[str, str]]:
         fields = parse_json(text.decode("utf-8-sig"), part.folder)
     said = {name: _texts(text) for name, text in fields.items()} if isinstance(fields, dict) else {}
     title, doi = "; ".join(said.get("Name", ())), "; ".join(said.get("DatasetDOI", ()))
-    authors = ", ".join(said.get("Authors", ()))
+    authors = "; ".join(said.get("Authors", ()))
     where = f"doi:{doi.removeprefix('doi:')}" if doi else f"commit {part.commit or 'unknown'}"
     cite = [authors, title, f"OpenNeuro, {part.dataset_id} {part.version} [dataset]", where]
     yield "dataset", f"{part.dataset_id}: {title or 'without a title'}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from operator import attrgetter
 
 from tio_openneuro.queue import BudgetedQueue, Reading, read
 
 # Of the time: a consumer that waits less than this is what the rest waits for.
 _LITTLE_WAITING = 0.05
 _WINDOW = 20
+_making = attrgetter("decode_s", "transform_s", "sample_s")
 HELD_UP = {
     "consumer": "patches are ready for the step",
     "link": "patches wait for content to arrive",
@@ -41,9 +43,7 @@ def between(before: Reading, now: Reading) -> Moment:
     old, new = before.queue, now.queue
     seconds = max(now.time_s - before.time_s, 1e-9)
     wait_share = min(max(new.wait_s - old.wait_s, 0.0) / seconds, 1.0)
-    made_s = sum(
-        getattr(new, name) - getattr(old, name) for name in ("decode_s", "transform_s", "sample_s")
-    )
+    made_s = sum(_making(new)) - sum(_making(old))
     waits_for = "link" if new.content_s - old.content_s > made_s else "decoding"
     return Moment(
         now,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from html import escape
@@ -17,6 +18,7 @@ from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from string import Template
+from typing import TypeAlias
 
 from tio_openneuro.dataset import DataladSubjectsDataset
 from tio_openneuro.queue import BudgetedQueue, Reading, read
@@ -25,6 +27,8 @@ from tio_openneuro.torchio_seams import transform_of
 from tio_openneuro.watch.citing import describe
 from tio_openneuro.watch.gauge import HELD_UP, between
 from tio_openneuro.watch.live import require_queue
+
+_Rows: TypeAlias = Iterable[tuple[str, ...]]
 
 _WIDTH, _HEIGHT = 1000, 100
 _FEW = 8
@@ -71,7 +75,8 @@ def report(queue: BudgetedQueue, path: str | Path) -> Path:
     moments = (*queue.record.moments.readings(), read(queue))
     dataset, now = queue.subjects_dataset, moments[-1]
     whole, told, disk = between(moments[0], now), now.queue, now.disk
-    name = getattr(dataset, "dataset_id", type(dataset).__name__)
+    ours = dataset if isinstance(dataset, DataladSubjectsDataset) else None
+    name = type(dataset).__name__ if ours is None else ours.dataset_id
     span = timedelta(seconds=round(now.time_s - moments[0].time_s))
     began = time.strftime("%Y-%m-%d %H:%M", time.localtime(queue.record.began_s))
     axis = f'<div class="axis note"><span>0:00:00</span><span>{span}</span></div>'
@@ -97,9 +102,7 @@ def report(queue: BudgetedQueue, path: str | Path) -> Path:
     text = page.substitute(
         title=escape(f"{name}: {told.patches:,} patches of {queue.num_subjects} subjects"),
         when=f"Began {began}, {span} so far.",
-        cards="".join(
-            f"<div><i>{what}</i><b>{of}</b><i>{note}</i></div>" for what, of, note in cards
-        ),
+        cards="".join(f"<div><i>{a}</i><b>{b}</b><i>{c}</i></div>" for a, b, c in cards),
         verdict=f"Held up by <b>{whole.held_up_by}</b>: {HELD_UP[whole.held_up_by]}.",
         timeline="".join(_lane(lane, moments) for lane in _LANES) + axis,
         budgets="".join(
@@ -109,8 +112,8 @@ def report(queue: BudgetedQueue, path: str | Path) -> Path:
         )
         + axis,
         epochs=_table(("epoch", "fetched", "floor"), _epochs(queue, now)),
-        skipped=_table(("reason", "units", "which"), _skipped(queue)),
-        datasets="".join(map(_terms, map(describe, getattr(dataset, "parts", ())))),
+        skipped=_table(("reason", "units", "which"), _skipped(queue, ours)),
+        datasets="".join(map(_terms, map(describe, getattr(ours, "parts", ())))),
         settings=_terms(_settings(queue)),
         figures=_table(("of", "figure", "value"), figures),
     )
@@ -155,27 +158,26 @@ def _figure(
     )
 
 
-def _epochs(queue: BudgetedQueue, now: Reading) -> Iterable[tuple[str, ...]]:
+def _epochs(queue: BudgetedQueue, now: Reading) -> _Rows:
     """Tell what each epoch fetched, and the least that any order of its subjects must fetch."""
-    dataset, began = queue.subjects_dataset, queue.record.moments.readings()[:1]
-    if not isinstance(dataset, DataladSubjectsDataset):
-        return
-    for before, after in pairwise((*began, *queue.record.epochs.readings()[1:], now)):
+    dataset = queue.subjects_dataset
+    nbytes, whole = getattr(dataset, "nbytes", 0), queue.num_subjects == len(dataset)
+    began = queue.record.moments.readings()[:1] if now.disk.budget_bytes else ()
+    ends = (*queue.record.epochs.readings()[1:], now) if began else ()
+    for before, after in pairwise((*began, *ends)):
         first, last = before.queue.epoch, after.queue.epoch - (after is not now)
-        fresh = max(dataset.nbytes - now.disk.budget_bytes, 0)
-        at_first = max(dataset.nbytes - before.disk.used_bytes, 0)
+        fresh = max(nbytes - now.disk.budget_bytes, 0)
+        at_first = max(nbytes - before.disk.used_bytes, 0)
         floor = (at_first if before in began else fresh) + (last - first) * fresh
-        yield (
-            f"{first}" if first >= last else f"{first} to {last}",
-            format_size(after.disk.fetched_bytes - before.disk.fetched_bytes),
-            format_size(floor) if queue.num_subjects == len(dataset) else "not known",
-        )
+        fetched = format_size(after.disk.fetched_bytes - before.disk.fetched_bytes)
+        name = f"{first}" if first >= last else f"{first} to {last}"
+        yield name, fetched, format_size(floor) if whole else "not known"
 
 
-def _skipped(queue: BudgetedQueue) -> Iterable[tuple[str, ...]]:
+def _skipped(queue: BudgetedQueue, ours: DataladSubjectsDataset | None) -> _Rows:
     """List who is left out, by reason."""
     units: dict[str, list[str]] = {}
-    for skip in (*getattr(queue.subjects_dataset, "skipped", ()), *queue.skipped):
+    for skip in (*getattr(ours, "skipped", ()), *queue.skipped):
         units.setdefault(skip.reason, []).append(skip.unit)
     for reason, names in units.items():
         listed = escape(", ".join(names))
@@ -191,10 +193,8 @@ def _settings(queue: BudgetedQueue) -> Iterable[tuple[str, str]]:
     yield "transform", str(transform_of(dataset))
     yield from ((name, str(getattr(queue, name))) for name in _PARAMETERS)
     for library in _LIBRARIES:
-        try:
+        with suppress(metadata.PackageNotFoundError):  # The system's git-annex is no package.
             yield library, metadata.version(library)
-        except metadata.PackageNotFoundError:
-            yield library, "not installed as a package"
     yield "Python", f"{platform.python_version()} on {platform.platform()}"
 
 
