@@ -7,7 +7,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import rich
 from rich import progress as bars
@@ -53,8 +53,7 @@ def _in_notebook(render: Callable[[], RenderableType], *, transient: bool) -> It
     """Change one output in place; rich alone would need ipywidgets for that."""
     from IPython.display import display
 
-    shown: Any = display
-    handle: Any = shown(_for_notebook(render()), raw=True, display_id=True)
+    handle = cast("Any", display)(_for_notebook(render()), raw=True, display_id=True)
     ended = threading.Event()
 
     def refresh() -> None:

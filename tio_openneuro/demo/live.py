@@ -12,7 +12,6 @@ from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.spinner import Spinner
 from rich.table import Table
-from rich.text import Text
 
 from tio_openneuro.demo.records import DemoEvent, DemoResult, Stage
 from tio_openneuro.display import live
@@ -57,9 +56,11 @@ class _Board:
     def __rich__(self) -> RenderableType:
         """Return the epochs so far, and what is being done."""
         parts: list[RenderableType] = [self._epochs()] if self._scored else []
-        if self._event.stage is not Stage.REPORTING:
-            parts.append(self._now(self._event))
-        return Group(*parts)
+        event = self._event
+        if event.stage is not Stage.REPORTING:
+            self._spinner.update(text=f" {event.stage.value}  ({event.elapsed_s:.0f} s)")
+            parts += [self._spinner, gauge_bar(event.step, event.steps)]
+        return Group(*parts, *([] if event.moment is None else [board(event.moment)]))
 
     def _epochs(self) -> RenderableType:
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
@@ -67,24 +68,9 @@ class _Board:
             table.add_column(heading, justify="right", no_wrap=True)
         for event in self._scored:
             name = str(event.epoch) if event.epoch else "untrained"
-            table.add_row(name, _number(event.loss), f"{event.dice:.3f}")
+            loss = "-" if event.loss is None else f"{event.loss:.3f}"
+            table.add_row(name, loss, f"{event.dice:.3f}")
         return table
-
-    def _now(self, event: DemoEvent) -> RenderableType:
-        doing = event.stage.value
-        if event.stage in (Stage.TRAINING, Stage.SCORED):
-            doing = f"epoch {max(event.epoch, 1)} of {event.epochs}"
-        self._spinner.update(text=Text(f" {doing}  ({event.elapsed_s:.0f} s)", style="bold"))
-        parts: list[RenderableType] = [self._spinner]
-        if event.steps:
-            parts.append(gauge_bar(event.step, event.steps))
-        if event.moment is not None:
-            parts.append(board(event.moment))
-        return Group(*parts)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _summary(result: DemoResult) -> RenderableType:

@@ -52,11 +52,10 @@ def require_queue(queue: object, wish: str) -> None:
         TypeError: It is none.
     """
     if not isinstance(queue, BudgetedQueue):
-        message = (
+        raise TypeError(
             f"Cannot {wish} a {type(queue).__name__}: only a tno.BudgetedQueue tells what it does. "
             f"Give the queue itself, not its loader or its dataset."
         )
-        raise TypeError(message)
 
 
 def board(moment: Moment) -> Text:
@@ -95,4 +94,4 @@ def gauge_bar(done: float, total: float, *, is_budget: bool = False) -> Text:
     if is_budget:
         style = "red" if share > 1 else "green" if share <= _FULL else "yellow"
     filled = round(_BAR_WIDTH * min(share, 1.0))
-    return Text("━" * filled, style).append("━" * (_BAR_WIDTH - filled), "bright_black")
+    return Text("━" * filled, style).append("·" * (_BAR_WIDTH - filled), "bright_black")

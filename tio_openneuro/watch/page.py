@@ -134,7 +134,7 @@ def _lane(lane: str, moments: Sequence[Reading]) -> str:
     rates = [0.0]
     for (before, after), (old, new) in zip(pairwise(moments), pairwise(seconds), strict=True):
         rates.append(max(new - old, 0.0) / max(after.time_s - before.time_s, 1e-9))
-    said = f"{said}: {seconds[-1] - seconds[0]:.1f} s, {max(rates):.1f} at once at most"
+    said = f"{said}: {seconds[-1] - seconds[0]:.1f} s, up to {max(rates):.1f} at once"
     return _figure(lane, said, moments, rates, 0)
 
 
