@@ -11,7 +11,7 @@ from torchio_names import ROOTS, private_names
 PACKAGE = Path(__file__).parent.parent / "tio_openneuro"
 # Bottom to top: a room imports only from lines above its own, and only what their doors list.
 ROOMS = [
-    "bounds closing content errors forks roots sizes",
+    "bounds closing content display errors forks recording roots sizes",
     "annex",
     "sources",
     "ledger",
@@ -23,6 +23,7 @@ ROOMS = [
     "prepared",
     "dataset",
     "queue",
+    "watch",
     "loopback",
     "demo",
     "cli",

@@ -7,6 +7,7 @@ concat                     one dataset over several, under one budget
 BudgetedQueue              patches of subjects, made in the background, on a RAM budget
 DiskStatistics             what ``dataset.statistics()`` returns
 QueueStatistics            what ``queue.statistics()`` returns
+progress, report           what a queue does, seen live; how its run went, as one HTML file
 Skipped                    an entry of ``dataset.skipped``: a unit that was left out, and why
 TioOpenNeuroError          base of every error that is raised on purpose; the tree of them, from
                            ContentMismatchError to UnsafeDatasetError, is drawn in ``errors``
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from tio_openneuro.disk import DiskStatistics
     from tio_openneuro.queue import BudgetedQueue, QueueStatistics
     from tio_openneuro.select import Label, Scalar, Skipped
+    from tio_openneuro.watch import progress, report
 
 __all__ = [
     "BudgetedQueue",
@@ -64,6 +66,8 @@ __all__ = [
     "TioOpenNeuroError",
     "UnsafeDatasetError",
     "concat",
+    "progress",
+    "report",
 ]
 
 # Found when they are first asked for: `tio-openneuro status` needs no torch, which takes seconds.
@@ -76,6 +80,8 @@ _HOMES = {
     "QueueStatistics": "queue",
     "Scalar": "select",
     "Skipped": "select",
+    "progress": "watch",
+    "report": "watch",
 }
 
 

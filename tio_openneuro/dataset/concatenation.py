@@ -47,8 +47,8 @@ def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset
     result.skipped = [skip for dataset in datasets for skip in dataset.skipped]
     result.dataset_id = "+".join(dict.fromkeys(dataset.dataset_id for dataset in datasets))
     result.version = "+".join(dict.fromkeys(dataset.version for dataset in datasets))
-    if len({(dataset._folder, dataset.version) for dataset in datasets}) > 1:  # noqa: SLF001
-        result._folder = None  # noqa: SLF001
+    parts = {(part.folder, part.commit): part for dataset in datasets for part in dataset.parts}
+    result.parts = list(parts.values())
     return result
 
 

@@ -26,9 +26,11 @@ from tio_openneuro.dataset.batches import batches
 from tio_openneuro.dataset.rows import SubjectRow, build_rows
 from tio_openneuro.dataset.views import SplitViews, Transform, find_rows
 from tio_openneuro.disk import DiskStatistics, Engine
+from tio_openneuro.display import showing, transferring
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.prepared import Preparation
 from tio_openneuro.ram import available_bytes, read_budget
+from tio_openneuro.recording import doing
 from tio_openneuro.select import (
     Label,
     OnIncomplete,
@@ -40,7 +42,7 @@ from tio_openneuro.select import (
     select,
 )
 from tio_openneuro.sizes import format_size
-from tio_openneuro.sources import open_catalog, read_file, showing
+from tio_openneuro.sources import open_catalog, read_file
 from tio_openneuro.torchio_seams import (
     FetchedImage,
     refuse_random,
@@ -159,8 +161,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         )
         self.dataset_id = catalog.dataset_id
         self.version = catalog.commit
-        # None where there are several, each with files of its own.
-        self._folder: Path | None = catalog.folder
+        # As many as were concatenated, each with small files of its own.
+        self.parts = [replace(catalog, files=())]
         self.preprocess = preprocess
         try:
             self._rows, self.skipped = build_rows(
@@ -281,7 +283,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         lease: AbstractContextManager[Mapping[AnnexKey, Path]] = nullcontext({})
         if self._engine is not None and row.content.files:
             lease = self._engine.lease(row.content)
-        with lease as leased:
+        with doing("content"), lease as leased, doing("decode"):
             files = {key: VolumeFile(path) for key, path in leased.items()}
             announce_files(files.values() or map(VolumeFile, filter(Path.exists, row.paths)))
             for image in cast("list[FetchedImage]", subject.get_images(intensity_only=False)):
@@ -347,13 +349,13 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             SelectionError: There is no such file at this version, or it is annexed; or this is a
                 :func:`concat` of several datasets.
         """
-        if self._folder is None:
+        if len(self.parts) > 1:
             raise SelectionError(
                 f"Cannot read {path!r} of {self.dataset_id}: these are several datasets, and each "
                 f"has files of its own. Call read() of the one that you mean, as it was given to "
                 f"tno.concat."
             )
-        return read_file(self._folder, self.version, path)
+        return read_file(self.parts[0].folder, self.version, path)
 
     # -- content -----------------------------------------------------------------------------
 
@@ -363,9 +365,20 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         files = [pair for row in self._rows for pair in zip(row.files, row.paths, strict=True)]
         return sum({file.key or path: file.size_bytes or 0 for file, path in files}.values())
 
-    def fetch(self) -> int:
-        """Fetch what of this view the budget holds; return the bytes that came."""
-        return self._engine.fetch(self._contents()) if self._engine else 0
+    def fetch(self, *, progress: bool = False) -> int:
+        """Fetch what of this view the budget holds; return the bytes that came.
+
+        Args:
+            progress: Whether to show bytes, rate and time left, and at the end why it stopped: all
+                is there, or the disk budget is full.
+
+        Raises:
+            FetchError: Content did not arrive; the first error, after the other fetches ended.
+        """
+        if self._engine is None:
+            return 0
+        with transferring(self.dataset_id) if progress else nullcontext() as on_progress:
+            return self._engine.fetch(self._contents(), on_progress=on_progress)
 
     def evict(self) -> int:
         """Drop what this library fetched for this view and nobody leases; return the bytes."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tio_openneuro.demo.training import SubjectScore
 from tio_openneuro.demo.watch import HeldSample
+from tio_openneuro.watch import Moment
 
 
 class Stage(enum.Enum):
@@ -37,12 +38,7 @@ class DemoEvent:
         steps: Of this epoch. While heads are drawn: of the heads.
         loss: Of the step, or the epoch's mean at its end; None before the first step.
         scores: Of the held-out heads at the last scoring; none before.
-        held_bytes: On disk under the root, seen from outside.
-        budget_bytes: Disk budget; 0 before it is known.
-        fetched_bytes: What the server has sent so far.
-        link_bytes_per_s: What it has been sending lately.
-        wait_s: Seconds that training has waited for patches so far.
-        ram_peak_bytes: The most that the queue had charged to it, told at an epoch's end.
+        moment: What the queue tells; None before there is one.
         elapsed_s: Since the demo began.
     """
 
@@ -53,12 +49,7 @@ class DemoEvent:
     steps: int = 0
     loss: float | None = None
     scores: tuple[SubjectScore, ...] = ()
-    held_bytes: int = 0
-    budget_bytes: int = 0
-    fetched_bytes: int = 0
-    link_bytes_per_s: float = 0.0
-    wait_s: float = 0.0
-    ram_peak_bytes: int = 0
+    moment: Moment | None = None
     elapsed_s: float = 0.0
 
     @property
@@ -102,10 +93,6 @@ class DemoResult:
         dataset_bytes: Content of the dataset.
         budget_bytes: Disk budget.
         fetched_bytes: What the server sent.
-        ram_budget_bytes: RAM budget of the queue.
-        link_bytes_per_s: Rate of the server's link.
-        latency_s: From each request to its answer's first byte.
-        wall_s: Seconds of the whole demo.
         report: The PNG.
     """
 
@@ -116,18 +103,9 @@ class DemoResult:
     dataset_bytes: int
     budget_bytes: int
     fetched_bytes: int
-    ram_budget_bytes: int
-    link_bytes_per_s: float
-    latency_s: float
-    wall_s: float
     report: Path
 
     @property
     def peak_held_bytes(self) -> int:
         """The most that the root held at any sample."""
         return max(sample.held_bytes for sample in self.samples)
-
-    @property
-    def train_s(self) -> float:
-        """Seconds from the first epoch's beginning to the last one's end, scoring included."""
-        return self.epochs[-1].elapsed_s - self.epochs[0].elapsed_s

@@ -1,4 +1,4 @@
-"""The demo's picture: what was learnt, and what was held on disk meanwhile.
+"""The demo's picture: what was learnt. What was held meanwhile is in the run's own report.
 
 Owns the look of one PNG; computes nothing but what is needed to draw it. Works without a display
 and beside other uses of Matplotlib, since it never touches pyplot.
@@ -22,11 +22,9 @@ _INK = "#1c2733"
 _FAINT = "#6b7885"
 _RULE = "#dfe4e8"
 _HELD = "#2f7ebc"
-_BUDGET = "#c8372d"
 _TRUTH = "#35d07f"
 _GUESS = "#ff9d2e"
 _TITLE_SIZE, _TEXT_SIZE, _SMALL_SIZE = 11.0, 9.5, 8.5
-_CURVE: Any = {"marker": "o", "markersize": 5, "color": _HELD}
 _DPI = 150
 _LEFT = 0.055
 
@@ -37,18 +35,12 @@ def write_report(result: DemoResult) -> None:
     Args:
         result: The numbers and the picture. The file is replaced whole, never left half written.
     """
-    figure = Figure(figsize=(13.2, 8.6), facecolor="white")
+    figure = Figure(figsize=(13.2, 5.0), facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(
-        2, 12, left=_LEFT, right=0.975, top=0.81, bottom=0.07,
-        height_ratios=(1.12, 1), hspace=0.36, wspace=1.6,
-    )  # fmt: skip
+    grid = figure.add_gridspec(1, 12, left=_LEFT, right=0.975, top=0.68, bottom=0.12, wspace=1.6)
     _draw_heading(figure, result)
     _draw_slices([figure.add_subplot(grid[0, at : at + 3]) for at in (0, 3, 6)], result)
     _draw_heads(figure.add_subplot(grid[0, 9:]), result)
-    _draw_disk(figure.add_subplot(grid[1, :6]), result)
-    _draw_loss(figure.add_subplot(grid[1, 6:9]), result)
-    _draw_dice(figure.add_subplot(grid[1, 9:]), result)
     result.report.parent.mkdir(parents=True, exist_ok=True)
     partial = result.report.with_suffix(".part.png")
     canvas.print_figure(str(partial), dpi=_DPI)
@@ -56,22 +48,14 @@ def write_report(result: DemoResult) -> None:
 
 
 def _draw_heading(figure: Figure, result: DemoResult) -> None:
-    fetched = result.fetched_bytes / result.budget_bytes
     share = result.dataset_bytes / result.budget_bytes
-    link = f"{format_size(result.link_bytes_per_s)}/s and {1000 * result.latency_s:.0f} ms latency"
-    source = (
-        f"{result.heads} synthetic heads, {format_size(result.dataset_bytes)}, fetched from a "
-        f"loopback OpenNeuro over a link of {link},"
-    )
-    budgets = (
-        f"under a disk budget of {format_size(result.budget_bytes)} and a RAM budget of "
-        f"{format_size(result.ram_budget_bytes)} for the queue. "
-        f"{format_size(result.fetched_bytes)} were fetched, {fetched:.0f} times the disk budget."
+    note = (
+        f"{result.heads} synthetic heads, {format_size(result.dataset_bytes)}, from a loopback "
+        f"OpenNeuro, under a disk budget of {format_size(result.budget_bytes)}"
     )
     title = f"A network trained on a dataset {share:.0f} times its disk budget"
-    figure.text(_LEFT, 0.945, title, fontsize=19, fontweight="bold", color=_INK)
-    for line, height in ((source, 0.914), (budgets, 0.889)):
-        figure.text(_LEFT, height, line, fontsize=10.5, color=_FAINT)
+    figure.text(_LEFT, 0.905, title, fontsize=19, fontweight="bold", color=_INK)
+    figure.text(_LEFT, 0.84, note, fontsize=10.5, color=_FAINT)
 
 
 def _draw_slices(axes: list[Axes], result: DemoResult) -> None:
@@ -122,60 +106,14 @@ def _draw_heads(axis: Axes, result: DemoResult) -> None:
     axis.set_ylim(len(after) - 0.4, -0.6)
     axis.set_xlim(-0.04, 1.0)
     axis.set_xlabel("Dice", fontsize=_TEXT_SIZE, color=_INK)
-    _plain(axis, grid_axis="x")
+    axis.grid(visible=True, axis="x", color=_RULE, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(length=0, labelsize=_SMALL_SIZE, labelcolor=_FAINT)
+    for name, spine in axis.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color(_RULE)
     note = f"mean {result.epochs[0].dice:.2f} → {result.epochs[-1].dice:.2f}"
     _title(axis, "All held-out heads", note)
-
-
-def _draw_disk(axis: Axes, result: DemoResult) -> None:
-    times_s = np.array([sample.time_s for sample in result.samples])
-    held = np.array([sample.held_bytes for sample in result.samples], dtype=float)
-    unit = 1e6
-    axis.fill_between(times_s, held / unit, step="post", color=_HELD, alpha=0.22, linewidth=0)
-    axis.step(times_s, held / unit, where="post", color=_HELD, linewidth=0.9)
-    axis.axhline(result.budget_bytes / unit, color=_BUDGET, linewidth=1.8)
-    axis.annotate(
-        f"budget {format_size(result.budget_bytes)}",
-        (1, result.budget_bytes / unit), xycoords=("axes fraction", "data"), xytext=(-2, 5),
-        textcoords="offset points", ha="right", va="bottom", color=_BUDGET,
-        fontsize=_TEXT_SIZE, fontweight="bold",
-    )  # fmt: skip
-    axis.set_ylim(0, 1.18 * max(result.budget_bytes, result.peak_held_bytes) / unit)
-    axis.set_xlim(0, times_s[-1])
-    axis.set_xlabel("seconds", fontsize=_TEXT_SIZE, color=_INK)
-    axis.set_ylabel("MB", fontsize=_TEXT_SIZE, color=_INK)
-    _plain(axis, grid_axis="y")
-    note = (
-        f"at most {result.peak_held_bytes:,} of {result.budget_bytes:,} bytes "
-        f"in {len(result.samples):,} samples by another process"
-    )
-    _title(axis, "Disk held", note)
-
-
-def _draw_loss(axis: Axes, result: DemoResult) -> None:
-    trained = result.epochs[1:]
-    losses = np.array([at.loss for at in trained], dtype=float)
-    axis.plot([at.epoch for at in trained], losses, **_CURVE)
-    axis.set_ylim(bottom=0)
-    waited = result.epochs[-1].wait_s / result.train_s
-    _title(axis, "Training loss", f"{waited:.0%} of the time waiting for patches")
-    _epochs(axis, 1, trained[-1].epoch)
-
-
-def _draw_dice(axis: Axes, result: DemoResult) -> None:
-    first, last = result.epochs[0], result.epochs[-1]
-    axis.plot([at.epoch for at in result.epochs], [at.dice for at in result.epochs], **_CURVE)
-    axis.scatter([first.epoch], [first.dice], s=34, color=_FAINT, zorder=3)
-    axis.set_ylim(-0.04, 1.0)
-    _title(axis, "Held-out Dice", f"mean of {len(last.scores)} heads, epoch 0 untrained")
-    _epochs(axis, 0, last.epoch)
-
-
-def _epochs(axis: Axes, first: int, last: int) -> None:
-    axis.set_xlim(first - 0.25, last + 0.25)
-    axis.set_xticks(range(first, last + 1))
-    axis.set_xlabel("epoch", fontsize=_TEXT_SIZE, color=_INK)
-    _plain(axis, grid_axis="y")
 
 
 def _title(axis: Axes, title: str, note: str) -> None:
@@ -188,12 +126,3 @@ def _title(axis: Axes, title: str, note: str) -> None:
             text, (0, 1), xycoords="axes fraction", xytext=(0, height),
             textcoords="offset points", fontsize=size, color=color, fontweight=weight,
         )  # fmt: skip
-
-
-def _plain(axis: Axes, *, grid_axis: Any) -> None:  # noqa: ANN401 - "x" or "y"
-    axis.grid(visible=True, axis=grid_axis, color=_RULE, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(length=0, labelsize=_SMALL_SIZE, labelcolor=_FAINT)
-    for name, spine in axis.spines.items():
-        spine.set_visible(name == "bottom")
-        spine.set_color(_RULE)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +39,7 @@ from tio_openneuro.loopback import LoopbackOpenNeuro, Volume
 from tio_openneuro.queue import BudgetedQueue
 from tio_openneuro.select import Label, Scalar
 from tio_openneuro.sizes import parse_size
+from tio_openneuro.watch import Gauge, report
 
 ACCESSION = "ds900001"
 REPORT = Path("demo-report", "tio-openneuro-demo.png")
@@ -54,7 +54,6 @@ _PATCHES_PER_HEAD = 8
 _BATCH = 4
 _LEARNING_RATE = 0.01
 _WORKERS = 2
-_RATE_READINGS = 8
 
 
 def run_demo(
@@ -92,10 +91,10 @@ def run_demo(
         with _open_dataset(root, parse_size("1 GB")) as dataset:  # fetches nothing
             dataset_bytes = dataset.nbytes
         budget_bytes = dataset_bytes // _BUDGET_SHARE
-        progress.say(Stage.UNTRAINED, budget_bytes=budget_bytes)
+        progress.say(Stage.UNTRAINED)
         with DiskWatch(root) as watch, _open_dataset(root, budget_bytes) as dataset:
-            gauges = _Gauges(openneuro, watch)
-            scored, picture = _train(dataset, progress, gauges, epochs=epochs, seed=seed)
+            page = (folder / REPORT).with_suffix(".html")
+            scored, picture = _train(dataset, progress, page, epochs=epochs, seed=seed)
         fetched_bytes = openneuro.content_bytes()
     progress.say(Stage.REPORTING)
     result = DemoResult(
@@ -106,14 +105,10 @@ def run_demo(
         dataset_bytes=dataset_bytes,
         budget_bytes=budget_bytes,
         fetched_bytes=fetched_bytes,
-        ram_budget_bytes=parse_size(RAM_BUDGET),
-        link_bytes_per_s=_LINK_BYTES_PER_S,
-        latency_s=_LATENCY_S,
-        wall_s=progress.elapsed_s,
         report=folder / REPORT,
     )
     write_report(result)
-    return replace(result, wall_s=progress.elapsed_s)
+    return result
 
 
 class _Progress:
@@ -125,35 +120,12 @@ class _Progress:
         self._event = DemoEvent(Stage.HEADS, epochs=epochs)
         self._began_s = time.monotonic()
 
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the demo began."""
-        return time.monotonic() - self._began_s
-
     def say(self, stage: Stage, **changed: Any) -> DemoEvent:  # noqa: ANN401 - its fields
         """Send an event with these fields changed, and return it."""
-        self._event = replace(self._event, stage=stage, elapsed_s=self.elapsed_s, **changed)
+        elapsed_s = time.monotonic() - self._began_s
+        self._event = replace(self._event, stage=stage, elapsed_s=elapsed_s, **changed)
         self._on_event(self._event)
         return self._event
-
-
-class _Gauges:
-    """Reads link and disk from outside the code that fetches and holds."""
-
-    def __init__(self, openneuro: LoopbackOpenNeuro, watch: DiskWatch) -> None:
-        """Read from these two, both running."""
-        self._openneuro, self._watch = openneuro, watch
-        self._sent = deque([(time.monotonic(), 0)], maxlen=_RATE_READINGS)
-
-    def read(self) -> dict[str, float]:
-        """Return fields of an event; the rate is that since a few readings ago."""
-        self._sent.append((time.monotonic(), self._openneuro.content_bytes()))
-        (before_s, before_bytes), (now_s, sent_bytes) = self._sent[0], self._sent[-1]
-        return {
-            "held_bytes": self._watch.held_bytes(),
-            "fetched_bytes": sent_bytes,
-            "link_bytes_per_s": (sent_bytes - before_bytes) / (now_s - before_s),
-        }
 
 
 def _publish(openneuro: LoopbackOpenNeuro, progress: _Progress, *, heads: int, seed: int) -> None:
@@ -192,7 +164,7 @@ def _open_dataset(root: Path, budget_bytes: int) -> DataladSubjectsDataset:
 def _train(
     dataset: DataladSubjectsDataset,
     progress: _Progress,
-    gauges: _Gauges,
+    page: Path,
     *,
     epochs: int,
     seed: int,
@@ -219,34 +191,32 @@ def _train(
         ) as queue,
     ):
         loader = tio.SubjectsLoader(queue, batch_size=_BATCH, num_workers=0)
+        gauge = Gauge(queue)
         schedule = warm_up_and_cosine(optimiser, epochs * len(loader))
         scores = score(network, held_out)
-        scored = [progress.say(Stage.SCORED, scores=scores, **gauges.read())]
-        wait_s = 0.0
+        scored = [progress.say(Stage.SCORED, scores=scores, moment=gauge.read())]
         for epoch in range(1, epochs + 1):
             losses: list[float] = []
             steps = len(loader)
-            for step in train_epoch(network, loader, optimiser, schedule):
-                losses.append(step.loss)
-                wait_s += step.wait_s
+            for loss in train_epoch(network, loader, optimiser, schedule):
+                losses.append(loss)
                 progress.say(
                     Stage.TRAINING,
                     epoch=epoch,
                     step=len(losses),
                     steps=steps,
-                    loss=step.loss,
-                    wait_s=wait_s,
-                    **gauges.read(),
+                    loss=loss,
+                    moment=gauge.read(),
                 )
             event = progress.say(
                 Stage.SCORED,
                 step=0,
                 loss=sum(losses) / len(losses),
                 scores=score(network, held_out),
-                ram_peak_bytes=queue.statistics().ram_peak_bytes,
-                **gauges.read(),
+                moment=gauge.read(),
             )
             scored.append(event)
+        report(queue, page)
     return tuple(scored), _illustrate(held_out, scored[-1].scores, untrained, network)
 
 

@@ -7,7 +7,6 @@ Nothing is printed or written.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,19 +24,6 @@ _WARM_UP = 0.1  # share of all steps
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingStep:
-    """One optimisation step.
-
-    Attributes:
-        loss: Of the batch.
-        wait_s: Seconds that the loop stood waiting for the batch.
-    """
-
-    loss: float
-    wait_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class SubjectScore:
     """How well one held-out subject was segmented.
 
@@ -52,8 +38,8 @@ class SubjectScore:
 
 def train_epoch(
     network: UNet, loader: tio.SubjectsLoader, optimiser: torch.optim.Optimizer, schedule: LambdaLR
-) -> Iterator[TrainingStep]:
-    """Train on every batch of the loader; yield after each.
+) -> Iterator[float]:
+    """Train on every batch of the loader; yield the loss of each.
 
     Args:
         network: Trained in place.
@@ -62,10 +48,8 @@ def train_epoch(
         schedule: Of the learning rate; steps with the optimiser.
     """
     network.train()
-    asked_s = time.perf_counter()
     batch: Any
     for batch in loader:
-        wait_s = time.perf_counter() - asked_s
         images = batch[IMAGE][tio.DATA].to(torch.float32)
         labels = batch[LABEL][tio.DATA][:, 0].to(torch.int64)
         optimiser.zero_grad(set_to_none=True)
@@ -73,8 +57,7 @@ def train_epoch(
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
-        yield TrainingStep(loss.item(), wait_s)
-        asked_s = time.perf_counter()
+        yield loss.item()
 
 
 def warm_up_and_cosine(optimiser: torch.optim.Optimizer, steps: int) -> LambdaLR:

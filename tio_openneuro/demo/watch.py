@@ -84,10 +84,6 @@ class DiskWatch:
                 pass
         return tuple(self._samples)
 
-    def held_bytes(self) -> int:
-        """Return what the newest sample saw."""
-        return self.samples()[-1].held_bytes
-
     def _take(self, process: Coprocess, *, timeout_s: float) -> bool:
         """Read one sample; return False at the end of them."""
         line = process.read_line(timeout_s)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass, fields
+from typing import Any
+
+from tio_openneuro.recording import Activity
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,9 @@ class DiskStatistics:
         retries: Fetches that were tried again.
         failures: Fetches that failed for good.
         http_files: Files of this process's that came over HTTP; others came through git-annex.
+        fetching_files: Files that this process fetches now.
+        fetch_s: Seconds of this process's fetches, added up; several go on at once.
+        evict_s: Seconds in which this process evicted.
     """
 
     budget_bytes: int
@@ -36,6 +42,9 @@ class DiskStatistics:
     retries: int
     failures: int
     http_files: int
+    fetching_files: int
+    fetch_s: float
+    evict_s: float
 
     @classmethod
     def empty(cls) -> DiskStatistics:
@@ -73,6 +82,7 @@ class DiskCounters:
 
     def __init__(self) -> None:
         """Start from zero."""
+        self.activity = Activity()
         self._mutex = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._fetch_s = 0.0
@@ -97,4 +107,6 @@ class DiskCounters:
         """Return the counts and the clones', beside the root's budget, used and peak bytes."""
         with self._mutex:
             counts = self._counts + of_clones
-        return DiskStatistics(*of_the_root, *(counts[f.name] for f in fields(DiskStatistics)[3:]))
+        told: list[Any] = [counts[field.name] for field in fields(DiskStatistics)[3:-3]]
+        told += [self.activity.threads("fetch"), *map(self.activity.seconds, ("fetch", "evict"))]
+        return DiskStatistics(*of_the_root, *told)

@@ -296,7 +296,8 @@ class Store:
             if self.is_own(fetch.content.clone):
                 # Cut by a power failure, or put aside by a check: it would take room twice.
                 repo.discard_spoilt(key)
-            path = self._get(fetch, lambda file: marks.append(mark_of(file, repo.path)))
+            with self._counters.activity.doing("fetch"):
+                path = self._get(fetch, lambda file: marks.append(mark_of(file, repo.path)))
             self._verify(fetch, path)
         except TioOpenNeuroError:
             if not fetch.cancel.is_set():
@@ -432,7 +433,9 @@ class Store:
         left = list(contents)
         try:
             while left:
-                if not self._drop_one(left[0], reason):
+                with self._counters.activity.doing("evict"):
+                    dropped = self._drop_one(left[0], reason)
+                if not dropped:
                     failed.add(left[0])
                 left.pop(0)
         finally:

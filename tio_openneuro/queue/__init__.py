@@ -6,6 +6,6 @@ seed. Never drains before it fills.
 
 from tio_openneuro.queue.draw import permute
 from tio_openneuro.queue.queue import BudgetedQueue
-from tio_openneuro.queue.state import QueueStatistics
+from tio_openneuro.queue.state import QueueStatistics, Reading, read
 
-__all__ = ["BudgetedQueue", "QueueStatistics", "permute"]
+__all__ = ["BudgetedQueue", "QueueStatistics", "Reading", "permute", "read"]

@@ -15,20 +15,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torchio as tio
 
-from tio_openneuro.closing import wait_in_steps
 from tio_openneuro.queue.draw import EpochPlan, Pass, Turn
 from tio_openneuro.queue.schedule import Buffer, Schedule
 from tio_openneuro.queue.source import Production, RamBounds, SubjectSource, forget_locals
 from tio_openneuro.queue.threads import INTRA_OP_THREADS, Workers
 from tio_openneuro.ram import Admission, FreedMemory, give_back, make_room
+from tio_openneuro.recording import Activity
 
 _LOGGER = logging.getLogger(__name__)
 _DIAGNOSIS_S = 60.0
+_STEP_S = 0.5
 _IDLE_S = 2.0
 
 
@@ -68,7 +70,7 @@ class Filler:
         self._awaited: Turn | None = None
         self._freed = FreedMemory(self.admission.capacity_bytes, max(num_workers, 1), window)
         self.subjects = 0
-        self.wait_s = 0.0
+        self._waiting = Activity()
 
     # --- the consumer's side ---
 
@@ -100,25 +102,32 @@ class Filler:
             self._schedule.extend(plan)
         self._look_ahead()
 
-    def take(self, current: Pass) -> tio.Subject | BaseException:
+    @property
+    def wait_s(self) -> float:
+        """Seconds that the consumer stood waiting, the present wait included."""
+        return self._waiting.seconds("wait")
+
+    def take(
+        self, current: Pass, meanwhile: Callable[[], None] = lambda: None
+    ) -> tio.Subject | BaseException:
         """Return the next patch once it is made, or what stopped its subject.
 
         Args:
             current: The pass that was begun last, not finished. It goes on by the patch.
+            meanwhile: Called now and then while it is not made, without any lock.
 
         Raises:
             RuntimeError: The filler is closed.
             BaseException: What stopped a thread, as it was raised, though the patch be made.
         """
         turn, number = current.next()
-        begun = time.monotonic()
         self._awaited = turn
         self._wake()
         try:
-            (self._wait_for if self._num_workers else self._fill_until)(turn)
+            with self._waiting.doing("wait"):
+                (self._wait_for if self._num_workers else self._fill_until)(turn, meanwhile)
         finally:
             self._awaited = None
-            self.wait_s += time.monotonic() - begun
         with self._changed:
             made = self._made.get(turn, number)
             if not isinstance(made, BaseException):
@@ -158,12 +167,17 @@ class Filler:
         self._source.prefetch(ahead)
         self._wake()
 
-    def _wait_for(self, turn: Turn) -> None:
-        begun = time.monotonic()
-        with self._changed:
-            while not self._is_made(turn):
-                if not wait_in_steps(self._changed.wait, _DIAGNOSIS_S):
-                    self._log_wait(turn, time.monotonic() - begun)
+    def _wait_for(self, turn: Turn, meanwhile: Callable[[], None]) -> None:
+        begun = told = time.monotonic()
+        while not self._is_made(turn):
+            meanwhile()
+            with self._changed:
+                # In steps, so that a signal which comes on the way into a wait is seen.
+                if not self._is_made(turn) and self._changed.wait(_STEP_S):
+                    told = time.monotonic()
+            if time.monotonic() - told >= _DIAGNOSIS_S:
+                told = time.monotonic()
+                self._log_wait(turn, told - begun)
 
     def _log_wait(self, turn: Turn, waited_s: float) -> None:
         busy = ", ".join(self._source.name(job.turn.index) for job in self._running)
@@ -171,13 +185,14 @@ class Filler:
         text = "The queue has waited %.0f s for %s; in work: %s; RAM charged: %s bytes"
         _LOGGER.warning(text, waited_s, self._source.name(turn.index), busy or "nothing", charged)
 
-    def _fill_until(self, turn: Turn) -> None:
+    def _fill_until(self, turn: Turn, meanwhile: Callable[[], None]) -> None:
         """Make subjects in this thread, in order, until one is made."""
         before = torch.get_num_threads()
         torch.set_num_threads(INTRA_OP_THREADS)
         try:
             while not self._is_made(turn):
                 self._make_next()
+                meanwhile()
         finally:
             torch.set_num_threads(before)
 

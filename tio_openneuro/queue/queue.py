@@ -22,11 +22,14 @@ from tio_openneuro.queue.order import Planner
 from tio_openneuro.queue.source import SubjectSource
 from tio_openneuro.queue.state import (
     LONGEST_SKIPPED,
+    WORK,
     QueueState,
     QueueStatistics,
+    Record,
     SkippedSubject,
     compare_parts,
     pack_order,
+    read,
 )
 from tio_openneuro.queue.threads import INTRA_OP_THREADS
 from tio_openneuro.ram import available_bytes, read_budget
@@ -184,6 +187,8 @@ class BudgetedQueue(tio.Queue):
         self._ahead: Pass | None = None
         self._rewound: PassStart | None = None
         self._next = start
+        # Of this filler alone: another one counts from zero.
+        self.record = Record()
         # The threads hold the filler and never the queue: rebinding the name ends them.
         self._closing = Closing(self, self._filler.close)
 
@@ -221,6 +226,7 @@ class BudgetedQueue(tio.Queue):
         self._rewound = None
         patch = self._next_patch(current)
         self._delivered += 1
+        self.record.note(self)
         return patch
 
     def __getitems__(self, indices: list[int]) -> list[tio.Subject]:
@@ -385,6 +391,8 @@ class BudgetedQueue(tio.Queue):
             epoch_patches=self._next.step if current is None else current.step,
             epoch_total=self._planner.total(epoch) if current is None else current.plan.total,
             intra_op_threads=INTRA_OP_THREADS,
+            in_work=sum(map(self._source.activity.threads, WORK)),
+            **{f"{work}_s": self._source.activity.seconds(work) for work in WORK},
         )
 
     def __repr__(self) -> str:
@@ -417,6 +425,7 @@ class BudgetedQueue(tio.Queue):
 
     def _fill_ahead(self) -> None:
         if self._start_background and self.num_workers > 0:
+            self.record.note(self)
             self._filler.begin(self._pass_at(self._next))
 
     def _begins(self, index: int) -> bool:
@@ -436,14 +445,16 @@ class BudgetedQueue(tio.Queue):
         before = self._pass
         self._left_at = None if before is None or before.finished else before.expected
         current = self._pass_at(self._next)
+        self.record.note(self)
         current.expected = index
         self._filler.begin(current)
         self._pass, self._ahead = current, None
         self._next = PassStart(current.plan.epoch + 1)
+        self.record.epochs.add(read(self))
 
     def _next_patch(self, current: Pass) -> tio.Subject:
         while not current.finished:
-            made = self._filler.take(current)
+            made = self._filler.take(current, lambda: self.record.note(self))
             if not isinstance(made, BaseException):
                 return made
             turn, _ = current.next()

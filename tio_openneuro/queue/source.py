@@ -23,6 +23,7 @@ from tio_openneuro.prepared import DamagedVolumeError
 from tio_openneuro.queue.draw import Turn, derive_seed, draw_below
 from tio_openneuro.queue.order import Planner
 from tio_openneuro.ram import BASE_BYTES, FLOAT_BYTES, THREAD_BYTES, bound_subject, refuse_subject
+from tio_openneuro.recording import Activity, counted_by, doing
 from tio_openneuro.torchio_seams import (
     CancelledWorkError,
     KeptMaps,
@@ -167,6 +168,7 @@ class SubjectSource:
         self._sizes: dict[int, SubjectSize] = {}
         self._largest_patch_bytes = 0
         self._growth = 1.0
+        self.activity = Activity()
 
     # --- sizes ---
 
@@ -323,7 +325,7 @@ class SubjectSource:
                 raise _UnderchargedError(f"{self.name(turn.index)} was charged too little.")
 
         try:
-            with listening(admit):
+            with listening(admit), counted_by(self.activity), doing("sample"):
                 told: dict[str, list[str]] = {}
                 if self.is_made_twice(turn):
                     told = identify_items(self._make(turn, cancelled, drop=False))
@@ -387,7 +389,8 @@ class SubjectSource:
                 if subject is not None:
                     yield subject, self._maps.of(index, self.sampler, subject)
                     return
-        subject = get_subject(self.dataset, index)
+        with doing("decode"):
+            subject = get_subject(self.dataset, index)
         self._calibrate(index, subject)
         yield subject, None
 

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import base64
 import reprlib
+import time
 import zlib
 from array import array
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import starmap
 from typing import Any
 
+from tio_openneuro.dataset import DataladSubjectsDataset
+from tio_openneuro.disk import DiskStatistics
+from tio_openneuro.errors import TioOpenNeuroError
 from tio_openneuro.queue.draw import EpochPlan, PassStart, Replacement, Turn
 from tio_openneuro.queue.order import Planner, Ranks
+from tio_openneuro.recording import History
 
 STATE_VERSION = 2
 LONGEST_SKIPPED = 500
+WORK = ("content", "decode", "transform", "sample")
 _LONGEST_NAME = 300
 _LONGEST_TEXT = 5000
 # For each subject of an epoch; its replay takes the square of that in time.
@@ -81,6 +88,11 @@ class QueueStatistics:
         epoch_patches: Patches of it that were delivered or skipped.
         epoch_total: Patches of it.
         intra_op_threads: Torch's intra-op threads in every fill.
+        in_work: Subjects of which patches are being made.
+        content_s: Seconds of all threads that waited until a subject's content was on disk.
+        decode_s: The same, for those that decoded it.
+        transform_s: Those that transformed it, ``preprocess`` included.
+        sample_s: Those that drew patches from it.
     """
 
     patches: int
@@ -96,10 +108,60 @@ class QueueStatistics:
     epoch_patches: int
     epoch_total: int
     intra_op_threads: int
+    in_work: int
+    content_s: float
+    decode_s: float
+    transform_s: float
+    sample_s: float
 
     def as_dict(self) -> dict[str, int | float]:
         """Return the values by name, flat, for a logger."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a queue and its dataset tell at one moment.
+
+    Attributes:
+        time_s: The moment, by a clock that only runs.
+        queue: The queue's.
+        disk: The dataset's; all zero where nothing is fetched for it.
+    """
+
+    time_s: float
+    queue: QueueStatistics
+    disk: DiskStatistics
+
+
+def read(queue: Any) -> Reading:  # noqa: ANN401 - the queue, whose room imports this
+    """Return what a queue and its dataset tell now; fetch nothing."""
+    disk, dataset = DiskStatistics.empty(), queue.subjects_dataset
+    if isinstance(dataset, DataladSubjectsDataset):
+        with suppress(TioOpenNeuroError):  # It was closed before it was used.
+            disk = dataset.statistics()
+    return Reading(time.monotonic(), queue.statistics(), disk)
+
+
+class Record:
+    """How a queue's run went so far, for reports; a few MB at most, however long it is.
+
+    Attributes:
+        began_s: When it began, in seconds since 1970.
+        moments: Two a second at first.
+        epochs: Where a pass began.
+    """
+
+    def __init__(self) -> None:
+        """Begin now, with nothing read."""
+        self.began_s = time.time()
+        self.moments: History[Reading] = History(most=1024, interval_s=0.5)
+        self.epochs: History[Reading] = History(most=512)
+
+    def note(self, queue: Any) -> None:  # noqa: ANN401
+        """Read the queue, where that is due."""
+        if self.moments.is_due():
+            self.moments.add(read(queue))
 
 
 @dataclass(frozen=True, slots=True)

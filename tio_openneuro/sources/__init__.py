@@ -6,7 +6,6 @@ nothing. Never fetches image content.
 
 from tio_openneuro.sources.catalog import Catalog, open_catalog, read_file, read_texts
 from tio_openneuro.sources.install import forget
-from tio_openneuro.sources.progress import showing
 
 __all__ = [
     "Catalog",
@@ -14,5 +13,4 @@ __all__ = [
     "open_catalog",
     "read_file",
     "read_texts",
-    "showing",
 ]

@@ -34,6 +34,7 @@ from tio_openneuro.content import AnnexKey, ContentFile, ContentRepo, ContentUni
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.ram import available_bytes
+from tio_openneuro.recording import doing
 from tio_openneuro.select import Label, Scalar, decode_text
 from tio_openneuro.sources import read_texts
 from tio_openneuro.torchio_seams.in_place import read_file
@@ -286,7 +287,7 @@ class FetchedImage(tio.Image):
         elif self.source is None:
             super().load()
         else:
-            with self.source.lease() as leased:
+            with doing("content"), self.source.lease() as leased, doing("decode"):
                 self.load_leased(leased)
 
     def load_leased(self, leased: Mapping[AnnexKey, VolumeFile]) -> None:

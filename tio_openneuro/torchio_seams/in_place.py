@@ -18,6 +18,7 @@ import torch
 import torchio as tio
 from torchio.data.io import read_image
 
+from tio_openneuro.recording import doing
 from tio_openneuro.torchio_seams.parts import inner_transforms
 from tio_openneuro.torchio_seams.private_names import is_loaded, transform_of
 from tio_openneuro.volumes import VolumeFile, read_volume
@@ -48,8 +49,9 @@ def get_subject(dataset: tio.SubjectsDataset, index: int) -> tio.Subject:
         return dataset[index]
     subject = copy.deepcopy(dataset.dry_iter()[index])
     if dataset.load_getitem:
-        for image in subject.get_images(intensity_only=False):
-            _load(image)
+        with doing("decode"):
+            for image in subject.get_images(intensity_only=False):
+                _load(image)
     return transform_in_place(transform_of(dataset), subject)
 
 
@@ -90,7 +92,8 @@ def transform_in_place(
     """
     if transform is None:
         return subject
-    result = cast("tio.Subject", _sparing(transform)(subject))
+    with doing("transform"):
+        result = cast("tio.Subject", _sparing(transform)(subject))
     for _, arguments in getattr(result, "applied_transforms", ()):
         # A replay of the history has a caller again.
         if type(arguments.get("copy")) is int:
