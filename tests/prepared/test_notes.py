@@ -17,8 +17,9 @@ from tio_openneuro.prepared.notes import Difference, ImageNote, SubjectNote, rea
 
 def note_of(value: object) -> SubjectNote:
     """Return a note that holds a value in each of its places."""
-    image = ImageNote("scalar", "t1", np.eye(4), Difference({"x": value}, ("y",)), sourced=True)
-    return SubjectNote({"t1": image}, Difference({"v": value}, ()), [("Clamp", {"v": value})])
+    image = ImageNote("scalar", "t1", np.eye(4), Difference({"x": value}), Difference({"a": value}, ("a", "b"), ("b",)), sourced=True)
+    history = Difference({"applied_transforms": [("Clamp", {"v": value})]})
+    return SubjectNote("PREPARED--1", "plain", Difference({"v": value, "t1": image}), history)
 
 
 VALUES: dict[str, Any] = {
@@ -51,7 +52,7 @@ def test_part_of_the_transform_is_the_part_itself() -> None:
     parts = [object(), len, torch.float16]
     found = read_note(write_note(note_of(len), parts), parts)
     assert found.items.changed["v"] is len
-    assert found.applied_transforms[0][1]["v"] is len
+    assert found.attributes.changed["applied_transforms"][0][1]["v"] is len
 
 
 @pytest.mark.parametrize("value", [object(), len, np.array([object()]), {1, 2}, b"bytes"])

@@ -135,6 +135,8 @@ class PreparedArray:
             _Span(*span).check(body)
         start, stop = facts["frame"]
         self._array = blosc2.ndarray_from_cframe(body[start:stop], copy=False)
+        if (self._array.shape, self._array.dtype) != (self.shape, self.dtype):
+            raise DamagedVolumeError(DAMAGED)
         # Without the interpreter's lock only the library's own threads could run beside us; they
         # gained nothing: 0.56 ms a patch with one, 0.64 with two (2026-11-21).
         self._array.schunk.dparams = blosc2.DParams(nthreads=1)
@@ -218,14 +220,13 @@ def opened(path: Path, sound: SoundChunks | None = None) -> Iterator[PreparedFil
         sound: Chunks of each array that were found sound, in this file as it is; added to.
 
     Raises:
-        DamagedVolumeError: It is damaged.
-        FileNotFoundError: There is none.
+        DamagedVolumeError: It is damaged, or there is none.
     """
-    with path.open("rb") as file:
-        try:
+    try:
+        with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError as error:
-            raise DamagedVolumeError(DAMAGED) from error
+    except (OSError, ValueError) as error:
+        raise DamagedVolumeError(DAMAGED) from error
     # Not closed here: an array that somebody kept would read from nowhere. The last one does.
     yield PreparedFile(memoryview(mapped), {} if sound is None else sound)
 

@@ -11,6 +11,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +21,12 @@ import torchio as tio
 from torchio.constants import AFFINE, DATA
 
 from tio_openneuro.prepared.file import DAMAGED, DamagedVolumeError, PreparedArray
-from tio_openneuro.torchio_seams import FetchedImage, FetchedLabelMap, FetchedScalarImage
+from tio_openneuro.torchio_seams import (
+    FetchedImage,
+    FetchedLabelMap,
+    FetchedScalarImage,
+    FetchedSubject,
+)
 
 _KINDS: dict[str, type[tio.Image]] = {
     "fetched scalar": FetchedScalarImage,
@@ -28,7 +34,9 @@ _KINDS: dict[str, type[tio.Image]] = {
     "scalar": tio.ScalarImage,
     "label": tio.LabelMap,
 }
+_SUBJECTS: dict[str, type[tio.Subject]] = {"fetched": FetchedSubject, "plain": tio.Subject}
 _VOXELS = frozenset({DATA, AFFINE})
+_LENT = frozenset({"source", "_array"})
 
 
 @dataclass(frozen=True)
@@ -37,23 +45,31 @@ class Difference:
 
     Attributes:
         changed: Its items that the other does not have so.
-        removed: The other's items that it has not.
+        order: Its keys; none where they are the other's, and then those of ``changed``.
+        before: The other's keys; none where ``order`` has none.
     """
 
     changed: dict[str, Any]
-    removed: tuple[str, ...]
+    order: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
 
     @classmethod
     def between(cls, before: Mapping[str, Any], after: Mapping[str, Any]) -> Self:
         """Return what made the one the other."""
         changed = {k: v for k, v in after.items() if k not in before or not _same(v, before[k])}
-        return cls(changed, tuple(key for key in before if key not in after))
+        plain = [*{**before, **changed}] == [*after]
+        return cls(changed) if plain else cls(changed, tuple(after), tuple(before))
 
-    def apply(self, items: dict[str, Any]) -> None:
-        """Make the one the other."""
-        for name in self.removed:
-            items.pop(name, None)
-        items.update(self.changed)
+    def apply(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the one, made of the other, which may have lost and got items since."""
+        items = {**before, **self.changed}
+        if not self.order:
+            return items
+        order = [key for key in self.order if key in items]
+        for last, key in pairwise(before):
+            if key not in self.before and last in order:
+                order.insert(order.index(last) + 1, key)
+        return {key: items[key] for key in order}
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,8 @@ class ImageNote:
         kind: Its class, by :data:`_KINDS`.
         base: Name of the image of the unprepared subject that it was, or empty.
         affine: 4 x 4.
-        items: How its other items differ from those of its base.
+        items: How its other items differ from those of its base, or of an image of no file.
+        attributes: How its attributes differ from those of a new image of its class and path.
         sourced: Whether it still knows its files.
     """
 
@@ -72,16 +89,25 @@ class ImageNote:
     base: str
     affine: np.ndarray[Any, Any]
     items: Difference
+    attributes: Difference
     sourced: bool
 
 
 @dataclass(frozen=True)
 class SubjectNote:
-    """What a prepared subject is beside its voxels: how it differs from the unprepared one."""
+    """What a prepared subject is beside its voxels: how it differs from the unprepared one.
 
-    images: dict[str, ImageNote]
+    Attributes:
+        volume: Name of the prepared volume, for which no other one passes.
+        kind: Its class, by :data:`_SUBJECTS`.
+        items: How its items differ; each of its images is an :class:`ImageNote`.
+        attributes: How its attributes, of which its history is one, differ from its own items.
+    """
+
+    volume: str
+    kind: str
     items: Difference
-    applied_transforms: list[Any]
+    attributes: Difference
 
 
 # How values of each kind are taken apart and put together; of a dictionary keys come before values.
@@ -113,17 +139,19 @@ def write_note(note: SubjectNote, parts: Iterable[object]) -> bytes:
         parts: What it may name by number, since whoever reads has it too.
 
     Raises:
-        KeyError: It holds a value of another kind.
+        TypeError: It holds a value of another kind.
     """
-    numbers = {id(part): number for number, part in enumerate(parts)}
+    numbers = {id(part): number for number, part in enumerate(_told_by_number(parts))}
 
     def told(value: Any) -> Any:  # noqa: ANN401 - any of a few kinds
         if value is None or type(value) in {bool, int, float, str}:
             return value
         if isinstance(value, np.generic):
             return ["number", told(np.asarray(value))]
+        if id(value) in numbers:
+            return ["part", numbers[id(value)], _kind_of(value)]
         if type(value) not in _FORMS:
-            return ["part", numbers[id(value)]]
+            raise TypeError(f"it holds a value of the class {type(value).__name__}")
         return [type(value).__name__, *map(told, _FORMS[type(value)][0](value))]
 
     return json.dumps(told(note)).encode()
@@ -135,8 +163,16 @@ def read_note(text: bytes, parts: Iterable[object]) -> SubjectNote:
     Raises:
         DamagedVolumeError: It made no such text.
     """
+    numbered = _told_by_number(parts)
+
+    def part_of(number: int, kind: str) -> object:
+        part = numbered[number]
+        if _kind_of(part) != kind:
+            raise LookupError(kind)
+        return part
+
     makers = {kind.__name__: make for kind, (_, make) in _FORMS.items()}
-    makers |= {"number": lambda array: array[()], "part": list(parts).__getitem__}
+    makers |= {"number": lambda array: array[()], "part": part_of}
 
     def made(told: Any) -> Any:  # noqa: ANN401 - any of a few kinds
         return makers[told[0]](*map(made, told[1:])) if isinstance(told, list) else told
@@ -148,52 +184,119 @@ def read_note(text: bytes, parts: Iterable[object]) -> SubjectNote:
     return note
 
 
-def describe(before: tio.Subject, after: tio.Subject, images: dict[str, tio.Image]) -> SubjectNote:
+def _told_by_number(parts: Iterable[object]) -> list[object]:
+    """Return the parts that have no form: others may be one object here and several elsewhere."""
+    plain = (bool, int, float, str, type(None), np.generic)
+    return [part for part in parts if not isinstance(part, plain) and type(part) not in _FORMS]
+
+
+def _kind_of(part: object) -> str:
+    return getattr(part, "__qualname__", type(part).__qualname__)
+
+
+def describe(before: tio.Subject, after: tio.Subject, volume: str) -> SubjectNote:
     """Return how a prepared subject differs from the unprepared one, voxels aside.
 
     Args:
         before: The unprepared subject.
         after: The prepared one.
-        images: Its images.
+        volume: Name of the prepared volume.
 
     Raises:
-        KeyError: An image is of a class that is not known here.
+        KeyError: An image, or the subject, is of a class that is not known here.
+        ValueError: Two images are one, or an image has files of which the subject had none.
     """
+    images = after.get_images(intensity_only=False)
+    places = {image.data.untyped_storage().data_ptr() for image in images if image.data.numel()}
+    if len(places) < sum(bool(image.data.numel()) for image in images):
+        raise ValueError("two of its images share their voxels")
     originals = before.get_images_dict(intensity_only=False)
-    kinds = {cls: kind for kind, cls in _KINDS.items()}
-    notes = {}
-    for name, image in images.items():
-        base = name if name in originals else ""
-        if not base:
-            base = next((n for n, each in originals.items() if each.path == image.path), "")
-        base_items = _items(originals[base]) if base else {}
-        notes[name] = ImageNote(
-            kinds[type(image)],
-            base,
-            np.array(image.affine),
-            Difference.between(base_items, _items(image)),
-            sourced=getattr(image, "source", None) is not None,
-        )
-    others = [{key: s[key] for key in s if key not in images} for s in (before, after)]
-    return SubjectNote(notes, Difference.between(*others), list(after.applied_transforms))
+    noted = {
+        name: _describe_image(name, value, originals) if isinstance(value, tio.Image) else value
+        for name, value in after.items()
+    }
+    kind = {cls: name for name, cls in _SUBJECTS.items()}[type(after)]
+    items, attributes = Difference.between(before, noted), Difference.between(after, vars(after))
+    return SubjectNote(volume, kind, items, attributes)
+
+
+def _describe_image(name: str, image: tio.Image, originals: dict[str, tio.Image]) -> ImageNote:
+    kind = {cls: name for name, cls in _KINDS.items()}[type(image)]
+    source = getattr(image, "source", None)
+    base = next(
+        (
+            each
+            for each in (name, *originals)
+            if each in originals
+            and originals[each].path == image.path
+            and source in (None, getattr(originals[each], "source", None))
+        ),
+        "",
+    )
+    if source is not None and not base:
+        raise ValueError(f"{name} has files of which the unprepared subject has none")
+    blank = _blank(kind, originals.get(base))
+    return ImageNote(
+        kind,
+        base,
+        np.array(image.affine),
+        Difference.between(_items(originals.get(base, blank)), _items(image)),
+        Difference.between(_attributes(blank), _attributes(image)),
+        sourced=source is not None,
+    )
+
+
+def _blank(kind: str, base: tio.Image | None) -> tio.Image:
+    """Return a new image of a class, and of another one's path."""
+    path = None if base is None else base.path
+    return _KINDS[kind](tensor=torch.zeros(1, 1, 1, 1), path=path, verify_path=False)
 
 
 def _items(image: tio.Image) -> dict[str, Any]:
     return {key: value for key, value in image.items() if key not in _VOXELS}
 
 
+def _attributes(image: tio.Image) -> dict[str, Any]:
+    # Sorted: nobody sees their order.
+    return {key: value for key, value in sorted(vars(image).items()) if key not in _LENT}
+
+
 def _same(one: object, other: object) -> bool:
-    return one is other or pickle.dumps(one) == pickle.dumps(other)
+    if one is other or isinstance(one, tio.Image | ImageNote):
+        return one is other
+    return pickle.dumps(one) == pickle.dumps(other)
 
 
-def rebuild(note: ImageNote, base: tio.Image | None, array: PreparedArray) -> tio.Image:
-    """Return a prepared image, unread where its class allows it."""
-    kind = _KINDS[note.kind]
-    image: tio.Image
-    if base is not None and issubclass(kind, FetchedImage):
-        image = kind.lent(base, array, note.affine, sourced=note.sourced)
+def rebuild(
+    note: SubjectNote, template: tio.Subject, array: Callable[[str], PreparedArray]
+) -> tio.Subject:
+    """Return the prepared subject, its images unread where their class allows it.
+
+    Args:
+        note: How it differs.
+        template: The unprepared subject; may be changed.
+        array: Gives an image's voxels by its name.
+    """
+    originals = template.get_images_dict(intensity_only=False)
+    subject = (kind := _SUBJECTS[note.kind]).__new__(kind)
+    for name, value in note.items.apply(template).items():
+        is_image = isinstance(value, ImageNote)
+        subject[name] = _rebuild_image(value, originals, array(name)) if is_image else value
+    vars(subject).update(note.attributes.apply(subject))
+    return subject
+
+
+def _rebuild_image(
+    note: ImageNote, originals: Mapping[str, tio.Image], array: PreparedArray
+) -> tio.Image:
+    base = originals[note.base] if note.base else None
+    image = _blank(note.kind, base)
+    items = note.items.apply(_items(image if base is None else base))
+    image.clear()
+    image.update(items | {AFFINE: note.affine})
+    if isinstance(image, FetchedImage):
+        image.lend(array, getattr(base, "source", None) if note.sourced else None)
     else:
-        tensor = torch.from_numpy(array.read())
-        image = kind(tensor=tensor, affine=note.affine, path=note.items.changed.get("path") or None)
-    note.items.apply(image)
+        image.set_data(torch.from_numpy(array.read()))
+    vars(image).update(note.attributes.changed)
     return image
