@@ -82,7 +82,7 @@ def encode(arrays: Mapping[str, Array], note: bytes) -> bytes:
             "chunks": shifted[2:],
         }
         body += frame
-    text = json.dumps(header).encode()
+    text = json.dumps({**header, "bytes": len(body)}).encode()
     return b"".join((_PREFIX.pack(_MAGIC, len(text), zlib.crc32(text)), text, body))
 
 
@@ -186,10 +186,12 @@ class PreparedFile:
             if magic != _MAGIC or zlib.crc32(text) != checksum:
                 raise DamagedVolumeError(DAMAGED)
             self._header = json.loads(text)
+            self._body = view[_PREFIX.size + length :]
+            if len(self._body) != self._header["bytes"]:
+                raise DamagedVolumeError(DAMAGED)
         except _DAMAGE as error:
             raise DamagedVolumeError(DAMAGED) from error
         self._sound = sound
-        self._body = view[_PREFIX.size + length :]
 
     @property
     def note(self) -> bytes:
