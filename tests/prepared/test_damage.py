@@ -20,7 +20,6 @@ from truths import told
 import tio_openneuro as tno
 from tio_openneuro.demo.watch import DiskWatch
 from tio_openneuro.prepared import file as prepared_file
-from tio_openneuro.prepared import notes
 
 
 def flip(place: float) -> Callable[[Path], None]:
@@ -112,9 +111,7 @@ def test_damage_is_mended(
         "ds900001", IMAGES, disk_budget=120_000, preprocess=tio.CropOrPad((20, 20, 16))
     ) as dataset:
         expected = [told(dataset[n], root) for n in range(2)]
-        path = dataset._rows[0].content.prepared.repo.locate(
-            dataset._rows[0].content.prepared.key
-        )
+        path = dataset._rows[0].content.prepared.repo.locate(dataset._rows[0].content.prepared.key)
         sound = path.read_bytes()
         with DiskWatch(root, interval_s=0.002) as watch, caplog.at_level(logging.INFO):
             for by_boxes in (False, True):

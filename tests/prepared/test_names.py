@@ -69,9 +69,7 @@ def test_whatever_preprocess_reads_of_a_subject_names_its_volume(word: str, make
         assert kept.statistics().hit_files >= 3
 
 
-def test_volumes_of_torchios_own_transforms_outlive_a_new_table(
-    make: Make, tmp_path: Path
-) -> None:
+def test_volumes_of_torchios_own_transforms_outlive_a_new_table(make: Make, tmp_path: Path) -> None:
     """They read images alone; participants with the same files share one, under their own rows."""
     preprocess = tio.Compose([tio.ToCanonical(), tio.CropOrPad(9), tio.Crop(1)])
     assert len(all_of(make(preprocess=preprocess))) == 3
@@ -163,12 +161,9 @@ def test_what_computes_is_part_of_the_name(
 ) -> None:
     """Another version of us, or of what inflates, prepares anew."""
     assert make(preprocess=tio.ToCanonical())[0] is not None
-    version = preparation.version
-    with monkeypatch.context() as patch:
-        patch.setattr(preparation, "version", lambda name: version(name) + "x" * (name == library))
-        preparation._versions.cache_clear()
-        assert make(preprocess=tio.ToCanonical())[0] is not None
-    preparation._versions.cache_clear()
+    real = preparation.version
+    monkeypatch.setattr(preparation, "version", lambda name: real(name) + "x" * (name == library))
+    assert make(preprocess=tio.ToCanonical())[0] is not None
     assert len(prepared_files(tmp_path / "root")) == 2
 
 
@@ -197,10 +192,11 @@ def test_what_comes_back_is_what_was_returned(word: str, make: Make, tmp_path: P
         assert found[0] == found[1]
 
 
+ONES = tio.ScalarImage(tensor=torch.ones(1, 9, 9, 9))
 ALIASES = {
     "one image twice": lambda s: s.add_image(s["t1"], "again"),
     "shared voxels": lambda s: s.add_image(tio.ScalarImage(tensor=s["t1"].data), "again"),
-    "an image left as attribute": lambda s: s.__setitem__("t1", tio.ScalarImage(tensor=torch.ones(1, 9, 9, 9))),
+    "an image left as attribute": lambda s: s.__setitem__("t1", ONES),
     "an object": lambda s: s.__setitem__("x", object()),
     "a function": lambda s: s.__setitem__("x", lambda: 0),
     "a class of its own": lambda s: setattr(s, "__class__", type("Own", (tio.Subject,), {})),
@@ -209,7 +205,10 @@ ALIASES = {
 
 @pytest.mark.parametrize("word", ALIASES)
 def test_what_cannot_be_told_is_not_kept(
-    word: str, make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    word: str,
+    make: Make,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is prepared each time, which a line says with the reason."""

@@ -17,7 +17,8 @@ from tio_openneuro.prepared.notes import Difference, ImageNote, SubjectNote, rea
 
 def note_of(value: object) -> SubjectNote:
     """Return a note that holds a value in each of its places."""
-    image = ImageNote("scalar", "t1", np.eye(4), Difference({"x": value}), Difference({"a": value}, ("a", "b"), ("b",)), sourced=True)
+    items = Difference({"x": value}, ("x", "y"), ("y", "z"))
+    image = ImageNote("scalar", "t1", np.eye(4), items, {"a": value}, sourced=True)
     history = Difference({"applied_transforms": [("Clamp", {"v": value})]})
     return SubjectNote("PREPARED--1", "plain", Difference({"v": value, "t1": image}), history)
 

@@ -171,9 +171,7 @@ def _swap(subject: tio.Subject) -> None:
 STEPS: dict[str, Any] = {
     "age": lambda s: _scale(s, 1 / s["age"]) if "age" in s else None,
     "age, as attribute": lambda s: _scale(s, 1 / vars(s)["age"]) if "age" in vars(s) else None,
-    "echo": lambda s: _scale(
-        s, dict(s.get_images()[0].get("metadata", {})).get("EchoTime", 2.0)
-    ),
+    "echo": lambda s: _scale(s, dict(s.get_images()[0].get("metadata", {})).get("EchoTime", 2.0)),
     "id": lambda s: _scale(s, 1 + int(s["subject_id"].partition("-")[2]) / 7),
     "stem": lambda s: _scale(s, 1 + len(s.get_images()[0]["stem"]) / 9),
     "other image": lambda s: _scale(s, 1 + float(s.get_images()[-1].data.float().mean())),

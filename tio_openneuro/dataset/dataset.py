@@ -11,7 +11,7 @@ import copy
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import repeat
@@ -22,7 +22,7 @@ import platformdirs
 import torch
 import torchio as tio
 
-from tio_openneuro.content import AnnexKey, ContentFile, ContentUnit
+from tio_openneuro.content import AnnexKey, ContentUnit
 from tio_openneuro.dataset.batches import batches
 from tio_openneuro.dataset.rows import SubjectRow, build_rows
 from tio_openneuro.dataset.views import SplitViews, Transform, find_rows
@@ -314,10 +314,9 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         return self._rows[index]
 
     def _name(self, indices: Sequence[int]) -> None:
-        rows = [self._rows[index] for index in indices]
-        names: Iterable[ContentFile | None] = repeat(None)
-        if self._preparation is not None:
-            names = self._preparation.names((row.subject, row.content) for row in rows)
+        rows, made = [self._rows[index] for index in indices], self._preparation
+        units = ((row.subject, row.content) for row in rows)
+        names = repeat(None) if made is None else made.names(units)
         for index, row, prepared in zip(indices, rows, names, strict=False):
             if prepared != row.content.prepared:
                 content = replace(row.content, prepared=prepared)

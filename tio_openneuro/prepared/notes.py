@@ -37,6 +37,7 @@ _KINDS: dict[str, type[tio.Image]] = {
 _SUBJECTS: dict[str, type[tio.Subject]] = {"fetched": FetchedSubject, "plain": tio.Subject}
 _VOXELS = frozenset({DATA, AFFINE})
 _LENT = frozenset({"source", "_array"})
+_PLAIN = (bool, int, float, str, type(None), np.generic)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class ImageNote:
         base: Name of the image of the unprepared subject that it was, or empty.
         affine: 4 x 4.
         items: How its other items differ from those of its base, or of an image of no file.
-        attributes: How its attributes differ from those of a new image of its class and path.
+        attributes: Those that a new image of its class and path does not have so.
         sourced: Whether it still knows its files.
     """
 
@@ -89,7 +90,7 @@ class ImageNote:
     base: str
     affine: np.ndarray[Any, Any]
     items: Difference
-    attributes: Difference
+    attributes: dict[str, Any]
     sourced: bool
 
 
@@ -141,7 +142,7 @@ def write_note(note: SubjectNote, parts: Iterable[object]) -> bytes:
     Raises:
         TypeError: It holds a value of another kind.
     """
-    numbers = {id(part): number for number, part in enumerate(_told_by_number(parts))}
+    numbers = {id(part): number for number, part in _numbered(parts).items()}
 
     def told(value: Any) -> Any:  # noqa: ANN401 - any of a few kinds
         if value is None or type(value) in {bool, int, float, str}:
@@ -149,7 +150,7 @@ def write_note(note: SubjectNote, parts: Iterable[object]) -> bytes:
         if isinstance(value, np.generic):
             return ["number", told(np.asarray(value))]
         if id(value) in numbers:
-            return ["part", numbers[id(value)], _kind_of(value)]
+            return ["part", *numbers[id(value)]]
         if type(value) not in _FORMS:
             raise TypeError(f"it holds a value of the class {type(value).__name__}")
         return [type(value).__name__, *map(told, _FORMS[type(value)][0](value))]
@@ -163,16 +164,9 @@ def read_note(text: bytes, parts: Iterable[object]) -> SubjectNote:
     Raises:
         DamagedVolumeError: It made no such text.
     """
-    numbered = _told_by_number(parts)
-
-    def part_of(number: int, kind: str) -> object:
-        part = numbered[number]
-        if _kind_of(part) != kind:
-            raise LookupError(kind)
-        return part
-
+    numbered = _numbered(parts)
     makers = {kind.__name__: make for kind, (_, make) in _FORMS.items()}
-    makers |= {"number": lambda array: array[()], "part": part_of}
+    makers |= {"number": lambda array: array[()], "part": lambda *number: numbered[number]}
 
     def made(told: Any) -> Any:  # noqa: ANN401 - any of a few kinds
         return makers[told[0]](*map(made, told[1:])) if isinstance(told, list) else told
@@ -184,14 +178,13 @@ def read_note(text: bytes, parts: Iterable[object]) -> SubjectNote:
     return note
 
 
-def _told_by_number(parts: Iterable[object]) -> list[object]:
-    """Return the parts that have no form: others may be one object here and several elsewhere."""
-    plain = (bool, int, float, str, type(None), np.generic)
-    return [part for part in parts if not isinstance(part, plain) and type(part) not in _FORMS]
+def _numbered(parts: Iterable[object]) -> dict[tuple[int, str], object]:
+    """Return the parts that have no form, by number and name.
 
-
-def _kind_of(part: object) -> str:
-    return getattr(part, "__qualname__", type(part).__qualname__)
+    Others, as equal text, may be one object in this process and several in the next.
+    """
+    others = [p for p in parts if type(p) not in _FORMS and not isinstance(p, _PLAIN)]
+    return {(n, getattr(p, "__qualname__", type(p).__name__)): p for n, p in enumerate(others)}
 
 
 def describe(before: tio.Subject, after: tio.Subject, volume: str) -> SubjectNote:
@@ -207,8 +200,8 @@ def describe(before: tio.Subject, after: tio.Subject, volume: str) -> SubjectNot
         ValueError: Two images are one, or an image has files of which the subject had none.
     """
     images = after.get_images(intensity_only=False)
-    places = {image.data.untyped_storage().data_ptr() for image in images if image.data.numel()}
-    if len(places) < sum(bool(image.data.numel()) for image in images):
+    places = [image.data.untyped_storage().data_ptr() for image in images if image.data.numel()]
+    if len({*places}) < len(places):
         raise ValueError("two of its images share their voxels")
     originals = before.get_images_dict(intensity_only=False)
     noted = {
@@ -222,26 +215,23 @@ def describe(before: tio.Subject, after: tio.Subject, volume: str) -> SubjectNot
 
 def _describe_image(name: str, image: tio.Image, originals: dict[str, tio.Image]) -> ImageNote:
     kind = {cls: name for name, cls in _KINDS.items()}[type(image)]
-    source = getattr(image, "source", None)
-    base = next(
-        (
-            each
-            for each in (name, *originals)
-            if each in originals
-            and originals[each].path == image.path
-            and source in (None, getattr(originals[each], "source", None))
-        ),
-        "",
-    )
-    if source is not None and not base:
+    source = vars(image).get("source")
+    alike = [
+        each
+        for each, other in originals.items()
+        if other.path == image.path and source in (None, vars(other)["source"])
+    ]
+    if source is not None and not alike:
         raise ValueError(f"{name} has files of which the unprepared subject has none")
+    base = name if name in alike else next(iter(alike), "")
     blank = _blank(kind, originals.get(base))
+    own = {key: value for key, value in vars(image).items() if key not in _LENT}
     return ImageNote(
         kind,
         base,
         np.array(image.affine),
         Difference.between(_items(originals.get(base, blank)), _items(image)),
-        Difference.between(_attributes(blank), _attributes(image)),
+        Difference.between(vars(blank), own).changed,
         sourced=source is not None,
     )
 
@@ -254,11 +244,6 @@ def _blank(kind: str, base: tio.Image | None) -> tio.Image:
 
 def _items(image: tio.Image) -> dict[str, Any]:
     return {key: value for key, value in image.items() if key not in _VOXELS}
-
-
-def _attributes(image: tio.Image) -> dict[str, Any]:
-    # Sorted: nobody sees their order.
-    return {key: value for key, value in sorted(vars(image).items()) if key not in _LENT}
 
 
 def _same(one: object, other: object) -> bool:
@@ -295,8 +280,8 @@ def _rebuild_image(
     image.clear()
     image.update(items | {AFFINE: note.affine})
     if isinstance(image, FetchedImage):
-        image.lend(array, getattr(base, "source", None) if note.sourced else None)
+        image.lend(array, vars(base)["source"] if base and note.sourced else None)
     else:
         image.set_data(torch.from_numpy(array.read()))
-    vars(image).update(note.attributes.changed)
+    vars(image).update(note.attributes)
     return image

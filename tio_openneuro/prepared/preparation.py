@@ -8,10 +8,8 @@ and put together again, bit for bit. Room for it is the engine's, its file is
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -55,9 +53,7 @@ _LIBRARIES = (
     *("tio-openneuro", "torchio", "torch", "numpy", "scipy", "scikit-learn"),
     *("nibabel", "SimpleITK", "isal"),
 )
-# Of an image; TorchIO's own transforms read none of the last three.
 _PLAIN = frozenset({str, int, float, bool, type(None)})
-_VOXELS, _TOLD = frozenset({DATA, AFFINE}), frozenset({PATH, STEM, "metadata"})
 
 
 class Preparation:
@@ -83,6 +79,7 @@ class Preparation:
         self.transform = preprocess
         self._engine = engine
         self._id = preprocess_id
+        self._versions = [version(library) for library in _LIBRARIES]
         self._repo: PreparedRepo | None = None
         self._sound: dict[str, tuple[tuple[int, ...], SoundChunks | None]] = {}
         if engine is None:
@@ -100,7 +97,7 @@ class Preparation:
 
     def _pin(self) -> str:
         """Return a digest of the transform as it is now, and of what computes with it."""
-        return repr((_LAYOUT, FORMAT, _versions(), pin(self.transform, self._id)))
+        return repr((_LAYOUT, FORMAT, self._versions, pin(self.transform, self._id)))
 
     def names(
         self, units: Iterable[tuple[tio.Subject, ContentUnit]]
@@ -124,31 +121,21 @@ class Preparation:
 
     def _name(self, subject: tio.Subject, pinned: str, repo: PreparedRepo) -> ContentFile | None:
         images = subject.get_images_dict(intensity_only=False)
-        if any(is_loaded(each) or not getattr(each, "source", None) for each in images.values()):
+        if any(is_loaded(each) or not vars(each).get("source") for each in images.values()):
             # Its voxels may be others than its files'.
             return None
-        seen = [pinned, _told(subject.applied_transforms)]
-        seen += [repr(self._of_image(name, image, repo.path)) for name, image in images.items()]
+        seen: list[object] = [pinned, _told(subject.applied_transforms)]
+        unseen = () if self._id is not None else (PATH, STEM, "metadata")
+        for name, image in images.items():
+            seen += [name, type(image).__name__, _origin(vars(image)["source"])]
+            path = str(image.path).replace(str(repo.path.parent), "")
+            items = {**image, PATH: path}.items()
+            seen += [(key, _told(value)) for key, value in items if key not in unseen]
         if self._id is not None:
             # Code of the user's may read all that the subject has, in its order.
-            seen += [
-                repr((name, None if name in images else _told(value)))
-                for held in (subject, vars(subject))
-                for name, value in held.items()
-            ]
+            items = [*subject.items(), *vars(subject).items()]
+            seen += [(key, key in images or _told(value)) for key, value in items]
         return repo.file(hashlib.blake2b(repr(seen).encode(), digest_size=20).hexdigest())
-
-    def _of_image(self, name: str, image: tio.Image, root: Path) -> list[object]:
-        """Return what preprocess may read of an image, in words that last."""
-        unseen = _VOXELS if self._id is not None else _VOXELS | _TOLD
-        words: list[object] = [name, type(image).__name__, _origin(getattr(image, "source", None))]
-        for key, value in image.items():
-            if key == PATH and key not in unseen:
-                paths = image.path if isinstance(image.path, list) else [image.path]
-                words += [os.path.relpath(str(path), root) for path in paths]
-            elif key not in unseen:
-                words += [key, _told(value)]
-        return words
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -227,8 +214,6 @@ class Preparation:
             note = read_note(file.note, walk_parts(self.transform))
             if note.volume == prepared.key.name:
                 return rebuild(note, copy.deepcopy(template), file.array)
-        except MemoryError:
-            raise
         except Exception as error:
             raise DamagedVolumeError(DAMAGED) from error
         raise DamagedVolumeError(DAMAGED)
@@ -269,7 +254,7 @@ class Preparation:
         for image in prepared.get_images(intensity_only=False):
             # As it will be read back: results of what follows depend on the layout, too.
             voxels, affine = image.data.contiguous(), np.ascontiguousarray(image.affine)
-            for key in _VOXELS:
+            for key in (DATA, AFFINE):
                 del image[key]
             image.affine = affine
             image.set_data(voxels)
@@ -323,14 +308,8 @@ def _told(value: object) -> str:
     Raises:
         UnpinnedError: It cannot be told from another one.
     """
-    if isinstance(value, Metadata):
-        value = value.identity
+    value = value.identity if isinstance(value, Metadata) else value
     return repr(value) if type(value) in _PLAIN else pin(value)
-
-
-@functools.cache
-def _versions() -> tuple[str, ...]:
-    return tuple(version(library) for library in _LIBRARIES)
 
 
 @contextmanager
