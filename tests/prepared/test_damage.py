@@ -85,9 +85,11 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
     "another subject's": replace_by_other,
-    "class that is gone": renote(lambda note: note.replace("fetched scalar", "Fetched scalar")),
-    "subject's class that is gone": renote(lambda note: note.replace('"fetched"', '"Fetched"')),
-    "value of no kind": renote(lambda note: note.replace('["Difference"', '["Differences')),
+    "class that is gone": renote(lambda note: note.replace("FetchedScalar", "FetchedScaler")),
+    "subject's class that is gone": renote(
+        lambda note: note.replace("FetchedSubject", "FetchedSubjekt")
+    ),
+    "value of no kind": renote(lambda note: note.replace('["Same"]', '["Some"]')),
     "another note": renote(lambda _: '["tuple", 1]'),
     "a folder": replace_by_folder,
     "a link that leads nowhere": link_to("nowhere"),

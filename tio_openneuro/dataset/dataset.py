@@ -225,7 +225,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         found = find_rows(index, self._rows)
         if isinstance(found, list):
             return self._view(found)
-        row = self._named(found)
+        row = self._named(found)[0]
         subject = None
         if self._preparation is not None:
             subject = self._preparation.load(row.subject, row.content)
@@ -255,7 +255,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         if preparation is None or transform_of(self) is not None:
             yield None
             return
-        row = self._named(index)
+        row = self._named(index)[0]
         with preparation.opened(row.subject, row.content) as subject:
             yield subject
 
@@ -303,17 +303,13 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         self._preparation = None
         if preprocess is not None:
             self._preparation = Preparation(preprocess, self._engine, preprocess_id)
-        self._name(range(len(self._rows)))
+        self._named(*range(len(self._rows)))
 
-    def _named(self, index: int) -> SubjectRow:
-        """Return a row under the name that its prepared volume has now.
+    def _named(self, *indices: int) -> list[SubjectRow]:
+        """Return rows under the names that their prepared volumes have now.
 
-        The transform, or the subject, may have been changed since it was named.
+        The transform, or a subject, may have been changed since it was named.
         """
-        self._name([index])
-        return self._rows[index]
-
-    def _name(self, indices: Sequence[int]) -> None:
         rows, made = [self._rows[index] for index in indices], self._preparation
         units = ((row.subject, row.content) for row in rows)
         names = repeat(None) if made is None else made.names(units)
@@ -321,6 +317,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             if prepared != row.content.prepared:
                 content = replace(row.content, prepared=prepared)
                 self._rows[index] = replace(row, content=content)
+        return [self._rows[index] for index in indices]
 
     def _view(self, indices: Sequence[int]) -> Self:
         return self._with_rows([self._rows[index] for index in indices])

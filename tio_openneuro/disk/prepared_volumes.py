@@ -54,9 +54,7 @@ class PreparedRepo:
             self.path.mkdir(mode=0o700)
         user, found = os.geteuid() if sys.platform != "win32" else 0, self.path.lstat()
         if found.st_uid != user or not stat.S_ISDIR(found.st_mode):
-            message = (
-                f"Cannot keep prepared volumes in {self.path}: another user's, a link or file."
-            )
+            message = f"Cannot keep volumes in {self.path}: another user's, a link or a file."
             raise LedgerError(f"{message} Give a root of your own.")
         self.path.chmod(0o700)
         self.counts: Counter[str] = Counter()

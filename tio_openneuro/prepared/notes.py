@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,49 +28,16 @@ from tio_openneuro.torchio_seams import (
     FetchedSubject,
 )
 
-_KINDS: dict[str, type[tio.Image]] = {
-    "fetched scalar": FetchedScalarImage,
-    "fetched label": FetchedLabelMap,
-    "scalar": tio.ScalarImage,
-    "label": tio.LabelMap,
-}
-_SUBJECTS: dict[str, type[tio.Subject]] = {"fetched": FetchedSubject, "plain": tio.Subject}
+_IMAGES = (FetchedScalarImage, FetchedLabelMap, tio.ScalarImage, tio.LabelMap)
+_CLASSES: dict[str, Any] = {each.__name__: each for each in (*_IMAGES, FetchedSubject, tio.Subject)}
 _VOXELS = frozenset({DATA, AFFINE})
 _LENT = frozenset({"source", "_array"})
 _PLAIN = (bool, int, float, str, type(None), np.generic)
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How the items of one mapping differ from those of another.
-
-    Attributes:
-        changed: Its items that the other does not have so.
-        order: Its keys; none where they are the other's, and then those of ``changed``.
-        before: The other's keys; none where ``order`` has none.
-    """
-
-    changed: dict[str, Any]
-    order: tuple[str, ...] = ()
-    before: tuple[str, ...] = ()
-
-    @classmethod
-    def between(cls, before: Mapping[str, Any], after: Mapping[str, Any]) -> Self:
-        """Return what made the one the other."""
-        changed = {k: v for k, v in after.items() if k not in before or not _same(v, before[k])}
-        plain = [*{**before, **changed}] == [*after]
-        return cls(changed) if plain else cls(changed, tuple(after), tuple(before))
-
-    def apply(self, before: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the one, made of the other, which may have lost and got items since."""
-        items = {**before, **self.changed}
-        if not self.order:
-            return items
-        order = [key for key in self.order if key in items]
-        for last, key in pairwise(before):
-            if key not in self.before and last in order:
-                order.insert(order.index(last) + 1, key)
-        return {key: items[key] for key in order}
+class Same:
+    """Stands for an item that another mapping has just so."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +45,10 @@ class ImageNote:
     """What a prepared image is beside its voxels.
 
     Attributes:
-        kind: Its class, by :data:`_KINDS`.
+        kind: Name of its class.
         base: Name of the image of the unprepared subject that it was, or empty.
         affine: 4 x 4.
-        items: How its other items differ from those of its base, or of an image of no file.
+        items: Its other items, but for those of its base, or of an image of no file.
         attributes: Those that a new image of its class and path does not have so.
         sourced: Whether it still knows its files.
     """
@@ -89,7 +56,7 @@ class ImageNote:
     kind: str
     base: str
     affine: np.ndarray[Any, Any]
-    items: Difference
+    items: dict[str, Any]
     attributes: dict[str, Any]
     sourced: bool
 
@@ -100,15 +67,17 @@ class SubjectNote:
 
     Attributes:
         volume: Name of the prepared volume, for which no other one passes.
-        kind: Its class, by :data:`_SUBJECTS`.
-        items: How its items differ; each of its images is an :class:`ImageNote`.
-        attributes: How its attributes, of which its history is one, differ from its own items.
+        kind: Name of its class.
+        known: Keys of the unprepared subject, which may have more now.
+        items: Its items, but for those of the unprepared subject; of images notes.
+        attributes: Its attributes, of which its history is one, but for its own items.
     """
 
     volume: str
     kind: str
-    items: Difference
-    attributes: Difference
+    known: tuple[str, ...]
+    items: dict[str, Any]
+    attributes: dict[str, Any]
 
 
 # How values of each kind are taken apart and put together; of a dictionary keys come before values.
@@ -126,8 +95,7 @@ _FORMS: dict[type, tuple[Callable[[Any], Sequence[Any]], Callable[..., Any]]] = 
     ),
     torch.Tensor: (lambda tensor: [tensor.numpy()], torch.from_numpy),
     **{
-        kind: (lambda note: [*vars(note).values()], kind)
-        for kind in (Difference, ImageNote, SubjectNote)
+        kind: (lambda note: [*vars(note).values()], kind) for kind in (Same, ImageNote, SubjectNote)
     },
 }
 
@@ -196,7 +164,7 @@ def describe(before: tio.Subject, after: tio.Subject, volume: str) -> SubjectNot
         volume: Name of the prepared volume.
 
     Raises:
-        KeyError: An image, or the subject, is of a class that is not known here.
+        TypeError: An image, or the subject, is of a class that is not known here.
         ValueError: Two images are one, or an image has files of which the subject had none.
     """
     images = after.get_images(intensity_only=False)
@@ -208,48 +176,66 @@ def describe(before: tio.Subject, after: tio.Subject, volume: str) -> SubjectNot
         name: _describe_image(name, value, originals) if isinstance(value, tio.Image) else value
         for name, value in after.items()
     }
-    kind = {cls: name for name, cls in _SUBJECTS.items()}[type(after)]
-    items, attributes = Difference.between(before, noted), Difference.between(after, vars(after))
-    return SubjectNote(volume, kind, items, attributes)
+    items, attributes = _left_out(noted, before), _left_out(vars(after), after)
+    return SubjectNote(volume, _class_name(after), tuple(before), items, attributes)
 
 
 def _describe_image(name: str, image: tio.Image, originals: dict[str, tio.Image]) -> ImageNote:
-    kind = {cls: name for name, cls in _KINDS.items()}[type(image)]
-    source = vars(image).get("source")
-    alike = [
-        each
-        for each, other in originals.items()
-        if other.path == image.path and source in (None, vars(other)["source"])
-    ]
-    if source is not None and not alike:
-        raise ValueError(f"{name} has files of which the unprepared subject has none")
+    alike = [each for each, other in originals.items() if other.path == image.path]
     base = name if name in alike else next(iter(alike), "")
+    kind, source = _class_name(image), vars(image).get("source")
     blank = _blank(kind, originals.get(base))
+    if source not in (None, vars(originals.get(base, blank)).get("source")):
+        raise ValueError(f"{name} has files of which the unprepared subject has none")
+    items = {key: value for key, value in image.items() if key not in _VOXELS}
     own = {key: value for key, value in vars(image).items() if key not in _LENT}
     return ImageNote(
         kind,
         base,
         np.array(image.affine),
-        Difference.between(_items(originals.get(base, blank)), _items(image)),
-        Difference.between(vars(blank), own).changed,
+        _left_out(items, originals.get(base, blank)),
+        {k: v for k, v in _left_out(own, vars(blank)).items() if not isinstance(v, Same)},
         sourced=source is not None,
     )
 
 
-def _blank(kind: str, base: tio.Image | None) -> tio.Image:
+def _class_name(value: object) -> str:
+    name = type(value).__name__
+    if _CLASSES.get(name) is not type(value):
+        raise TypeError(f"it is, or holds, a {name}")
+    return name
+
+
+def _blank(kind: str, base: tio.Image | None) -> Any:  # noqa: ANN401 - an image
     """Return a new image of a class, and of another one's path."""
     path = None if base is None else base.path
-    return _KINDS[kind](tensor=torch.zeros(1, 1, 1, 1), path=path, verify_path=False)
-
-
-def _items(image: tio.Image) -> dict[str, Any]:
-    return {key: value for key, value in image.items() if key not in _VOXELS}
+    return _CLASSES[kind](tensor=torch.zeros(1, 1, 1, 1), path=path, verify_path=False)
 
 
 def _same(one: object, other: object) -> bool:
     if one is other or isinstance(one, tio.Image | ImageNote):
         return one is other
     return pickle.dumps(one) == pickle.dumps(other)
+
+
+def _left_out(items: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return items but for those that another mapping has just so."""
+    return {
+        key: Same() if key in others and _same(value, others[key]) else value
+        for key, value in items.items()
+    }
+
+
+def _filled_in(
+    items: Mapping[str, Any], others: Mapping[str, Any], known: Iterable[str]
+) -> dict[str, Any]:
+    """Return the items of which others were left out, and what the others got since, by them."""
+    own = {key: each for key, each in items.items() if not isinstance(each, Same)}
+    order = [key for key in items if key in own or key in others]
+    for last, key in pairwise(others):
+        if key not in known and last in order:
+            order.insert(order.index(last) + 1, key)
+    return {key: own[key] if key in own else others[key] for key in order}
 
 
 def rebuild(
@@ -263,11 +249,12 @@ def rebuild(
         array: Gives an image's voxels by its name.
     """
     originals = template.get_images_dict(intensity_only=False)
-    subject = (kind := _SUBJECTS[note.kind]).__new__(kind)
-    for name, value in note.items.apply(template).items():
+    subject: tio.Subject = (kind := _CLASSES[note.kind]).__new__(kind)
+    known = {*note.known, *note.items}
+    for name, value in _filled_in(note.items, template, known).items():
         is_image = isinstance(value, ImageNote)
         subject[name] = _rebuild_image(value, originals, array(name)) if is_image else value
-    vars(subject).update(note.attributes.apply(subject))
+    vars(subject).update(_filled_in(note.attributes, subject, known))
     return subject
 
 
@@ -275,10 +262,10 @@ def _rebuild_image(
     note: ImageNote, originals: Mapping[str, tio.Image], array: PreparedArray
 ) -> tio.Image:
     base = originals[note.base] if note.base else None
-    image = _blank(note.kind, base)
-    items = note.items.apply(_items(image if base is None else base))
+    image: tio.Image = _blank(note.kind, base)
+    others = dict(image if base is None else base)
     image.clear()
-    image.update(items | {AFFINE: note.affine})
+    image.update(_filled_in(note.items, others, others) | {AFFINE: note.affine})
     if isinstance(image, FetchedImage):
         image.lend(array, vars(base)["source"] if base and note.sourced else None)
     else:

@@ -8,7 +8,6 @@ and put together again, bit for bit. Room for it is the engine's, its file is
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +35,6 @@ from tio_openneuro.prepared.notes import describe, read_note, rebuild, write_not
 from tio_openneuro.torchio_seams import (
     FetchedImage,
     ImageFiles,
-    Metadata,
     UnpinnedError,
     drawing_from,
     is_loaded,
@@ -49,11 +47,8 @@ from tio_openneuro.volumes import SubjectSize, sum_sizes
 
 _LOGGER = logging.getLogger(__name__)
 _LAYOUT = 3
-_LIBRARIES = (
-    *("tio-openneuro", "torchio", "torch", "numpy", "scipy", "scikit-learn"),
-    *("nibabel", "SimpleITK", "isal"),
-)
-_PLAIN = frozenset({str, int, float, bool, type(None)})
+_OURS = ("tio-openneuro", "isal", "torchio", "torch", "numpy")
+_LIBRARIES = (*_OURS, "scipy", "scikit-learn", "nibabel", "SimpleITK")
 
 
 class Preparation:
@@ -124,32 +119,30 @@ class Preparation:
         if any(is_loaded(each) or not vars(each).get("source") for each in images.values()):
             # Its voxels may be others than its files'.
             return None
-        seen: list[object] = [pinned, _told(subject.applied_transforms)]
+        seen: list[object] = [pinned, subject.applied_transforms]
         unseen = () if self._id is not None else (PATH, STEM, "metadata")
         for name, image in images.items():
-            seen += [name, type(image).__name__, _origin(vars(image)["source"])]
+            # Where the root lies does not matter.
             path = str(image.path).replace(str(repo.path.parent), "")
-            items = {**image, PATH: path}.items()
-            seen += [(key, _told(value)) for key, value in items if key not in unseen]
+            metadata = image.get("metadata")
+            words = {**image, PATH: path, "metadata": getattr(metadata, "identity", metadata)}
+            seen += [name, type(image).__name__, repr(_origin(vars(image)["source"]))]
+            seen += [(key, words[key]) for key in image if key not in unseen]
         if self._id is not None:
             # Code of the user's may read all that the subject has, in its order.
-            items = [*subject.items(), *vars(subject).items()]
-            seen += [(key, key in images or _told(value)) for key, value in items]
-        return repo.file(hashlib.blake2b(repr(seen).encode(), digest_size=20).hexdigest())
+            held = [*subject.items(), *vars(subject).items()]
+            seen += [(key, None if key in images else value) for key, value in held]
+        return repo.file(pin(seen))
 
     # -- reading -----------------------------------------------------------------------------
 
     def load(self, template: tio.Subject, content: ContentUnit) -> tio.Subject | None:
         """Return the prepared subject, loaded, or None where it was not kept."""
-        try:
-            with self.opened(template, content) as subject:
-                if subject is None:
-                    return None
-                for image in subject.get_images(intensity_only=False):
-                    image.load()
-                return subject
-        except DamagedVolumeError:
-            return None
+        with suppress(DamagedVolumeError), self.opened(template, content) as subject:
+            for image in subject.get_images(intensity_only=False) if subject else ():
+                image.load()
+            return subject
+        return None
 
     @contextmanager
     def opened(self, template: tio.Subject, content: ContentUnit) -> Iterator[tio.Subject | None]:
@@ -169,8 +162,7 @@ class Preparation:
             return
         try:
             with self._engine.lease_prepared(content) as path:
-                sound = None if path is None else self._sound_of(path)
-                if path is None or sound is None:
+                if path is None or (sound := self._sound_of(path)) is None:
                     yield None
                     return
                 with opened(path, sound) as file:
@@ -179,13 +171,15 @@ class Preparation:
                     try:
                         yield subject
                     finally:
-                        _take_back(subject)
+                        # Of the file, whose bytes are free once nobody maps it.
+                        for image in subject.get_images(intensity_only=False):
+                            if isinstance(image, FetchedImage):
+                                image.take_back()
                         del subject
         except DamagedVolumeError:
             _LOGGER.warning("The prepared volume of %s is damaged: made again.", content.name)
-            with suppress(KeyError):
-                name = content.prepared.key.name
-                self._sound[name] = (self._sound[name][0], None)
+            written, _ = self._sound.get(content.prepared.key.name, ((), None))
+            self._sound[content.prepared.key.name] = (written, None)
             self._engine.drop_prepared(content, f"of {content.name}, damaged")
             raise
 
@@ -220,9 +214,8 @@ class Preparation:
 
     def size(self, content: ContentUnit) -> SubjectSize | None:
         """Return the size of a prepared subject from its file's header; None if it is not there."""
-        if content.prepared is None:
-            return None
-        path = content.prepared.repo.locate(content.prepared.key)
+        volume = content.prepared
+        path = volume.repo.locate(volume.key) if volume else None
         if path is None:
             return None
         try:
@@ -282,13 +275,6 @@ class Preparation:
         return None
 
 
-def _take_back(subject: tio.Subject) -> None:
-    """Let go of the file, whose bytes are free once nobody maps it."""
-    for image in subject.get_images(intensity_only=False):
-        if isinstance(image, FetchedImage):
-            image.take_back()
-
-
 def _origin(source: ImageFiles | None) -> object:
     """Return what an image is read from, and how, in words that last."""
     if source is None:
@@ -300,16 +286,6 @@ def _origin(source: ImageFiles | None) -> object:
         for file in source.files
     ]
     return type(selector).__name__, repr(how), files, _origin(source.grid_of)
-
-
-def _told(value: object) -> str:
-    """Return a value in words that last; of a sidecar which one it is, without reading it.
-
-    Raises:
-        UnpinnedError: It cannot be told from another one.
-    """
-    value = value.identity if isinstance(value, Metadata) else value
-    return repr(value) if type(value) in _PLAIN else pin(value)
 
 
 @contextmanager
