@@ -144,7 +144,9 @@ def test_patches_of_each_sampler_are_equal_cold_and_warm(
     name: str, dataset: tno.DataladSubjectsDataset, root: Path
 ) -> None:
     """Their keys, attributes, voxels, places and history, from the whole and from boxes."""
-    dataset._prepare(tio.Compose([tio.ToCanonical(), tio.CropOrPad(12), Step("item")]), "1")
+    dataset._prepare(
+        tio.Compose([tio.ToCanonical(), tio.CropOrPad(12), Step("item and attribute")]), "1"
+    )
     sampler = SAMPLERS[name](dataset[0])
     dataset.evict()
     cold = list(digest(dataset, root, sampler, 5))
@@ -152,7 +154,7 @@ def test_patches_of_each_sampler_are_equal_cold_and_warm(
     assert list(digest(dataset, root, sampler, 5)) == cold
     assert dataset.statistics().fetched_files == fetched_files
     assert len(cold) == 15
-    assert all("x" in dict(patch[1]) for patch in cold)
+    assert all("z" in dict(patch[1]) for patch in cold)
 
 
 TYPES: list[Any] = [torch.uint8, torch.int16, torch.int32, torch.int64]

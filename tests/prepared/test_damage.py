@@ -38,7 +38,7 @@ def renote(change: Callable[[str], str]) -> Callable[[Path], None]:
 
     def damage(path: Path) -> None:
         data = path.read_bytes()
-        magic, length, _ = prepared_file._PREFIX.unpack_from(data)
+        magic, length, *_ = prepared_file._PREFIX.unpack_from(data)
         begin = prepared_file._PREFIX.size + length
         header = json.loads(data[prepared_file._PREFIX.size : begin])
         start, stop, _ = header["note"]
@@ -47,7 +47,8 @@ def renote(change: Callable[[str], str]) -> Callable[[Path], None]:
         assert new != old.encode()
         header["note"][2] = zlib.crc32(new)
         text = json.dumps(header).encode()
-        head = prepared_file._PREFIX.pack(magic, len(text), zlib.crc32(text))
+        size_bytes = len(data) - length + len(text)
+        head = prepared_file._PREFIX.pack(magic, len(text), zlib.crc32(text), size_bytes)
         path.write_bytes(head + text + new + data[begin + stop :])
 
     return damage

@@ -20,7 +20,7 @@ def note_of(value: object) -> SubjectNote:
     items = {"x": value, "y": Same()}
     image = ImageNote("ScalarImage", "t1", np.eye(4), items, {"a": value}, sourced=True)
     history = {"applied_transforms": [("Clamp", {"v": value})]}
-    return SubjectNote("P", "Subject", ("x", "t1"), {"v": value, "t1": image}, history)
+    return SubjectNote("P", "Subject", {"v": value, "t1": image}, history)
 
 
 VALUES: dict[str, Any] = {

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -52,8 +51,8 @@ class PreparedRepo:
         self.path = Path(os.path.realpath(root)) / FOLDER
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
-        user, found = os.geteuid() if sys.platform != "win32" else 0, self.path.lstat()
-        if found.st_uid != user or not stat.S_ISDIR(found.st_mode):
+        user = os.geteuid() if sys.platform != "win32" else 0
+        if self.path.lstat().st_uid != user or not _is_folder(self.path):
             message = f"Cannot keep volumes in {self.path}: another user's, a link or a file."
             raise LedgerError(f"{message} Give a root of your own.")
         self.path.chmod(0o700)
@@ -139,9 +138,13 @@ def _is_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def _remove(path: Path) -> None:
     """Remove what lies there, be it a file, a folder, a link or nothing."""
-    if path.is_dir() and not path.is_symlink():
+    if _is_folder(path):
         shutil.rmtree(path)
     else:
         with suppress(NotADirectoryError):

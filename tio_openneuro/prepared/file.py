@@ -33,7 +33,7 @@ FORMAT = f"1 blosc2 {blosc2.__version__}"
 """What reads and writes alike; part of the name of what is prepared."""
 
 _MAGIC = b"TIOPREP1"
-_PREFIX = struct.Struct("<8sII")
+_PREFIX = struct.Struct("<8sIIQ")
 _CHUNK = 64
 _BLOCK = 16
 _DAMAGE = (ValueError, KeyError, TypeError, RuntimeError, struct.error)
@@ -82,8 +82,9 @@ def encode(arrays: Mapping[str, Array], note: bytes) -> bytes:
             "chunks": shifted[2:],
         }
         body += frame
-    text = json.dumps({**header, "bytes": len(body)}).encode()
-    return b"".join((_PREFIX.pack(_MAGIC, len(text), zlib.crc32(text)), text, body))
+    text = json.dumps(header).encode()
+    size_bytes = _PREFIX.size + len(text) + len(body)
+    return b"".join((_PREFIX.pack(_MAGIC, len(text), zlib.crc32(text), size_bytes), text, body))
 
 
 def _encode_array(array: Array) -> tuple[bytes, list[tuple[int, int, int]]]:
@@ -179,17 +180,15 @@ class PreparedFile:
             DamagedVolumeError: It is damaged, or no file of this format.
         """
         try:
-            magic, length, checksum = _PREFIX.unpack_from(view)
+            magic, length, checksum, size_bytes = _PREFIX.unpack_from(view)
             text = bytes(view[_PREFIX.size : _PREFIX.size + length])
-            if magic != _MAGIC or zlib.crc32(text) != checksum:
+            if (magic, checksum, size_bytes) != (_MAGIC, zlib.crc32(text), len(view)):
                 raise DamagedVolumeError(DAMAGED)
             self._header = json.loads(text)
-            self._body = view[_PREFIX.size + length :]
-            if len(self._body) != self._header["bytes"]:
-                raise DamagedVolumeError(DAMAGED)
         except _DAMAGE as error:
             raise DamagedVolumeError(DAMAGED) from error
         self._sound = sound
+        self._body = view[_PREFIX.size + length :]
 
     @property
     def note(self) -> bytes:

@@ -11,7 +11,6 @@ import json
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tio_openneuro.torchio_seams import (
 
 _IMAGES = (FetchedScalarImage, FetchedLabelMap, tio.ScalarImage, tio.LabelMap)
 _CLASSES: dict[str, Any] = {each.__name__: each for each in (*_IMAGES, FetchedSubject, tio.Subject)}
+_NAMES = {each: name for name, each in _CLASSES.items()}
 _VOXELS = frozenset({DATA, AFFINE})
 _LENT = frozenset({"source", "_array"})
 _PLAIN = (bool, int, float, str, type(None), np.generic)
@@ -68,14 +68,12 @@ class SubjectNote:
     Attributes:
         volume: Name of the prepared volume, for which no other one passes.
         kind: Name of its class.
-        known: Keys of the unprepared subject, which may have more now.
         items: Its items, but for those of the unprepared subject; of images notes.
         attributes: Its attributes, of which its history is one, but for its own items.
     """
 
     volume: str
     kind: str
-    known: tuple[str, ...]
     items: dict[str, Any]
     attributes: dict[str, Any]
 
@@ -164,7 +162,7 @@ def describe(before: tio.Subject, after: tio.Subject, volume: str) -> SubjectNot
         volume: Name of the prepared volume.
 
     Raises:
-        TypeError: An image, or the subject, is of a class that is not known here.
+        KeyError: An image, or the subject, is of a class that is not known here.
         ValueError: Two images are one, or an image has files of which the subject had none.
     """
     images = after.get_images(intensity_only=False)
@@ -177,13 +175,13 @@ def describe(before: tio.Subject, after: tio.Subject, volume: str) -> SubjectNot
         for name, value in after.items()
     }
     items, attributes = _left_out(noted, before), _left_out(vars(after), after)
-    return SubjectNote(volume, _class_name(after), tuple(before), items, attributes)
+    return SubjectNote(volume, _NAMES[type(after)], items, attributes)
 
 
 def _describe_image(name: str, image: tio.Image, originals: dict[str, tio.Image]) -> ImageNote:
     alike = [each for each, other in originals.items() if other.path == image.path]
     base = name if name in alike else next(iter(alike), "")
-    kind, source = _class_name(image), vars(image).get("source")
+    kind, source = _NAMES[type(image)], vars(image).get("source")
     blank = _blank(kind, originals.get(base))
     if source not in (None, vars(originals.get(base, blank)).get("source")):
         raise ValueError(f"{name} has files of which the unprepared subject has none")
@@ -197,13 +195,6 @@ def _describe_image(name: str, image: tio.Image, originals: dict[str, tio.Image]
         {k: v for k, v in _left_out(own, vars(blank)).items() if not isinstance(v, Same)},
         sourced=source is not None,
     )
-
-
-def _class_name(value: object) -> str:
-    name = type(value).__name__
-    if _CLASSES.get(name) is not type(value):
-        raise TypeError(f"it is, or holds, a {name}")
-    return name
 
 
 def _blank(kind: str, base: tio.Image | None) -> Any:  # noqa: ANN401 - an image
@@ -226,16 +217,9 @@ def _left_out(items: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _filled_in(
-    items: Mapping[str, Any], others: Mapping[str, Any], known: Iterable[str]
-) -> dict[str, Any]:
-    """Return the items of which others were left out, and what the others got since, by them."""
-    own = {key: each for key, each in items.items() if not isinstance(each, Same)}
-    order = [key for key in items if key in own or key in others]
-    for last, key in pairwise(others):
-        if key not in known and last in order:
-            order.insert(order.index(last) + 1, key)
-    return {key: own[key] if key in own else others[key] for key in order}
+def _filled_in(items: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the items of which another mapping's were left out."""
+    return {key: others[key] if isinstance(each, Same) else each for key, each in items.items()}
 
 
 def rebuild(
@@ -250,11 +234,10 @@ def rebuild(
     """
     originals = template.get_images_dict(intensity_only=False)
     subject: tio.Subject = (kind := _CLASSES[note.kind]).__new__(kind)
-    known = {*note.known, *note.items}
-    for name, value in _filled_in(note.items, template, known).items():
+    for name, value in _filled_in(note.items, template).items():
         is_image = isinstance(value, ImageNote)
         subject[name] = _rebuild_image(value, originals, array(name)) if is_image else value
-    vars(subject).update(_filled_in(note.attributes, subject, known))
+    vars(subject).update(_filled_in(note.attributes, subject))
     return subject
 
 
@@ -265,7 +248,7 @@ def _rebuild_image(
     image: tio.Image = _blank(note.kind, base)
     others = dict(image if base is None else base)
     image.clear()
-    image.update(_filled_in(note.items, others, others) | {AFFINE: note.affine})
+    image.update(_filled_in(note.items, others) | {AFFINE: note.affine})
     if isinstance(image, FetchedImage):
         image.lend(array, vars(base)["source"] if base and note.sourced else None)
     else:

@@ -100,7 +100,8 @@ class Preparation:
         """Yield the name of each unit's prepared volume, or None where it cannot have one.
 
         It holds all that the result may depend on: the transform as it is now, and what it may
-        read of the subject. TorchIO's own transforms read images alone.
+        read of the subject. TorchIO's own transforms read images alone, so that of the rest its
+        keys count, in whose order it comes back.
 
         Args:
             units: Subjects, unloaded, and their files.
@@ -119,7 +120,8 @@ class Preparation:
         if any(is_loaded(each) or not vars(each).get("source") for each in images.values()):
             # Its voxels may be others than its files'.
             return None
-        seen: list[object] = [pinned, subject.applied_transforms]
+        own = {key: value for key, value in vars(subject).items() if key not in subject}
+        seen: list[object] = [pinned, [*subject], [*vars(subject)], own]
         unseen = () if self._id is not None else (PATH, STEM, "metadata")
         for name, image in images.items():
             # Where the root lies does not matter.
@@ -129,7 +131,7 @@ class Preparation:
             seen += [name, type(image).__name__, repr(_origin(vars(image)["source"]))]
             seen += [(key, words[key]) for key in image if key not in unseen]
         if self._id is not None:
-            # Code of the user's may read all that the subject has, in its order.
+            # Code of the user's may read all that the subject has.
             held = [*subject.items(), *vars(subject).items()]
             seen += [(key, None if key in images else value) for key, value in held]
         return repo.file(pin(seen))
@@ -216,14 +218,11 @@ class Preparation:
         """Return the size of a prepared subject from its file's header; None if it is not there."""
         volume = content.prepared
         path = volume.repo.locate(volume.key) if volume else None
-        if path is None:
-            return None
-        try:
-            with opened(path) as file:
-                shapes = list(file.shapes().values())
-        except Exception:  # noqa: BLE001 - whoever opens it finds that, and mends it
-            return None
-        return sum_sizes([(shape[0], int(np.prod(shape[1:])), size) for shape, size in shapes])
+        # Whoever opens it finds out what is wrong with it, and mends that.
+        with suppress(Exception), opened(path or Path()) as file:
+            shapes = file.shapes().values()
+            return sum_sizes([(shape[0], int(np.prod(shape[1:])), size) for shape, size in shapes])
+        return None
 
     # -- making ------------------------------------------------------------------------------
 
@@ -271,7 +270,11 @@ class Preparation:
                 return encode(arrays, write_note(note, walk_parts(self.transform)))
         except Exception as error:  # noqa: BLE001 - whatever the user's classes raise
             reason = error
-        _LOGGER.info("The prepared volume of %s is not kept: %s.", content.name, reason)
+        _LOGGER.info(
+            "The prepared volume of %s is not kept, as it could not be told: %r.",
+            content.name,
+            reason,
+        )
         return None
 
 
@@ -292,10 +295,8 @@ def _origin(source: ImageFiles | None) -> object:
 def _one_thread() -> Iterator[None]:
     """Let torch compute on this thread alone: sums depend on the number of threads."""
     before = torch.get_num_threads()
-    if before != 1:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if before != 1:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
