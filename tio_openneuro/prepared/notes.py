@@ -32,7 +32,7 @@ _CLASSES: dict[str, Any] = {each.__name__: each for each in (*_IMAGES, FetchedSu
 _NAMES = {each: name for name, each in _CLASSES.items()}
 _VOXELS = frozenset({DATA, AFFINE})
 _LENT = frozenset({"source", "_array"})
-_PLAIN = (bool, int, float, str, type(None), np.generic)
+PLAIN = (bool, int, float, str, type(None), np.generic)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _numbered(parts: Iterable[object]) -> dict[tuple[int, str], object]:
 
     Others, as equal text, may be one object in this process and several in the next.
     """
-    others = [p for p in parts if type(p) not in _FORMS and not isinstance(p, _PLAIN)]
+    others = [p for p in parts if type(p) not in _FORMS and not isinstance(p, PLAIN)]
     return {(n, getattr(p, "__qualname__", type(p).__name__)): p for n, p in enumerate(others)}
 
 

@@ -8,6 +8,7 @@ and put together again, bit for bit. Room for it is the engine's, its file is
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,10 +32,11 @@ from tio_openneuro.prepared.file import (
     encode,
     opened,
 )
-from tio_openneuro.prepared.notes import describe, read_note, rebuild, write_note
+from tio_openneuro.prepared.notes import PLAIN, describe, read_note, rebuild, write_note
 from tio_openneuro.torchio_seams import (
     FetchedImage,
     ImageFiles,
+    Metadata,
     UnpinnedError,
     drawing_from,
     is_loaded,
@@ -120,21 +122,18 @@ class Preparation:
         if any(is_loaded(each) or not vars(each).get("source") for each in images.values()):
             # Its voxels may be others than its files'.
             return None
-        own = {key: value for key, value in vars(subject).items() if key not in subject}
-        seen: list[object] = [pinned, [*subject], [*vars(subject)], own]
-        unseen = () if self._id is not None else (PATH, STEM, "metadata")
+        seen: list[object] = [pinned, [*subject], [*vars(subject)]]
         for name, image in images.items():
             # Where the root lies does not matter.
-            path = str(image.path).replace(str(repo.path.parent), "")
-            metadata = image.get("metadata")
-            words = {**image, PATH: path, "metadata": getattr(metadata, "identity", metadata)}
-            seen += [name, type(image).__name__, repr(_origin(vars(image)["source"]))]
-            seen += [(key, words[key]) for key in image if key not in unseen]
-        if self._id is not None:
-            # Code of the user's may read all that the subject has.
-            held = [*subject.items(), *vars(subject).items()]
-            seen += [(key, None if key in images else value) for key, value in held]
-        return repo.file(pin(seen))
+            words = {**image, PATH: str(image.path).replace(str(repo.path.parent), "")}
+            seen += [name, type(image).__name__, _origin(vars(image)["source"])]
+            unseen = () if self._id is not None else (PATH, STEM, "metadata")
+            seen += [(key, _told(words[key])) for key in image if key not in unseen]
+        held = [*subject.items(), *vars(subject).items()]
+        # Code of the user's may read all that the subject has.
+        told = {key for key, _ in held if self._id is not None or key not in subject} - {*images}
+        seen += [(key, _told(value)) for key, value in held if key in told]
+        return repo.file(hashlib.blake2b(repr(seen).encode(), digest_size=20).hexdigest())
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -289,6 +288,12 @@ def _origin(source: ImageFiles | None) -> object:
         for file in source.files
     ]
     return type(selector).__name__, repr(how), files, _origin(source.grid_of)
+
+
+def _told(value: object) -> object:
+    """Return a value in words that last; sidecars by which they are, without reading them."""
+    value = value.identity if isinstance(value, Metadata) else value
+    return value if isinstance(value, PLAIN) else pin(value)
 
 
 @contextmanager
