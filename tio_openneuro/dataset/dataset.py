@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Self, SupportsIndex, cast, overload
 
@@ -119,7 +120,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             on_incomplete: ``"raise"`` or ``"allow"``: units that differ in their images.
             disk_budget: Bytes, ``"10 GB"``, or ``"auto"``. The smallest one that is open under
                 the root holds for all, in every process; one stated larger warns and names it.
-            preprocess: Deterministic transform, applied before ``transform``.
+            preprocess: Deterministic transform, applied before ``transform``; another one may be
+                assigned later to ``dataset.preprocess``, without an id.
             transform: Random transform, applied each time.
             jobs: Fetches in flight.
             remotes: Names of further annex remotes to trust; None for OpenNeuro's public ones.
@@ -163,12 +165,12 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         self.version = catalog.commit
         # As many as were concatenated, each with small files of its own.
         self.parts = [replace(catalog, files=())]
-        self.preprocess = preprocess
+        self._preparation: Preparation | None = None
         try:
             self._rows, self.skipped = build_rows(
                 catalog, selection, self._engine, on_missing=on_missing
             )
-            self._prepare(preprocess_id)
+            self._prepare(preprocess, preprocess_id)
             super().__init__(
                 [row.subject for row in self._rows], transform, load_getitem=load_getitem
             )
@@ -225,7 +227,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         found = find_rows(index, self._rows)
         if isinstance(found, list):
             return self._view(found)
-        row = self._rows[found]
+        row = self._named(found)[0]
         subject = None
         if self._preparation is not None:
             subject = self._preparation.load(row.subject, row.content)
@@ -255,7 +257,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         if preparation is None or transform_of(self) is not None:
             yield None
             return
-        row = self._rows[index]
+        row = self._named(index)[0]
         with preparation.opened(row.subject, row.content) as subject:
             yield subject
 
@@ -289,15 +291,35 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             for image in cast("list[FetchedImage]", subject.get_images(intensity_only=False)):
                 image.load_leased(files)
 
-    def _prepare(self, preprocess_id: str | None) -> None:
-        """Give each unit the name of its prepared volume."""
-        self._preparation: Preparation | None = None
-        if self.preprocess is None:
-            return
-        self._preparation = Preparation(self.preprocess, self._engine, preprocess_id)
-        for number, row in enumerate(self._rows):
-            content = self._preparation.unit(row.subject, row.content)
-            self._rows[number] = replace(row, content=content)
+    @property
+    def preprocess(self) -> Transform | None:
+        """The deterministic transform; one that is assigned holds from then on, for this view."""
+        return None if self._preparation is None else self._preparation.transform
+
+    @preprocess.setter
+    def preprocess(self, preprocess: Transform | None) -> None:
+        self._prepare(preprocess, None)
+
+    def _prepare(self, preprocess: Transform | None, preprocess_id: str | None) -> None:
+        """Let a transform be the preprocess, and give each unit the name of its prepared volume."""
+        self._preparation = None
+        if preprocess is not None:
+            self._preparation = Preparation(preprocess, self._engine, preprocess_id)
+        self._named(*range(len(self._rows)))
+
+    def _named(self, *indices: int) -> list[SubjectRow]:
+        """Return rows under the names that their prepared volumes have now.
+
+        The transform, or a subject, may have been changed since it was named.
+        """
+        rows, made = [self._rows[index] for index in indices], self._preparation
+        units = ((row.subject, row.content) for row in rows)
+        names = repeat(None) if made is None else made.names(units)
+        for index, row, prepared in zip(indices, rows, names, strict=False):
+            if prepared != row.content.prepared:
+                content = replace(row.content, prepared=prepared)
+                self._rows[index] = replace(row, content=content)
+        return [self._rows[index] for index in indices]
 
     def _view(self, indices: Sequence[int]) -> Self:
         return self._with_rows([self._rows[index] for index in indices])

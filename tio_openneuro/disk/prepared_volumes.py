@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentUnit, StoredContent
@@ -45,13 +46,14 @@ class PreparedRepo:
             root: Folder of clones and ledger.
 
         Raises:
-            LedgerError: It is another user's.
+            LedgerError: It is another user's, or no folder.
         """
         self.path = Path(os.path.realpath(root)) / FOLDER
-        self.path.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileExistsError):
+            self.path.mkdir(mode=0o700)
         user = os.geteuid() if sys.platform != "win32" else 0
-        if self.path.lstat().st_uid != user or self.path.is_symlink():
-            message = f"Cannot keep prepared volumes in {self.path}: another user's, or a link."
+        if self.path.lstat().st_uid != user or not _is_folder(self.path):
+            message = f"Cannot keep volumes in {self.path}: another user's, a link or a file."
             raise LedgerError(f"{message} Give a root of your own.")
         self.path.chmod(0o700)
         self.counts: Counter[str] = Counter()
@@ -67,12 +69,14 @@ class PreparedRepo:
     def locate(self, key: AnnexKey) -> Path | None:
         """Return the whole file, or None where it is absent."""
         path = self.place(key)
-        return path if path.is_file() else None
+        return path if _is_file(path) else None
 
     def write(self, key: AnnexKey, data: bytes) -> None:
         """Write a file whole, or leave what :meth:`discard_partial` removes."""
         path = self.place(key)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if not path.parent.is_dir():
+            _remove(path.parent)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
         partial = path.with_name(path.name + _SUFFIX)
         partial.write_bytes(data)
         # Not synced, which would cost more than to prepare anew: what a power failure tears, its
@@ -97,21 +101,21 @@ class PreparedRepo:
 
     def drop(self, key: AnnexKey) -> None:
         """Remove the file, and what is left of writing it."""
-        self.place(key).unlink(missing_ok=True)
+        _remove(self.place(key))
         self.discard_partial(key)
 
     def discard_partial(self, key: AnnexKey) -> None:
         """Remove what a kill left of writing the file, if anything."""
         path = self.place(key)
-        path.with_name(path.name + _SUFFIX).unlink(missing_ok=True)
+        _remove(path.with_name(path.name + _SUFFIX))
 
     def stored(self) -> Iterator[StoredContent]:
-        """Yield every file, whole and partial."""
+        """Yield every file, whole and partial, and what lies in the place of one."""
         for path in sorted(self.path.glob("*/PREPARED--*")):
-            partial = path.suffix == _SUFFIX
+            partial = path.suffix == _SUFFIX or not _is_file(path)
             name = path.name.removesuffix(_SUFFIX)
             try:
-                yield StoredContent(name, path.stat().st_size, partial)
+                yield StoredContent(name, path.lstat().st_size, partial)
             except FileNotFoundError:
                 continue
 
@@ -121,11 +125,30 @@ class PreparedRepo:
 
     gone = unavailable
 
-    def discard_spoilt(self, key: AnnexKey, *, everywhere: bool = False) -> None:
-        """Do nothing: a file is whole or partial."""
+    def discard_spoilt(self, key: AnnexKey, *, everywhere: bool = False) -> None:  # noqa: ARG002 - the seam's
+        """Remove a folder or link that lies in the place of the file."""
+        if self.locate(key) is None:
+            _remove(self.place(key))
 
     def close(self) -> None:
         """Do nothing: no child serves the folder."""
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    """Remove what lies there, be it a file, a folder, a link or nothing."""
+    if _is_folder(path):
+        shutil.rmtree(path)
+    else:
+        with suppress(NotADirectoryError):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -162,9 +185,12 @@ def keep(
     worth = is_worth_room(unit.size_bytes, len(data), fetch_s=fetch_s, prepare_s=prepare_s)
     steps = (leases.look_ahead.steps_to(unit.name) or _LATEST) if worth else None
     instead = frozenset(leases.store.files_of(unit))
-    want = Want(content, len(data), located=False)
+    with suppress(OSError):
+        # Deleted by hand: what lay there is seen to be gone.
+        repo.path.mkdir(mode=0o700)
 
     def ask(decide: Transaction, kept: frozenset[ContentId]) -> Answer:
+        want = Want(content, len(data), located=repo.locate(file.key) is not None)
         spare_bytes = leases.store.spare_bytes([file])
         return decide.request_prepared(
             want, instead, steps=steps, kept=kept, spare_bytes=spare_bytes
@@ -192,15 +218,16 @@ def _write(leases: Leases, repo: PreparedRepo, file: ContentFile, data: bytes) -
         # A file that no ledger knew, before it takes room beside the new one.
         repo.drop(file.key)
         repo.write(file.key, data)
-    except OSError as error:
+    except BaseException as error:
+        empty = False
+        with suppress(OSError):
+            repo.drop(file.key)
+            empty = True
+        leases.ledger.failed(content, empty=empty)
+        if not isinstance(error, OSError):
+            raise
         _LOGGER.warning("Could not keep %s: %s", content.key, error)
-        repo.drop(file.key)
-        leases.ledger.failed(content, empty=True)
         return False
-    except BaseException:
-        repo.drop(file.key)
-        leases.ledger.failed(content, empty=True)
-        raise
     leases.ledger.arrived(content)
     leases.changes.notify()
     _LOGGER.info("Kept %s (%s).", content.key, format_size(len(data)))

@@ -202,8 +202,9 @@ class Transaction:
         if self._number("SELECT 1 FROM ticket"):
             return Answer()
         for row in self.rows([want.content]).values():
-            if row.state is ContentState.RESERVED and not row.owner_id and row.content not in kept:
-                # What a killed process left of writing it.
+            idle = not row.owner_id and not row.leased and row.content not in kept
+            if idle and (row.state is ContentState.RESERVED or not want.located):
+                # What a killed process left of writing it, or what somebody removed.
                 self.give_up([row.content])
                 return Answer(victims=(row.content,))
             return Answer(refused=True)

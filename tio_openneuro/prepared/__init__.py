@@ -1,7 +1,7 @@
 """Deterministic preprocessing done once, and its results read box by box.
 
-Owns the format of a prepared volume and its name. Promises the very subject that ``preprocess``
-returned. Never waits for room.
+Owns the format of a prepared volume, and its name, which holds all that the result may depend on.
+Promises the very subject that ``preprocess`` returned, and mends any damage. Never waits for room.
 """
 
 from tio_openneuro.prepared.file import DamagedVolumeError

@@ -33,7 +33,7 @@ FORMAT = f"1 blosc2 {blosc2.__version__}"
 """What reads and writes alike; part of the name of what is prepared."""
 
 _MAGIC = b"TIOPREP1"
-_PREFIX = struct.Struct("<8sII")
+_PREFIX = struct.Struct("<8sIIQ")
 _CHUNK = 64
 _BLOCK = 16
 _DAMAGE = (ValueError, KeyError, TypeError, RuntimeError, struct.error)
@@ -83,7 +83,8 @@ def encode(arrays: Mapping[str, Array], note: bytes) -> bytes:
         }
         body += frame
     text = json.dumps(header).encode()
-    return b"".join((_PREFIX.pack(_MAGIC, len(text), zlib.crc32(text)), text, body))
+    size_bytes = _PREFIX.size + len(text) + len(body)
+    return b"".join((_PREFIX.pack(_MAGIC, len(text), zlib.crc32(text), size_bytes), text, body))
 
 
 def _encode_array(array: Array) -> tuple[bytes, list[tuple[int, int, int]]]:
@@ -179,9 +180,9 @@ class PreparedFile:
             DamagedVolumeError: It is damaged, or no file of this format.
         """
         try:
-            magic, length, checksum = _PREFIX.unpack_from(view)
+            magic, length, checksum, size_bytes = _PREFIX.unpack_from(view)
             text = bytes(view[_PREFIX.size : _PREFIX.size + length])
-            if magic != _MAGIC or zlib.crc32(text) != checksum:
+            if (magic, checksum, size_bytes) != (_MAGIC, zlib.crc32(text), len(view)):
                 raise DamagedVolumeError(DAMAGED)
             self._header = json.loads(text)
         except _DAMAGE as error:
@@ -218,14 +219,13 @@ def opened(path: Path, sound: SoundChunks | None = None) -> Iterator[PreparedFil
         sound: Chunks of each array that were found sound, in this file as it is; added to.
 
     Raises:
-        DamagedVolumeError: It is damaged.
-        FileNotFoundError: There is none.
+        DamagedVolumeError: It is damaged, or there is none.
     """
-    with path.open("rb") as file:
-        try:
+    try:
+        with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError as error:
-            raise DamagedVolumeError(DAMAGED) from error
+    except (OSError, ValueError) as error:
+        raise DamagedVolumeError(DAMAGED) from error
     # Not closed here: an array that somebody kept would read from nowhere. The last one does.
     yield PreparedFile(memoryview(mapped), {} if sound is None else sound)
 

@@ -11,19 +11,20 @@ import copy
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchio as tio
+from torchio.constants import AFFINE, DATA, PATH, STEM
 
 from tio_openneuro.content import ContentFile, ContentUnit
 from tio_openneuro.disk import Engine, PreparedRepo
 from tio_openneuro.prepared.file import (
+    DAMAGED,
     FORMAT,
     DamagedVolumeError,
     PreparedFile,
@@ -31,12 +32,14 @@ from tio_openneuro.prepared.file import (
     encode,
     opened,
 )
-from tio_openneuro.prepared.notes import describe, read_note, rebuild, write_note
+from tio_openneuro.prepared.notes import PLAIN, describe, read_note, rebuild, write_note
 from tio_openneuro.torchio_seams import (
     FetchedImage,
     ImageFiles,
+    Metadata,
     UnpinnedError,
     drawing_from,
+    is_loaded,
     pin,
     refuse_random,
     transform_in_place,
@@ -45,8 +48,9 @@ from tio_openneuro.torchio_seams import (
 from tio_openneuro.volumes import SubjectSize, sum_sizes
 
 _LOGGER = logging.getLogger(__name__)
-_LAYOUT = 2
-_LIBRARIES = ("torchio", "torch", "numpy", "scipy", "nibabel", "SimpleITK")
+_LAYOUT = 3
+_OURS = ("tio-openneuro", "isal", "torchio", "torch", "numpy")
+_LIBRARIES = (*_OURS, "scipy", "scikit-learn", "nibabel", "SimpleITK")
 
 
 class Preparation:
@@ -69,17 +73,16 @@ class Preparation:
             SelectionError: ``preprocess`` is random.
         """
         refuse_random(preprocess)
-        self._preprocess = preprocess
+        self.transform = preprocess
         self._engine = engine
+        self._id = preprocess_id
+        self._versions = [version(library) for library in _LIBRARIES]
         self._repo: PreparedRepo | None = None
-        self._name = ""
-        self._sound: dict[str, tuple[tuple[int, ...], SoundChunks]] = {}
-        self._damaged: set[ContentFile | None] = set()
+        self._sound: dict[str, tuple[tuple[int, ...], SoundChunks | None]] = {}
         if engine is None:
             return
         try:
-            versions = [version(library) for library in _LIBRARIES]
-            self._name = repr((_LAYOUT, FORMAT, versions, pin(preprocess, preprocess_id)))
+            self._pin()
         except UnpinnedError as error:
             _LOGGER.info(
                 "Results of preprocess are not kept: %s cannot be told from another of its name. "
@@ -89,36 +92,58 @@ class Preparation:
             return
         self._repo = PreparedRepo(engine.root)
 
-    def unit(self, subject: tio.Subject, content: ContentUnit) -> ContentUnit:
-        """Return a unit's content with the name of its prepared volume, where it has one.
+    def _pin(self) -> str:
+        """Return a digest of the transform as it is now, and of what computes with it."""
+        return repr((_LAYOUT, FORMAT, self._versions, pin(self.transform, self._id)))
+
+    def names(
+        self, units: Iterable[tuple[tio.Subject, ContentUnit]]
+    ) -> Iterator[ContentFile | None]:
+        """Yield the name of each unit's prepared volume, or None where it cannot have one.
+
+        It holds all that the result may depend on: the transform as it is now, and what it may
+        read of the subject. TorchIO's own transforms read images alone, so that of the rest its
+        keys count, in whose order it comes back.
 
         Args:
-            subject: Unloaded.
-            content: Its files.
+            units: Subjects, unloaded, and their files.
         """
-        if self._repo is None or not content.files:
-            return content
-        images = [
-            (name, type(image).__name__, _origin(getattr(image, "source", None)))
-            for name, image in subject.get_images_dict(intensity_only=False).items()
-        ]
-        text = repr((self._name, images))
-        digest = hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
-        return replace(content, prepared=self._repo.file(digest))
+        pinned = None
+        for subject, content in units:
+            name = None
+            if self._repo is not None and content.files:
+                with suppress(UnpinnedError):
+                    pinned = pinned or self._pin()
+                    name = self._name(subject, pinned, self._repo)
+            yield name
+
+    def _name(self, subject: tio.Subject, pinned: str, repo: PreparedRepo) -> ContentFile | None:
+        images = subject.get_images_dict(intensity_only=False)
+        if any(is_loaded(each) or not vars(each).get("source") for each in images.values()):
+            # Its voxels may be others than its files'.
+            return None
+        seen: list[object] = [pinned, [*subject], [*vars(subject)]]
+        for name, image in images.items():
+            # Where the root lies does not matter.
+            words = {**image, PATH: str(image.path).replace(str(repo.path.parent), "")}
+            seen += [name, type(image).__name__, _origin(vars(image)["source"])]
+            unseen = () if self._id is not None else (PATH, STEM, "metadata")
+            seen += [(key, _told(words[key])) for key in image if key not in unseen]
+        held = [*subject.items(), *vars(subject).items()]
+        # Code of the user's may read all that the subject has.
+        told = {key for key, _ in held if self._id is not None or key not in subject} - {*images}
+        seen += [(key, _told(value)) for key, value in held if key in told]
+        return repo.file(hashlib.blake2b(repr(seen).encode(), digest_size=20).hexdigest())
 
     # -- reading -----------------------------------------------------------------------------
 
     def load(self, template: tio.Subject, content: ContentUnit) -> tio.Subject | None:
         """Return the prepared subject, loaded, or None where it was not kept."""
-        try:
-            with self.opened(template, content) as subject:
-                if subject is None:
-                    return None
-                for image in subject.get_images(intensity_only=False):
-                    image.load()
-                return subject
-        except DamagedVolumeError:
-            return None
+        with suppress(DamagedVolumeError), self.opened(template, content) as subject:
+            for image in subject.get_images(intensity_only=False) if subject else ():
+                image.load()
+            return subject
+        return None
 
     @contextmanager
     def opened(self, template: tio.Subject, content: ContentUnit) -> Iterator[tio.Subject | None]:
@@ -128,72 +153,75 @@ class Preparation:
 
         Args:
             template: The unprepared subject, unloaded.
-            content: As :meth:`unit` returned it.
+            content: Under its name now.
 
         Raises:
             DamagedVolumeError: The file is damaged. It was dropped, and is not opened again.
         """
-        if self._engine is None or content.prepared in {None, *self._damaged}:
+        if self._engine is None or content.prepared is None:
             yield None
             return
         try:
             with self._engine.lease_prepared(content) as path:
-                if path is None:
+                if path is None or (sound := self._sound_of(path)) is None:
                     yield None
                     return
-                with opened(path, self._sound_of(path)) as file:
-                    subject = self._assemble(template, file)
+                with opened(path, sound) as file:
+                    subject = self._assemble(template, content.prepared, file)
                     del file
                     try:
                         yield subject
                     finally:
-                        _take_back(subject)
+                        # Of the file, whose bytes are free once nobody maps it.
+                        for image in subject.get_images(intensity_only=False):
+                            if isinstance(image, FetchedImage):
+                                image.take_back()
                         del subject
         except DamagedVolumeError:
             _LOGGER.warning("The prepared volume of %s is damaged: made again.", content.name)
-            self._damaged.add(content.prepared)
+            written, _ = self._sound.get(content.prepared.key.name, ((), None))
+            self._sound[content.prepared.key.name] = (written, None)
             self._engine.drop_prepared(content, f"of {content.name}, damaged")
             raise
 
-    def _sound_of(self, path: Path) -> SoundChunks:
+    def _sound_of(self, path: Path) -> SoundChunks | None:
         """Return which chunks of a file this process has found sound since it was written.
+
+        None where it has found it damaged: whoever leases it keeps it from being dropped.
 
         Checked once, as git-annex checks what it fetches: to check at each use took 0.7 of the
         2.4 ms of a 64³ patch of image and label (2026-11-21).
         """
-        found = path.stat()
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise DamagedVolumeError(DAMAGED) from error
         written = (found.st_ino, found.st_size, found.st_mtime_ns)
         known = self._sound.get(path.name)
         if known is None or known[0] != written:
             known = self._sound[path.name] = (written, {})
         return known[1]
 
-    def _assemble(self, template: tio.Subject, file: PreparedFile) -> tio.Subject:
-        note = read_note(file.note, walk_parts(self._preprocess))
-        subject = copy.deepcopy(template)
-        bases = dict(subject.get_images_dict(intensity_only=False))
-        for name in note.items.removed:
-            delattr(subject, name)
-        note.items.apply(subject)
-        for name, image_note in note.images.items():
-            subject[name] = rebuild(image_note, bases.get(image_note.base), file.array(name))
-        subject.applied_transforms = note.applied_transforms
-        subject.update_attributes()
-        return subject
+    def _assemble(
+        self, template: tio.Subject, prepared: ContentFile, file: PreparedFile
+    ) -> tio.Subject:
+        try:
+            note = read_note(file.note, walk_parts(self.transform))
+            if note.volume == prepared.key.name:
+                return rebuild(note, copy.deepcopy(template), file.array)
+        except Exception as error:
+            raise DamagedVolumeError(DAMAGED) from error
+        raise DamagedVolumeError(DAMAGED)
 
     def size(self, content: ContentUnit) -> SubjectSize | None:
         """Return the size of a prepared subject from its file's header; None if it is not there."""
-        if content.prepared is None:
-            return None
-        path = content.prepared.repo.locate(content.prepared.key)
-        if path is None:
-            return None
-        try:
-            with opened(path) as file:
-                shapes = list(file.shapes().values())
-        except (DamagedVolumeError, FileNotFoundError):
-            return None
-        return sum_sizes([(shape[0], int(np.prod(shape[1:])), size) for shape, size in shapes])
+        volume = content.prepared
+        path = volume.repo.locate(volume.key) if volume else None
+        # Whoever opens it finds out what is wrong with it, and mends that.
+        with suppress(Exception), opened(path or Path()) as file:
+            shapes = file.shapes().values()
+            return sum_sizes([(shape[0], int(np.prod(shape[1:])), size) for shape, size in shapes])
+        return None
 
     # -- making ------------------------------------------------------------------------------
 
@@ -208,40 +236,45 @@ class Preparation:
         Args:
             template: The unprepared subject, unloaded.
             subject: It, loaded; may be changed.
-            content: As :meth:`unit` returned it; not leased by this thread.
+            content: Under its name now; not leased by this thread.
             load_s: Seconds that loading took.
         """
         began_s = time.monotonic()
         with drawing_from(0), _one_thread():
-            prepared = transform_in_place(self._preprocess, subject)
+            prepared = transform_in_place(self.transform, subject)
         for image in prepared.get_images(intensity_only=False):
             # As it will be read back: results of what follows depend on the layout, too.
-            image.set_data(image.data.contiguous())
+            voxels, affine = image.data.contiguous(), np.ascontiguousarray(image.affine)
+            for key in (DATA, AFFINE):
+                del image[key]
+            image.affine = affine
+            image.set_data(voxels)
         if self._engine is not None and content.prepared is not None:
             seconds = load_s + time.monotonic() - began_s
-            data = self._pack(template, prepared, content.name)
+            data = self._pack(template, prepared, content, content.prepared)
             if data is not None:
                 self._engine.keep_prepared(content, data, seconds)
-                self._damaged.discard(content.prepared)
         return prepared
 
-    def _pack(self, before: tio.Subject, after: tio.Subject, name: str) -> bytes | None:
+    def _pack(
+        self, before: tio.Subject, after: tio.Subject, content: ContentUnit, volume: ContentFile
+    ) -> bytes | None:
         """Return the file of a prepared subject; None where it cannot be told in one."""
         try:
-            images = after.get_images_dict(intensity_only=False)
-            note = describe(before, after, images)
-            arrays = {key: image.data.numpy() for key, image in images.items()}
-            return encode(arrays, write_note(note, walk_parts(self._preprocess)))
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
-            _LOGGER.info("The prepared volume of %s is not kept: %s.", name, error)
-            return None
-
-
-def _take_back(subject: tio.Subject) -> None:
-    """Let go of the file, whose bytes are free once nobody maps it."""
-    for image in subject.get_images(intensity_only=False):
-        if isinstance(image, FetchedImage):
-            image.take_back()
+            reason: object = "preprocess, or what it was given, changed while it ran"
+            if [volume] == list(self.names([(before, content)])):
+                note = describe(before, after, volume.key.name)
+                images = after.get_images_dict(intensity_only=False)
+                arrays = {key: image.data.numpy() for key, image in images.items()}
+                return encode(arrays, write_note(note, walk_parts(self.transform)))
+        except Exception as error:  # noqa: BLE001 - whatever the user's classes raise
+            reason = error
+        _LOGGER.info(
+            "The prepared volume of %s is not kept, as it could not be told: %r.",
+            content.name,
+            reason,
+        )
+        return None
 
 
 def _origin(source: ImageFiles | None) -> object:
@@ -250,18 +283,25 @@ def _origin(source: ImageFiles | None) -> object:
         return None
     selector = source.selector
     how = [getattr(selector, name, None) for name in ("volumes", "combine", "when_missing")]
-    files = [file.key.name if file.key is not None else file.blob for file in source.files]
+    files = [
+        file.key.name if file.key is not None else (file.blob, Path(file.path).suffixes[-2:])
+        for file in source.files
+    ]
     return type(selector).__name__, repr(how), files, _origin(source.grid_of)
+
+
+def _told(value: object) -> object:
+    """Return a value in words that last; sidecars by which they are, without reading them."""
+    value = value.identity if isinstance(value, Metadata) else value
+    return value if isinstance(value, PLAIN) else pin(value)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Let torch compute on this thread alone: sums depend on the number of threads."""
     before = torch.get_num_threads()
-    if before != 1:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if before != 1:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)

@@ -26,7 +26,7 @@ from typing import Any, Protocol, Self, SupportsIndex
 import numpy as np
 import torch
 import torchio as tio
-from torchio.constants import AFFINE
+from torchio.constants import AFFINE, DATA
 
 from tio_openneuro.annex import read_blobs
 from tio_openneuro.bounds import IMAGE_BYTES, parse_json
@@ -63,6 +63,11 @@ class Metadata(Mapping[str, Any]):
                 the dataset's was told to have no fields: its images share that list.
         """
         self._known, self._files = dict(fields), files or (Path(), (), [])
+
+    @property
+    def identity(self) -> tuple[Mapping[str, Any], list[str]]:
+        """What decides the fields, without reading any: those known, and the sidecars' blobs."""
+        return self._known, [file.blob for file in self._files[1]]
 
     @cached_property
     def _fields(self) -> dict[str, Any]:
@@ -223,24 +228,15 @@ class FetchedImage(tio.Image):
         if self.source is not None and self.source.engine is not None:
             self.source = replace(self.source, engine=engine)
 
-    @classmethod
-    def lent(
-        cls, base: tio.Image, array: OpenArray, affine: np.ndarray[Any, Any], *, sourced: bool
-    ) -> Self:
-        """Return an image like another one, whose voxels lie in an array.
+    def lend(self, array: OpenArray, source: ImageFiles | None) -> None:
+        """Let the voxels be those of an array, which are read when they are asked for.
 
         Args:
-            base: Unloaded.
             array: Held open by the caller until :meth:`take_back`.
-            affine: 4 x 4.
-            sourced: Whether the image still knows its files.
+            source: The image's files, where it still knows them.
         """
-        image = cls(base.path)
-        image.update(base)
-        image[AFFINE] = affine
-        image.source = getattr(base, "source", None) if sourced else None
-        image._array = array
-        return image
+        self.pop(DATA, None)
+        self._loaded, self._array, self.source = False, array, source
 
     def take_back(self) -> None:
         """Let go of the array that was lent; what was not read is gone."""
