@@ -6,7 +6,16 @@ Never touches content: callers drop and fetch, and report.
 """
 
 from tio_openneuro.ledger.changes import Changes, growing_pause_s
-from tio_openneuro.ledger.eviction import is_worth_room
+from tio_openneuro.ledger.eviction import (
+    EVER,
+    Resident,
+    is_worth_room,
+    pick,
+    pick_enough,
+    prefetch_window,
+    steps_to_spare,
+    victim_order,
+)
 from tio_openneuro.ledger.ledger import Ledger
 from tio_openneuro.ledger.owners import hold_folder
 from tio_openneuro.ledger.root import (
@@ -20,12 +29,14 @@ from tio_openneuro.ledger.schema import Answer, ContentRow, ContentState, Want
 from tio_openneuro.ledger.transaction import Transaction, Use
 
 __all__ = [
+    "EVER",
     "FLOOR_BYTES",
     "Answer",
     "Changes",
     "ContentRow",
     "ContentState",
     "Ledger",
+    "Resident",
     "Transaction",
     "Use",
     "Want",
@@ -33,7 +44,12 @@ __all__ = [
     "growing_pause_s",
     "hold_folder",
     "is_worth_room",
+    "pick",
+    "pick_enough",
+    "prefetch_window",
     "prepare_ledger_folder",
     "refuse_beside",
+    "steps_to_spare",
     "too_large",
+    "victim_order",
 ]

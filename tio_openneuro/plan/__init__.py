@@ -1,0 +1,10 @@
+"""What a training will fetch, hold and wait for, played on a clock of its own.
+
+Owns the clock, the link and what a budget changes. Promises the queue's and the ledger's own
+decisions, so that bytes are those of a run. Never fetches, waits or touches a disk.
+"""
+
+from tio_openneuro.plan.link import Link
+from tio_openneuro.plan.training import Played, Training, UnitCost, play, write_scripts
+
+__all__ = ["Link", "Played", "Training", "UnitCost", "play", "write_scripts"]
