@@ -7,7 +7,6 @@ Never touches content: callers drop and fetch, and report.
 
 from tio_openneuro.ledger.changes import Changes, growing_pause_s
 from tio_openneuro.ledger.eviction import (
-    EVER,
     Resident,
     is_worth_room,
     pick,
@@ -29,7 +28,6 @@ from tio_openneuro.ledger.schema import Answer, ContentRow, ContentState, Want
 from tio_openneuro.ledger.transaction import Transaction, Use
 
 __all__ = [
-    "EVER",
     "FLOOR_BYTES",
     "Answer",
     "Changes",

@@ -13,8 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from tio_openneuro.content import ContentId
+from tio_openneuro.disk import EXPECTED
 from tio_openneuro.ledger import (
-    EVER,
     Resident,
     pick,
     pick_enough,
@@ -23,6 +23,7 @@ from tio_openneuro.ledger import (
     victim_order,
 )
 
+_ANY = 1 << 62
 Files = tuple[ContentId, ...]
 
 
@@ -60,9 +61,9 @@ class Order:
         """
         self.turns: list[Files] = []
         self.reached = -1
-        self.leased = 0
         self.largest_bytes = 0
         self.ahead_bytes = 0
+        self.blocked = -1
         self._sizes = sizes
         self._fetched: dict[int, int] = {}
         self._unready: list[int] = []
@@ -105,11 +106,16 @@ class PlayedRoot:
     """The content of one root, of which processes share the budget."""
 
     def __init__(
-        self, sizes: dict[ContentId, int], budget_bytes: int, cancel: Callable[[ContentId], None]
+        self,
+        units: Sequence[Files],
+        sizes: dict[ContentId, int],
+        budget_bytes: int,
+        cancel: Callable[[ContentId], None],
     ) -> None:
         """Hold nothing.
 
         Args:
+            units: All of the dataset, in its order.
             sizes: Bytes of each content.
             budget_bytes: The disk budget.
             cancel: Told what gives way while it is fetched.
@@ -120,17 +126,22 @@ class PlayedRoot:
         self.waits = False
         self._sizes = sizes
         self._cancel = cancel
-        self._leases = 0
+        self._leases = self._moment = 0
         self._lease_of: dict[tuple[int, int], int] = {}
         self._rows: dict[ContentId, _Row] = {}
-        self._uses: dict[ContentId, list[tuple[int, int]]] = {}
+        self._uses: dict[ContentId, list[tuple[int, int]]] = {c: [] for c in sizes}
+        # After its known uses each process expects any of them again, in the dataset's order.
+        self._expected: dict[ContentId, int] = {}
+        for index, files in enumerate(units):
+            for content in files:
+                self._expected.setdefault(content, EXPECTED + index)
         self._heap: list[tuple[tuple[bool, int, int], ContentId]] = []
 
     def extend(self, owner: int, turns: Sequence[Files]) -> None:
         """Let a process know more of its uses."""
         for position in self.orders[owner].extend(turns):
             for content in self.orders[owner].turns[position]:
-                insort(self._uses.setdefault(content, []), (position, owner))
+                insort(self._uses[content], (position, owner))
                 self._rank(content)
 
     def has(self, content: ContentId) -> bool:
@@ -152,7 +163,8 @@ class PlayedRoot:
                 return None
         self._reserve(missing, ahead=False)
         self._leases += 1
-        order.leased = self._lease_of[owner, position] = self._leases
+        self._moment += 1
+        self._lease_of[owner, position] = self._leases
         order.take(position)
         for content in files:
             row = self._rows[content]
@@ -172,7 +184,7 @@ class PlayedRoot:
         """Reserve what the next use lacks; return it, or None where nothing is to be done now."""
         order = self.orders[owner]
         position = order.first_unready()
-        if position is None or self.waits:
+        if position is None or self.waits or order.blocked == self._moment:
             return None
         files = order.turns[position]
         missing = [content for content in files if content not in self._rows]
@@ -188,9 +200,10 @@ class PlayedRoot:
                 needed_bytes=needed_bytes,
                 window_bytes=window_bytes,
             )
-            with closing(self._evictable(order, since=order.leased, steps=spare)) as found:
+            with closing(self._evictable(order, spare)) as found:
                 victims = pick_enough(found, short_bytes, files)
             if victims is None:
+                order.blocked = self._moment
                 return None
             self._drop(victims)
         self._reserve(missing, ahead=True)
@@ -225,16 +238,18 @@ class PlayedRoot:
 
     def _order_of(self, content: ContentId) -> tuple[bool, int, int]:
         uses = self._uses[content]
-        return victim_order(uses[0][0] if uses else None, self._rows[content].last_use)
+        position = uses[0][0] if uses else self._expected[content]
+        return victim_order(position, self._rows[content].last_use)
 
     def _rank(self, content: ContentId) -> None:
         """Have content among what may give way, at its present place, if it may."""
         row = self._rows.get(content)
+        self._moment += 1
         if row is not None and row.evictable:
             heapq.heappush(self._heap, (self._order_of(content), content))
 
     def _evictable(
-        self, order: Order, *, since: int = EVER, steps: int | None = -EVER
+        self, order: Order, steps: int | None = -_ANY
     ) -> Iterator[Resident]:
         """Yield what may give way, the first to go first, as the ledger's own query does."""
         seen: dict[ContentId, tuple[bool, int, int]] = {}
@@ -247,12 +262,10 @@ class PlayedRoot:
                 if place != self._order_of(content):
                     continue
                 seen[content] = place
-                known, ahead = place[0], -place[1] - order.reached
-                if known and (steps is None or ahead <= steps):
+                ahead = -place[1] - order.reached
+                if steps is None or ahead <= steps:
                     return
-                if known or row.last_use <= since:
-                    use = ahead if known else None
-                    yield Resident(content, row.size_bytes, row.last_use, not row.present, use)
+                yield Resident(content, row.size_bytes, row.last_use, not row.present, ahead)
         finally:
             for content, place in seen.items():
                 heapq.heappush(self._heap, (place, content))

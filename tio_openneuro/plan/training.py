@@ -184,13 +184,15 @@ class _Play:
 
     def __init__(self, training: Training, scripts: Sequence[Script], budget_bytes: int) -> None:
         self.training = training
-        files = [tuple(ContentId("", key) for key in unit) for unit in training.units]
-        self.files: list[Files] = files
-        sizes = {ContentId("", k): size for unit in training.units for k, size in unit.items()}
+        keys = {key: size for unit in training.units for key, size in unit.items()}
+        # One object for each: dictionaries find what is the same without comparing.
+        contents = {key: ContentId("", key) for key in keys}
+        sizes = {contents[key]: size for key, size in keys.items()}
         self.sizes = sizes
+        self.files: list[Files] = [tuple(map(contents.__getitem__, u)) for u in training.units]
         self.links = [PlayedLink(training.link) for _ in range(training.nodes)]
         self.roots = [
-            PlayedRoot(sizes, budget_bytes, lambda c, n=node: self._cancel(n, c))
+            PlayedRoot(self.files, sizes, budget_bytes, lambda c, n=node: self._cancel(n, c))
             for node in range(training.nodes)
         ]
         self.now_s = 0.0
@@ -201,6 +203,7 @@ class _Play:
         self.decoding: list[tuple[float, int, int]] = []
         self.step_ends_s = inf
         self.ranks: list[_Rank] = []
+        self.of_node: list[list[_Rank]] = [[] for _ in self.roots]
         each = training.ranks // training.nodes
         for number, script in enumerate(scripts):
             root = self.roots[number // each]
@@ -212,6 +215,7 @@ class _Play:
             )  # fmt: skip
             self._know(rank, 0)
             self.ranks.append(rank)
+            self.of_node[rank.node].append(rank)
         for rank in self.ranks:
             self._begin(rank)
 
@@ -247,9 +251,8 @@ class _Play:
             for content in link.advance(now_s):
                 self.roots[node].arrived(content)
                 self.fetchers[node].pop(content).running -= 1
-                for rank in self.ranks:
-                    if rank.node == node:
-                        self._arrived(rank, content)
+                for rank in self.of_node[node]:
+                    self._arrived(rank, content)
         while self.decoding and self.decoding[0][0] <= now_s:
             _, number, position = heapq.heappop(self.decoding)
             self._deposit(self.ranks[number], position)
@@ -314,7 +317,7 @@ class _Play:
 
     def _settle(self, node: int) -> None:
         """Do all that can be done at this moment on one node."""
-        ranks = [rank for rank in self.ranks if rank.node == node]
+        ranks = self.of_node[node]
         changed = True
         while changed:
             changed = False
