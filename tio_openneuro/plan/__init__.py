@@ -4,7 +4,6 @@ Owns the clock, the link and what a budget changes. Promises the queue's and the
 decisions, so that bytes are those of a run. Never fetches, waits or touches a disk.
 """
 
-from tio_openneuro.plan.link import Link
-from tio_openneuro.plan.training import Played, Training, UnitCost, play, write_scripts
+from tio_openneuro.plan.training import Play, Training
 
-__all__ = ["Link", "Played", "Training", "UnitCost", "play", "write_scripts"]
+__all__ = ["Play", "Training"]

@@ -1,16 +1,16 @@
 """What a root holds while a training is played. Pure: no disk, no clock, no database.
 
-Owns rows and orders. Which content gives way, and how far ahead is fetched, the ledger's own
-decisions say.
+Owns rows and orders. Which content gives way, and how far ahead is fetched, are the ledger's own
+decisions.
 """
 
 from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tio_openneuro.content import ContentId
 from tio_openneuro.disk import EXPECTED
@@ -23,243 +23,212 @@ from tio_openneuro.ledger import (
     victim_order,
 )
 
-_ANY = 1 << 62
 Files = tuple[ContentId, ...]
+_ANY = -1 << 62
 
 
 @dataclass(eq=False, slots=True)
-class _Row:
-    """One key's content: reserved or present.
+class Row:
+    """One key's content, reserved or present; what is not leased may give way.
 
     Attributes:
+        number: Rises with every row.
         size_bytes: Bytes charged.
         last_use: Number of the lease that was the last one when it was used or reserved.
         present: Whether it has arrived.
-        ahead: Whether it was reserved ahead, and nobody has leased it since.
         leases: How many hold it.
     """
 
+    number: int
     size_bytes: int
     last_use: int
-    present: bool
-    ahead: bool
+    present: bool = False
     leases: int = 0
 
-    @property
-    def evictable(self) -> bool:
-        return not self.leases and (self.present or self.ahead)
 
-
+@dataclass(eq=False, slots=True)
 class Order:
-    """The known uses of one process, and how far they are fetched."""
+    """The known uses of one process, and how far they are fetched.
 
-    def __init__(self, sizes: dict[ContentId, int]) -> None:
-        """Know none.
+    Attributes:
+        turns: The files of each use.
+        reached: Position of the last one that was begun.
+        largest_bytes: Bytes of the largest.
+        ahead_bytes: Fetched ahead and not used.
+        fetched: Those of each use.
+        unready: Positions of those that may lack something; a heap.
+        blocked: The root's moment when nothing gave way for the next one.
+    """
 
-        Args:
-            sizes: Bytes of each content.
-        """
-        self.turns: list[Files] = []
-        self.reached = -1
-        self.largest_bytes = 0
-        self.ahead_bytes = 0
-        self.blocked = -1
-        self._sizes = sizes
-        self._fetched: dict[int, int] = {}
-        self._unready: list[int] = []
+    turns: list[Files] = field(default_factory=list)
+    reached: int = -1
+    largest_bytes: int = 0
+    ahead_bytes: int = 0
+    fetched: dict[int, int] = field(default_factory=dict)
+    unready: list[int] = field(default_factory=list)
+    blocked: int = -1
 
-    def extend(self, turns: Sequence[Files]) -> range:
-        """Know more uses after the others; return their positions."""
-        added = range(len(self.turns), len(self.turns) + len(turns))
-        self.turns += turns
-        self._unready += added
-        totals = (sum(self._sizes[content] for content in files) for files in turns)
-        self.largest_bytes = max(self.largest_bytes, *totals)
-        return added
-
-    def take(self, position: int) -> None:
-        """Begin a use."""
-        self.reached = max(self.reached, position)
-        self.lost(position)
-
-    def lost(self, position: int) -> None:
+    def look_anew(self, position: int) -> None:
         """Look at a use again: what was fetched for it is used, or gone."""
-        self.ahead_bytes -= self._fetched.pop(position, 0)
+        self.ahead_bytes -= self.fetched.pop(position, 0)
         if position > self.reached:
-            heapq.heappush(self._unready, position)
+            heapq.heappush(self.unready, position)
 
     def first_unready(self) -> int | None:
         """Return the first use that may lack something."""
-        while self._unready and self._unready[0] <= self.reached:
-            heapq.heappop(self._unready)
-        return self._unready[0] if self._unready else None
-
-    def ready(self, position: int, fetched_bytes: int) -> None:
-        """Note that the first use that lacked something has it, or that it is on its way."""
-        heapq.heappop(self._unready)
-        if fetched_bytes:
-            self._fetched[position] = self._fetched.get(position, 0) + fetched_bytes
-            self.ahead_bytes += fetched_bytes
+        while self.unready and self.unready[0] <= self.reached:
+            heapq.heappop(self.unready)
+        return self.unready[0] if self.unready else None
 
 
 class PlayedRoot:
-    """The content of one root, of which processes share the budget."""
+    """The content of one root, of which the processes of a node share the budget.
+
+    Attributes:
+        rows: What is reserved or present.
+        orders: Of each process.
+        peak_bytes: Most that was charged.
+        waits: Whether a lease waits for room.
+    """
 
     def __init__(
-        self,
-        units: Sequence[Files],
-        sizes: dict[ContentId, int],
-        budget_bytes: int,
-        cancel: Callable[[ContentId], None],
+        self, units: Sequence[Files], sizes: dict[ContentId, int], budget_bytes: int
     ) -> None:
         """Hold nothing.
 
         Args:
             units: All of the dataset, in its order.
             sizes: Bytes of each content.
-            budget_bytes: The disk budget.
-            cancel: Told what gives way while it is fetched.
+            budget_bytes: The disk budget, which holds each unit.
         """
-        self.budget_bytes = budget_bytes
-        self.used_bytes = self.peak_bytes = 0
+        self.rows: dict[ContentId, Row] = {}
         self.orders: list[Order] = []
+        self.peak_bytes = 0
         self.waits = False
+        self._used_bytes = self._leases = self._moment = 0
+        self._budget_bytes = budget_bytes
         self._sizes = sizes
-        self._cancel = cancel
-        self._leases = self._moment = 0
-        self._lease_of: dict[tuple[int, int], int] = {}
-        self._rows: dict[ContentId, _Row] = {}
-        self._uses: dict[ContentId, list[tuple[int, int]]] = {c: [] for c in sizes}
-        # After its known uses each process expects any of them again, in the dataset's order.
-        self._expected: dict[ContentId, int] = {}
-        for index, files in enumerate(units):
-            for content in files:
-                self._expected.setdefault(content, EXPECTED + index)
-        self._heap: list[tuple[tuple[bool, int, int], ContentId]] = []
+        self._uses: dict[ContentId, list[tuple[int, int]]] = {content: [] for content in sizes}
+        # After its known uses each process expects all units again, in the dataset's order.
+        last = range(len(units) - 1, -1, -1)
+        self._expected = {c: EXPECTED + index for index in last for c in units[index]}
+        self._heap: list[tuple[tuple[bool, int, int, int], ContentId]] = []
 
     def extend(self, owner: int, turns: Sequence[Files]) -> None:
         """Let a process know more of its uses."""
-        for position in self.orders[owner].extend(turns):
-            for content in self.orders[owner].turns[position]:
+        order = self.orders[owner]
+        for position, files in enumerate(turns, start=len(order.turns)):
+            order.unready.append(position)
+            size_bytes = sum(self._sizes[content] for content in files)
+            order.largest_bytes = max(order.largest_bytes, size_bytes)
+            for content in files:
                 insort(self._uses[content], (position, owner))
                 self._rank(content)
-
-    def has(self, content: ContentId) -> bool:
-        """Tell whether content has arrived."""
-        row = self._rows.get(content)
-        return row is not None and row.present
+        order.turns += turns
 
     def lease(self, owner: int, position: int) -> list[ContentId] | None:
         """Lease what a use needs; return what is to be fetched, or None where room lacks."""
         order = self.orders[owner]
         files = order.turns[position]
-        missing = [content for content in files if content not in self._rows]
-        short_bytes = self._short(missing)
-        if missing and short_bytes > 0:
-            with closing(self._evictable(order)) as found:
-                victims = pick(found, short_bytes, files)
-            self._drop(victims)
-            if self._short(missing) > 0:
-                return None
-        self._reserve(missing, ahead=False)
-        self._leases += 1
+        missing, needed_bytes = self._lacking(files)
+        with closing(self._evictable(order)) as found:
+            short_bytes = self._short_bytes(needed_bytes)
+            self._drop(pick(found, short_bytes, files) if missing else ())
+        self.waits = bool(missing) and self._short_bytes(needed_bytes) > 0
+        if self.waits:
+            return None
+        self._reserve(missing)
         self._moment += 1
-        self._lease_of[owner, position] = self._leases
-        order.take(position)
+        self._leases += 1
+        order.reached = max(order.reached, position)
+        order.look_anew(position)
         for content in files:
-            row = self._rows[content]
-            row.leases, row.ahead = row.leases + 1, False
             self._uses[content].remove((position, owner))
+            self.rows[content].leases += 1
+            self.rows[content].last_use = self._leases
         return missing
 
-    def end_lease(self, owner: int, position: int) -> None:
-        """End it; what it held may give way."""
-        number = self._lease_of.pop((owner, position))
-        for content in self.orders[owner].turns[position]:
-            row = self._rows[content]
-            row.leases, row.last_use = row.leases - 1, number
+    def end_lease(self, files: Files) -> None:
+        """Let what was held give way."""
+        for content in files:
+            self.rows[content].leases -= 1
             self._rank(content)
 
-    def prefetch(self, owner: int) -> list[ContentId] | None:
-        """Reserve what the next use lacks; return it, or None where nothing is to be done now."""
+    def prefetch(self, owner: int) -> tuple[int, list[ContentId]] | None:
+        """Reserve what the next use lacks; return both, or None where nothing can be done now."""
         order = self.orders[owner]
         position = order.first_unready()
         if position is None or self.waits or order.blocked == self._moment:
             return None
         files = order.turns[position]
-        missing = [content for content in files if content not in self._rows]
-        needed_bytes = sum(self._sizes[content] for content in missing)
-        short_bytes = self._short(missing)
-        if missing and short_bytes > 0:
-            window_bytes = prefetch_window(
-                self.budget_bytes, order.largest_bytes, len(self.orders)
-            )
+        missing, needed_bytes = self._lacking(files)
+        if missing and self._short_bytes(needed_bytes) > 0:
             spare = steps_to_spare(
                 position - order.reached,
                 ahead_bytes=order.ahead_bytes,
                 needed_bytes=needed_bytes,
-                window_bytes=window_bytes,
+                window_bytes=prefetch_window(
+                    self._budget_bytes, order.largest_bytes, len(self.orders)
+                ),
             )
             with closing(self._evictable(order, spare)) as found:
-                victims = pick_enough(found, short_bytes, files)
+                victims = pick_enough(found, self._short_bytes(needed_bytes), files)
             if victims is None:
                 order.blocked = self._moment
                 return None
             self._drop(victims)
-        self._reserve(missing, ahead=True)
-        order.ready(position, needed_bytes)
-        return missing
+        self._reserve(missing)
+        heapq.heappop(order.unready)
+        order.fetched[position] = order.fetched.get(position, 0) + needed_bytes
+        order.ahead_bytes += needed_bytes
+        return position, missing
 
-    def arrived(self, content: ContentId) -> None:
-        """Note that content is whole."""
-        self._rows[content].present = True
-        self._rank(content)
+    def arrived(self, content: ContentId, row: Row) -> bool:
+        """Note that content is whole; return whether it is still wanted."""
+        row.present = self.rows.get(content) is row
+        self._moment += 1
+        return row.present
 
-    def _short(self, missing: Sequence[ContentId]) -> int:
-        needed_bytes = sum(self._sizes[content] for content in missing)
-        return self.used_bytes + needed_bytes - self.budget_bytes
+    def _lacking(self, files: Files) -> tuple[list[ContentId], int]:
+        missing = [content for content in files if content not in self.rows]
+        return missing, sum(self._sizes[content] for content in missing)
 
-    def _reserve(self, missing: Sequence[ContentId], *, ahead: bool) -> None:
+    def _short_bytes(self, needed_bytes: int) -> int:
+        return self._used_bytes + needed_bytes - self._budget_bytes
+
+    def _reserve(self, missing: Sequence[ContentId]) -> None:
         for content in missing:
-            row = _Row(self._sizes[content], self._leases, present=False, ahead=ahead)
-            self._rows[content] = row
-            self.used_bytes += row.size_bytes
+            self._moment += 1
+            self.rows[content] = Row(self._moment, self._sizes[content], self._leases)
+            self._used_bytes += self._sizes[content]
             self._rank(content)
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        self.peak_bytes = max(self.peak_bytes, self._used_bytes)
 
     def _drop(self, victims: Sequence[Resident]) -> None:
         for victim in victims:
-            row = self._rows.pop(victim.content)
-            self.used_bytes -= row.size_bytes
-            if not row.present:
-                self._cancel(victim.content)
+            self._used_bytes -= self.rows.pop(victim.content).size_bytes
             for position, owner in self._uses[victim.content]:
-                self.orders[owner].lost(position)
+                self.orders[owner].look_anew(position)
 
-    def _order_of(self, content: ContentId) -> tuple[bool, int, int]:
-        uses = self._uses[content]
+    def _place(self, content: ContentId) -> tuple[bool, int, int, int]:
+        uses, row = self._uses[content], self.rows[content]
         position = uses[0][0] if uses else self._expected[content]
-        return victim_order(position, self._rows[content].last_use)
+        return (*victim_order(position, row.last_use), row.number)
 
     def _rank(self, content: ContentId) -> None:
-        """Have content among what may give way, at its present place, if it may."""
-        row = self._rows.get(content)
+        """Have content at its present place among what may give way."""
         self._moment += 1
-        if row is not None and row.evictable:
-            heapq.heappush(self._heap, (self._order_of(content), content))
+        if content in self.rows and not self.rows[content].leases:
+            heapq.heappush(self._heap, (self._place(content), content))
 
-    def _evictable(
-        self, order: Order, steps: int | None = -_ANY
-    ) -> Iterator[Resident]:
+    def _evictable(self, order: Order, steps: int | None = _ANY) -> Iterator[Resident]:
         """Yield what may give way, the first to go first, as the ledger's own query does."""
-        seen: dict[ContentId, tuple[bool, int, int]] = {}
+        seen: dict[ContentId, tuple[bool, int, int, int]] = {}
         try:
             while self._heap:
                 place, content = heapq.heappop(self._heap)
-                row = self._rows.get(content)
-                if content in seen or row is None or not row.evictable:
-                    continue
-                if place != self._order_of(content):
+                row = self.rows.get(content)
+                if row is None or row.leases or content in seen or place != self._place(content):
                     continue
                 seen[content] = place
                 ahead = -place[1] - order.reached

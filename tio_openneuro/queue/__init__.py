@@ -4,27 +4,19 @@ Owns the order, the draw, the buffer and the threads that fill it. Promises the 
 seed. Never drains before it fills.
 """
 
-from tio_openneuro.queue.draw import (
-    EpochPlan,
-    Pass,
-    PassStart,
-    choose_window,
-    chosen_twice,
-)
-from tio_openneuro.queue.order import Planner, Ranks
+from tio_openneuro.queue.draw import choose_window, chosen_twice
+from tio_openneuro.queue.order import Ranks, Script, write_script
 from tio_openneuro.queue.queue import BudgetedQueue
 from tio_openneuro.queue.schedule import is_within_reach
 from tio_openneuro.queue.state import QueueStatistics
 
 __all__ = [
     "BudgetedQueue",
-    "EpochPlan",
-    "Pass",
-    "PassStart",
-    "Planner",
     "QueueStatistics",
     "Ranks",
+    "Script",
     "choose_window",
     "chosen_twice",
     "is_within_reach",
+    "write_script",
 ]
