@@ -1,119 +1,78 @@
-"""What training under a disk budget will fetch, told beforehand. Pure.
-
-Plays the queue's own order of subjects against a disk of the budget's size that evicts what is
-used last: the bytes that every order of eviction must fetch at least, and that the engine comes
-close to. Sizes come in as numbers; nothing is fetched and no clock is read.
-
-Source: L. A. Belady, "A study of replacement algorithms", IBM Systems Journal 5(2), 1966.
-"""
+"""``plan``: a training's costs told beforehand, as tables of 80 columns and as a picture."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping, Sequence
+import dataclasses
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from statistics import median
+from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from tio_openneuro.annex import AnnexRepo
+from tio_openneuro.content import TreeFile
 from tio_openneuro.ledger import too_large
-from tio_openneuro.queue import permute
+from tio_openneuro.plan import Epoch, Training, foresee, ram_budgets, total_bytes
+from tio_openneuro.queue import choose_window
+from tio_openneuro.ram import FLOAT_BYTES, TransformCost, available_bytes, bound_subject, read_budget
+from tio_openneuro.sizes import format_size
+from tio_openneuro.volumes import SubjectSize, VolumeFile, has_suffix
 
-_NEVER = 1 << 62
+# A voxel of a head that is compressed takes about a byte, one that is not two.
+_VOXELS_PER_BYTE, _PLAIN_VOXELS_PER_BYTE = 1.0, 0.5
+# Loading, ZNormalization and a flip of 192**3 voxels and a label: 0.144 s (2026-11-25).
+_SECONDS_PER_VOXEL = 2e-8
+# ZNormalization, the hungriest of the usual transforms, in a Compose.
+_TRANSFORM = TransformCost(copies=3, voxel_bytes=48)
+_BUSY = 0.05
+_BAR = 20
+_HEADER_BYTES = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class DiskPlan:
-    """What epochs under a disk budget fetch.
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked beside what a :class:`Training` states.
 
     Attributes:
-        units: Units of an epoch.
-        epoch_bytes: Bytes of their content, each annex key once.
-        largest_bytes: Bytes of the largest unit, the smallest budget that works.
-        budget_bytes: The disk budget.
-        first_epoch_bytes: Bytes that the first epoch fetches.
-        later_epoch_bytes: Bytes that each later epoch fetches, their mean.
-        peak_bytes: Most bytes held.
+        units: Bytes of each key of a unit, by its name.
+        budget_bytes: Disk budget of each node.
+        epochs: Passes over the units.
+        ram_budget: Of each process, as the queue's.
+        patch_size: Voxels of a patch along each axis.
+        remote_rate: Bytes per second that the remote gives at most, to all nodes together.
+        voxels_per_byte: Of compressed files.
+        options: What a training has beside its units and times.
     """
 
-    units: int
-    epoch_bytes: int
-    largest_bytes: int
+    units: dict[str, dict[str, int]]
     budget_bytes: int
-    first_epoch_bytes: int
-    later_epoch_bytes: int
-    peak_bytes: int
-
-    def seconds(self, rate: float, epochs: int) -> float:
-        """Return how long the link is busy.
-
-        Args:
-            rate: Bytes per second, over all connections.
-            epochs: Passes over the units, at least one.
-        """
-        return (self.first_epoch_bytes + (epochs - 1) * self.later_epoch_bytes) / rate
+    epochs: int
+    ram_budget: str
+    patch_size: int
+    remote_rate: float
+    voxels_per_byte: float
+    options: dict[str, Any]
 
 
-def plan_disk(
-    units: Mapping[str, Mapping[str, int]], budget_bytes: int, *, epochs: int = 4, seed: int = 0
-) -> DiskPlan:
-    """Play shuffled epochs against a disk budget.
-
-    Args:
-        units: Bytes of each annex key of a unit, by its name, in the dataset's order.
-        budget_bytes: The disk budget.
-        epochs: Epochs to play, at least two.
-        seed: Decides the order of the units, as a queue's ``seed`` does.
-
-    Raises:
-        DiskBudgetError: A unit is larger than the budget.
-    """
-    contents = list(units.values())
-    totals = {name: sum(files.values()) for name, files in units.items()}
-    largest = max(totals, key=totals.__getitem__)
-    if totals[largest] > budget_bytes:
-        raise too_large(largest, list(units[largest].values()), budget_bytes)
-    orders = [permute(len(contents), seed, "subjects", epoch) for epoch in range(epochs)]
-    fetched, peak_bytes = _play([[contents[n] for n in order] for order in orders], budget_bytes)
-    sizes = {key: size for files in contents for key, size in files.items()}
-    return DiskPlan(
-        len(contents),
-        sum(sizes.values()),
-        totals[largest],
-        budget_bytes,
-        fetched[0],
-        round(sum(fetched[1:]) / (epochs - 1)),
-        peak_bytes,
-    )
-
-
-def _play(
-    epochs: Sequence[Sequence[Mapping[str, int]]], budget_bytes: int
-) -> tuple[list[int], int]:
-    """Return the bytes that each epoch fetches, and the most bytes held."""
-    steps = [files for epoch in epochs for files in epoch]
-    # The steps that use a key, the next one last.
-    uses: dict[str, list[int]] = {}
-    for step in reversed(range(len(steps))):
-        for key in steps[step]:
-            uses.setdefault(key, [_NEVER]).append(step)
-    held: dict[str, int] = {}
-    farthest: list[tuple[int, str]] = []
-    held_bytes = peak_bytes = 0
-    fetched = []
-    for epoch in epochs:
-        epoch_bytes = 0
-        for files in epoch:
-            missing = {key: size for key, size in files.items() if key not in held}
-            needed_bytes = sum(missing.values())
-            while held_bytes + needed_bytes > budget_bytes:
-                # This unit's own files are used now, and come last: it fits without the others.
-                next_use, key = heapq.heappop(farthest)
-                if key in held and -next_use == uses[key][-1]:
-                    held_bytes -= held.pop(key)
-            held |= missing
-            held_bytes += needed_bytes
-            peak_bytes = max(peak_bytes, held_bytes)
-            epoch_bytes += needed_bytes
-            for key in files:
-                uses[key].pop()
-                heapq.heappush(farthest, (-uses[key][-1], key))
-        fetched.append(epoch_bytes)
-    return fetched, peak_bytes
+def answer(question: Question) -> dict[str, Any]:
+    """Return what a training will cost, by names for programs."""
+    units = list(question.units.values())
+    options = question.options
+    sizes = {name: sum(files.values()) for name, files in question.units.items()}
+    largest = max(sizes, key=sizes.__getitem__)
+    if sizes[largest] > question.budget_bytes:
+        raise too_large(largest, list(question.units[largest].values()), question.budget_bytes)
+    voxels = [_voxels(files, question.voxels_per_byte) for files in units]
+    images = max(map(len, units))
+    size = SubjectSize(max(voxels), max(voxels) * images, max(voxels) * images * FLOAT_BYTES, images)
+    work_bytes = bound_subject(size, _TRANSFORM, 0)
+    patch_bytes = question.patch_size**3 * images * FLOAT_BYTES
+    ram_bytes = read_budget(question.ram_budget, available_bytes())
+    ...

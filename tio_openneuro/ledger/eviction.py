@@ -60,7 +60,7 @@ def prefetch_window(budget_bytes: int, largest_bytes: int, orders: int) -> int:
 
 
 def steps_to_spare(
-    steps: int, *, ahead_bytes: int, needed_bytes: int, window_bytes: int
+    steps: int, ahead_bytes: int, needed_bytes: int, window_bytes: int
 ) -> int | None:
     """Return how late the next use of content must be for it to give way to a prefetch.
 

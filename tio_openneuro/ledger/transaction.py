@@ -159,9 +159,7 @@ class Transaction:
             window_bytes = prefetch_window(
                 self._number(BUDGET), largest_bytes, self._number(ORDERS)
             )
-            spare = steps_to_spare(
-                steps, ahead_bytes=ahead_bytes, needed_bytes=needed_bytes, window_bytes=window_bytes
-            )
+            spare = steps_to_spare(steps, ahead_bytes, needed_bytes, window_bytes)
             if since is None:
                 # What was leased out of order since this owner's last step stays until the next
                 # one: else scoring between epochs and this prefetch evict each other's content in

@@ -163,14 +163,9 @@ class PlayedRoot:
         files = order.turns[position]
         missing, needed_bytes = self._lacking(files)
         if missing and self._short_bytes(needed_bytes) > 0:
-            spare = steps_to_spare(
-                position - order.reached,
-                ahead_bytes=order.ahead_bytes,
-                needed_bytes=needed_bytes,
-                window_bytes=prefetch_window(
-                    self._budget_bytes, order.largest_bytes, len(self.orders)
-                ),
-            )
+            shared = self._budget_bytes, order.largest_bytes, len(self.orders)
+            steps, window_bytes = position - order.reached, prefetch_window(*shared)
+            spare = steps_to_spare(steps, order.ahead_bytes, needed_bytes, window_bytes)
             with closing(self._evictable(order, spare)) as found:
                 victims = pick_enough(found, self._short_bytes(needed_bytes), files)
             if victims is None:
