@@ -1,12 +1,11 @@
-"""``plan``: a training's costs told beforehand, as tables of 80 columns and as a picture."""
+"""``plan``: a training's costs told beforehand, as a record, tables of 80 columns and a picture."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import inf
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,63 +15,195 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from tio_openneuro.annex import AnnexRepo
-from tio_openneuro.content import TreeFile
 from tio_openneuro.ledger import too_large
-from tio_openneuro.plan import Epoch, Training, foresee, ram_budgets, total_bytes
+from tio_openneuro.plan import Training, foresee, ram_budgets, total_bytes
 from tio_openneuro.queue import choose_window
 from tio_openneuro.ram import FLOAT_BYTES, TransformCost, available_bytes, bound_subject, read_budget
 from tio_openneuro.sizes import format_size
-from tio_openneuro.volumes import SubjectSize, VolumeFile, has_suffix
+from tio_openneuro.sources import Catalog
+from tio_openneuro.volumes import VolumeFile, sum_sizes
 
-# A voxel of a head that is compressed takes about a byte, one that is not two.
-_VOXELS_PER_BYTE, _PLAIN_VOXELS_PER_BYTE = 1.0, 0.5
-# Loading, ZNormalization and a flip of 192**3 voxels and a label: 0.144 s (2026-11-25).
+# Loading, ZNormalization and a flip of 192**3 voxels and a label took 0.144 s (2026-11-25).
 _SECONDS_PER_VOXEL = 2e-8
 # ZNormalization, the hungriest of the usual transforms, in a Compose.
 _TRANSFORM = TransformCost(copies=3, voxel_bytes=48)
 _BUSY = 0.05
-_BAR = 20
+_BAR = 18
+_MINUTE_S = 60
 _HEADER_BYTES = 1 << 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """What is asked beside what a :class:`Training` states.
+def answer(
+    units: Mapping[str, dict[str, int]],
+    budget_bytes: int,
+    *,
+    epochs: int,
+    voxels_per_byte: float,
+    patch_size: int,
+    ram_budget: str,
+    remote_rate: float | None,
+    rate: float,
+    **training: Any,  # noqa: ANN401 - what a training has beside
+) -> dict[str, Any]:
+    """Return what a training will cost, by names for programs.
 
-    Attributes:
+    Args:
         units: Bytes of each key of a unit, by its name.
         budget_bytes: Disk budget of each node.
         epochs: Passes over the units.
-        ram_budget: Of each process, as the queue's.
+        voxels_per_byte: Of compressed files; of others half as many.
         patch_size: Voxels of a patch along each axis.
-        remote_rate: Bytes per second that the remote gives at most, to all nodes together.
-        voxels_per_byte: Of compressed files.
-        options: What a training has beside its units and times.
+        ram_budget: Of each process, as the queue's.
+        remote_rate: Bytes per second that the remote gives to all nodes together; None: any.
+        rate: Bytes per second of each node's link.
+        training: The rest of a :class:`~tio_openneuro.plan.Training`.
+
+    Raises:
+        DiskBudgetError: A unit is larger than the budget.
     """
-
-    units: dict[str, dict[str, int]]
-    budget_bytes: int
-    epochs: int
-    ram_budget: str
-    patch_size: int
-    remote_rate: float
-    voxels_per_byte: float
-    options: dict[str, Any]
-
-
-def answer(question: Question) -> dict[str, Any]:
-    """Return what a training will cost, by names for programs."""
-    units = list(question.units.values())
-    options = question.options
-    sizes = {name: sum(files.values()) for name, files in question.units.items()}
+    sizes = {name: sum(files.values()) for name, files in units.items()}
     largest = max(sizes, key=sizes.__getitem__)
-    if sizes[largest] > question.budget_bytes:
-        raise too_large(largest, list(question.units[largest].values()), question.budget_bytes)
-    voxels = [_voxels(files, question.voxels_per_byte) for files in units]
-    images = max(map(len, units))
-    size = SubjectSize(max(voxels), max(voxels) * images, max(voxels) * images * FLOAT_BYTES, images)
-    work_bytes = bound_subject(size, _TRANSFORM, 0)
-    patch_bytes = question.patch_size**3 * images * FLOAT_BYTES
-    ram_bytes = read_budget(question.ram_budget, available_bytes())
-    ...
+    if sizes[largest] > budget_bytes:
+        raise too_large(largest, list(units[largest].values()), budget_bytes)
+    voxels = [
+        round(max(n * voxels_per_byte / (1 + k.endswith(".nii")) for k, n in files.items()))
+        for files in units.values()
+    ]
+    images = max(map(len, units.values()))
+    size = sum_sizes([(1, max(voxels), FLOAT_BYTES)] * images)
+    work_bytes, patch_bytes = bound_subject(size, _TRANSFORM, 0), patch_size**3 * images * 4
+    ram_bytes = read_budget(ram_budget, available_bytes())
+    workers, samples, nodes = training["workers"], training["samples"], training["nodes"]
+    least_ram_bytes, most_ram_bytes = ram_budgets(work_bytes, patch_bytes, samples, workers)
+    asked = Training(
+        units=list(units.values()),
+        make_s=[_SECONDS_PER_VOXEL * count for count in voxels],
+        window=choose_window(ram_bytes, patch_bytes),
+        rate=min(rate, (remote_rate or rate * nodes) / nodes),
+        epochs=min(epochs, 3),
+        **training,
+    )
+    told = foresee(asked, budget_bytes)
+    record: dict[str, Any] = {
+        "units": len(units),
+        "epoch_bytes": total_bytes(asked.units),
+        "largest_bytes": sizes[largest],
+        "budget_bytes": budget_bytes,
+        "enough_disk_bytes": told.enough_bytes,
+        "peak_disk_bytes": told.peak_bytes,
+        "ram_budget_bytes": ram_bytes,
+        "least_ram_bytes": least_ram_bytes,
+        "enough_ram_bytes": most_ram_bytes,
+        "peak_ram_bytes": min(ram_bytes, most_ram_bytes),
+        "epochs": epochs,
+        "rate_bytes": rate,
+        "seconds": told.first.seconds + (epochs - 1) * told.later.seconds,
+    }
+    for name, epoch in (("first_epoch", told.first), ("later_epoch", told.later)):
+        waits = {"link": epoch.link_wait_s, "decoding": epoch.making_wait_s}
+        shares = {why: wait_s / epoch.seconds for why, wait_s in waits.items()}
+        cause = max(shares, key=shares.__getitem__)
+        record |= {
+            f"{name}_bytes": epoch.fetched_bytes,
+            f"{name}_s": epoch.seconds,
+            f"{name}_waits": shares,
+            f"{name}_held_up_by": cause if sum(shares.values()) >= _BUSY else "consumer",
+            f"{name}_node_bytes": epoch.node_bytes,
+            f"{name}_link_load": max(epoch.node_busy_s) / epoch.seconds,
+            f"{name}_remote_bytes_per_s": epoch.fetched_bytes / epoch.seconds,
+        }
+    busy_s = max(told.first.node_busy_s) + (epochs - 1) * max(told.later.node_busy_s)
+    record |= {"link_busy_s": round(busy_s, 1), "nodes": nodes, "ranks": training["ranks"]}
+    record["saturating_nodes"] = None if remote_rate is None else max(int(remote_rate // rate), 1)
+    return record | {"curve": [dataclasses.asdict(point) for point in told.curve]}
+
+
+def show(title: str, record: Mapping[str, Any], console: Console) -> None:
+    """Print what was told, for people."""
+    size = {name: format_size(value) for name, value in record.items() if name.endswith("_bytes")
+            and isinstance(value, int)}  # fmt: skip
+    rows: dict[str, Any] = {
+        "fetched": lambda e: size[f"{e}_bytes"],
+        "fetched by the busiest node": lambda e: format_size(max(record[f"{e}_node_bytes"])),
+        "remote gives, each second": lambda e: format_size(record[f"{e}_remote_bytes_per_s"]),
+        "duration": lambda e: _duration(record[f"{e}_s"]),
+        "link is busy for": lambda e: f"{record[f'{e}_link_load']:.0%} of it",
+        "training waits for the link": lambda e: f"{record[f'{e}_waits']['link']:.0%} of it",
+        "training waits for decoding": lambda e: f"{record[f'{e}_waits']['decoding']:.0%} of it",
+        "held up by": lambda e: record[f"{e}_held_up_by"],
+    }
+    table = Table("", "first epoch", "each later one", title=title, title_justify="left")
+    for name, text in rows.items():
+        if record["nodes"] > 1 or "node" not in name and "remote" not in name:
+            table.add_row(name, text("first_epoch"), text("later_epoch"))
+    console.print(table)
+    each = " on each node" if record["nodes"] > 1 else ""
+    console.print(
+        f"{record['epochs']} epochs of {record['units']} units ({size['epoch_bytes']}) take "
+        f"{_duration(record['seconds'])}; the link is busy for {_duration(record['link_busy_s'])}."
+        f"\nDisk{each}: {size['peak_disk_bytes']} held at most, of a budget of "
+        f"{size['budget_bytes']}. It works from {size['largest_bytes']} on; more than "
+        f"{size['enough_disk_bytes']} brings nothing."
+        f"\nRAM of each process: {size['peak_ram_bytes']} at most, of a budget of "
+        f"{size['ram_budget_bytes']}. It works from {size['least_ram_bytes']} on; more than "
+        f"{size['enough_ram_bytes']} brings nothing."
+    )
+    if record["saturating_nodes"] is not None:
+        console.print(f"The remote's rate is used up by {record['saturating_nodes']} nodes.")
+    curve = Table("disk budget", "fetched by each later epoch", "", "duration", "waiting")
+    curve.title, curve.title_justify = "Under other disk budgets", "left"
+    for point in record["curve"]:
+        bar = "█" * round(_BAR * point["fetched_bytes"] / record["epoch_bytes"])
+        curve.add_row(
+            format_size(point["budget_bytes"]), bar, format_size(point["fetched_bytes"]),
+            _duration(point["seconds"]), f"{point['wait_share']:.0%}",
+        )  # fmt: skip
+    console.print(curve)
+    for reason, count in record["skipped_reasons"].items():
+        console.print(f"Left out: {count} of {record['units'] + record['skipped']}: {reason}")
+
+
+def draw(path: Path, title: str, record: Mapping[str, Any]) -> None:
+    """Write the curve over the disk budget as a PNG."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="disk budget (GB)")
+    budgets = [point["budget_bytes"] / 1e9 for point in record["curve"]]
+    axes.plot(budgets, [point["fetched_bytes"] / 1e9 for point in record["curve"]], "o-")
+    axes.set_ylabel("fetched by each later epoch (GB)", color="C0")
+    axes.axvline(record["budget_bytes"] / 1e9, color="grey", linestyle=":")
+    times = axes.twinx()
+    times.plot(budgets, [point["seconds"] / 60 for point in record["curve"]], "s--", color="C1")
+    times.set_ylabel("duration of each later epoch (min)", color="C1")
+    axes.set_ylim(bottom=0)
+    times.set_ylim(bottom=0)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def probe_headers(catalog: Catalog, units: Mapping[str, dict[str, int]], count: int) -> float:
+    """Return the voxels of a compressed byte, from a few headers that are fetched, or one.
+
+    Args:
+        catalog: The dataset's files.
+        units: Bytes of each key of a unit, by its name.
+        count: Units that are looked at, evenly chosen; of each the largest file.
+    """
+    keys = {str(file.key): file.key for file in catalog.files if file.key is not None}
+    chosen = list(units.values())[:: max(len(units) // max(count, 1), 1)][:count]
+    found = []
+    for files in chosen:
+        name = max(files, key=files.__getitem__)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"first{''.join(Path(name).suffixes[-2:])}")
+            path.write_bytes(catalog.repo.head(keys[name], _HEADER_BYTES) if catalog.repo else b"")
+            size = VolumeFile(path).size
+        if size is not None:
+            found.append(prod(size[:2]) * (1 + name.endswith(".nii")) / files[name])
+    return median(found) if found else 1.0
+
+
+def _duration(seconds: float) -> str:
+    """Return seconds as people read them, in two units at most."""
+    if seconds < _MINUTE_S:
+        return f"{seconds:.1f} s"
+    minutes, hours = divmod(round(seconds), 60)[0], round(seconds) // 3600
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {round(seconds) % 60} s"
