@@ -106,6 +106,12 @@ class AnnexChildren:
             return TransferError(Failure.BUSY)
         return failed
 
+    def head(self, request: TransferRequest, size_bytes: int) -> bytes:
+        """Return the first bytes of a key over HTTP; none where that cannot be."""
+        urls = self._public.of(request.key, request.remote)
+        watch = Watch(self._clone, request)
+        return self._over_http().head(urls[0], size_bytes, watch) if urls else b""
+
     def _over_http(self) -> Downloads:
         # urllib3 is imported when it is needed, and no process is forked meanwhile.
         with self._lock, GATE:

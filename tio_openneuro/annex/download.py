@@ -23,7 +23,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
@@ -91,17 +91,31 @@ class Downloads:
         Raises:
             NotOverHttpError: TLS or the proxy failed, or the address is not allowed.
         """
-        allowed = self._config.get("annex.security.allowed-ip-addresses", "")
-        before = _STEPS.set(_Steps(watch, allowed.split()))
         failed: TransferError | None = None
-        try:
+        with self._watched(watch):
             for url in urls:
                 failed = self._get(key, url, partial_path)
                 if failed is None or failed.why not in _NEXT:
                     break
+        return failed
+
+    def head(self, url: str, size_bytes: int, watch: Watch) -> bytes:
+        """Return the first bytes of what a URL gives; none where it gives none."""
+        with self._watched(watch), contextlib.suppress(HTTPError, OSError, TransferError):
+            with contextlib.closing(self._ask(url, f"0-{size_bytes - 1}")) as response:
+                good = response.status in {http.client.OK, http.client.PARTIAL_CONTENT}
+                return response.read(size_bytes) if good else b""
+        return b""
+
+    @contextlib.contextmanager
+    def _watched(self, watch: Watch) -> Iterator[None]:
+        """Have the sockets of this thread ask whether to go on while the block runs."""
+        allowed = self._config.get("annex.security.allowed-ip-addresses", "")
+        before = _STEPS.set(_Steps(watch, allowed.split()))
+        try:
+            yield
         finally:
             _STEPS.reset(before)
-        return failed
 
     def drop(self, key: AnnexKey) -> bool:
         """Remove what came by :meth:`get` into a clone of ours; return whether it is gone.
@@ -160,7 +174,8 @@ class Downloads:
 
     def _receive(self, partial: _Partial, url: str) -> None:
         begins = f"bytes {partial.size_bytes}-"
-        with contextlib.closing(self._ask(url, partial.size_bytes)) as response:
+        wanted = f"{partial.size_bytes}-" if partial.size_bytes else ""
+        with contextlib.closing(self._ask(url, wanted)) as response:
             if response.status == http.client.OK:
                 partial.restart()
             elif response.status != http.client.PARTIAL_CONTENT:
@@ -172,9 +187,9 @@ class Downloads:
             while block := response.read(_BLOCK_BYTES):
                 partial.add(block)
 
-    def _ask(self, url: str, start: int) -> urllib3.BaseHTTPResponse:
+    def _ask(self, url: str, wanted: str) -> urllib3.BaseHTTPResponse:
         """Return the answer to a request, after redirects to OpenNeuro's own hosts."""
-        headers = {**_HEADERS, **({"Range": f"bytes={start}-"} if start else {})}
+        headers = {**_HEADERS, **({"Range": f"bytes={wanted}"} if wanted else {})}
         with contextlib.suppress(ValueError):  # of an URL that is none
             for _ in range(_MOST_REDIRECTS):
                 response = self._manager(url).urlopen("GET", url, headers=headers, **_HOW)

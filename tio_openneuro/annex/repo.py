@@ -200,6 +200,21 @@ class AnnexRepo:
         act = f"fetch {key} ({size}) from {remote} after {time.monotonic() - begun_s:.0f} s"
         raise failed.why.error(act, failed.program, failed.said, key=key.name)
 
+    def head(self, key: AnnexKey, size_bytes: int) -> bytes:
+        """Return the first bytes of content, from the disk or its remote; none where none gives it.
+
+        Nothing is kept, and nothing is checked: they are a stranger's.
+        """
+        found = self.locate(key)
+        if found is not None:
+            with found.open("rb") as file:
+                return file.read(size_bytes)
+        children = self._children()
+        deadline_s = time.monotonic() + self._stall_timeout_s
+        how = (), children.closing.is_set, self._stall_timeout_s, deadline_s
+        answers = (children.head(TransferRequest(key, r, *how), size_bytes) for r in self.remotes)
+        return next(filter(None, answers), b"")
+
     def drop(self, key: AnnexKey) -> None:
         """Remove the content and what is left of its download; absent content is no error.
 

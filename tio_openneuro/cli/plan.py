@@ -132,26 +132,26 @@ def show(title: str, record: Mapping[str, Any], console: Console) -> None:
         "training waits for decoding": lambda e: f"{record[f'{e}_waits']['decoding']:.0%} of it",
         "held up by": lambda e: record[f"{e}_held_up_by"],
     }
-    table = Table("", "first epoch", "each later one", title=title, title_justify="left")
+    title += f": {record['units']} units, {size['epoch_bytes']}"
+    table = Table("", "first epoch¹", "each later one", title=title, title_justify="left")
+    table.caption, table.caption_justify = "¹ With what it fetches ahead for the second one.", "left"
     for name, text in rows.items():
         if record["nodes"] > 1 or "node" not in name and "remote" not in name:
             table.add_row(name, text("first_epoch"), text("later_epoch"))
     console.print(table)
-    each = " on each node" if record["nodes"] > 1 else ""
-    console.print(
-        f"{record['epochs']} epochs of {record['units']} units ({size['epoch_bytes']}) take "
-        f"{_duration(record['seconds'])}; the link is busy for {_duration(record['link_busy_s'])}."
-        f"\nDisk{each}: {size['peak_disk_bytes']} held at most, of a budget of "
-        f"{size['budget_bytes']}. It works from {size['largest_bytes']} on; more than "
-        f"{size['enough_disk_bytes']} brings nothing."
-        f"\nRAM of each process: {size['peak_ram_bytes']} at most, of a budget of "
-        f"{size['ram_budget_bytes']}. It works from {size['least_ram_bytes']} on; more than "
-        f"{size['enough_ram_bytes']} brings nothing."
-    )
+    bounds = Table("", "works from", "no gain beyond", "budget", "held at most")
+    for name, budget in (("disk of a node", "budget_bytes"), ("RAM of a process", "ram_budget_bytes")):
+        kind = name.split()[0].lower()
+        least = "largest_bytes" if kind == "disk" else "least_ram_bytes"
+        keys = (least, f"enough_{kind}_bytes", budget, f"peak_{kind}_bytes")
+        bounds.add_row(name, *(size[key] for key in keys))
+    console.print(bounds)
+    busy, whole = _duration(record["link_busy_s"]), _duration(record["seconds"])
+    console.print(f"{record['epochs']} epochs: {whole}, of which the link is busy for {busy}")
     if record["saturating_nodes"] is not None:
-        console.print(f"The remote's rate is used up by {record['saturating_nodes']} nodes.")
-    curve = Table("disk budget", "fetched by each later epoch", "", "duration", "waiting")
-    curve.title, curve.title_justify = "Under other disk budgets", "left"
+        console.print(f"{record['saturating_nodes']} nodes use up the remote's rate")
+    curve = Table("disk budget", "fetched", "", "duration", "waiting")
+    curve.title, curve.title_justify = "Each later epoch under other disk budgets", "left"
     for point in record["curve"]:
         bar = "█" * round(_BAR * point["fetched_bytes"] / record["epoch_bytes"])
         curve.add_row(
