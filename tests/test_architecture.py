@@ -23,6 +23,7 @@ ROOMS = [
     "prepared",
     "dataset",
     "queue",
+    "plan",
     "loopback",
     "demo",
     "cli",

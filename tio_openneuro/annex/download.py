@@ -23,7 +23,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
@@ -91,29 +91,27 @@ class Downloads:
         Raises:
             NotOverHttpError: TLS or the proxy failed, or the address is not allowed.
         """
+        allowed = self._config.get("annex.security.allowed-ip-addresses", "")
+        before = _STEPS.set(_Steps(watch, allowed.split()))
         failed: TransferError | None = None
-        with self._watched(watch):
+        try:
             for url in urls:
                 failed = self._get(key, url, partial_path)
                 if failed is None or failed.why not in _NEXT:
                     break
+        finally:
+            _STEPS.reset(before)
         return failed
 
     def head(self, url: str, size_bytes: int, watch: Watch) -> bytes:
         """Return the first bytes of what a URL gives; none where it gives none."""
-        with self._watched(watch), contextlib.suppress(HTTPError, OSError, TransferError):
-            with contextlib.closing(self._ask(url, f"0-{size_bytes - 1}")) as response:
-                good = response.status in {http.client.OK, http.client.PARTIAL_CONTENT}
-                return response.read(size_bytes) if good else b""
-        return b""
-
-    @contextlib.contextmanager
-    def _watched(self, watch: Watch) -> Iterator[None]:
-        """Have the sockets of this thread ask whether to go on while the block runs."""
         allowed = self._config.get("annex.security.allowed-ip-addresses", "")
         before = _STEPS.set(_Steps(watch, allowed.split()))
         try:
-            yield
+            with contextlib.closing(self._ask(url, f"0-{size_bytes - 1}")) as found:
+                return found.read(size_bytes) if found.headers.get("Content-Range") else b""
+        except (HTTPError, OSError, TransferError):
+            return b""
         finally:
             _STEPS.reset(before)
 

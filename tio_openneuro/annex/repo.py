@@ -126,8 +126,7 @@ class AnnexRepo:
     def __getstate__(self) -> dict[str, object]:
         """Return what another process needs: names and numbers, no children."""
         fresh: dict[str, object] = {"_by_process": {}, "_proven": set(), "_logs": {}}
-        fresh["_trusts_all"] = None
-        return {**self.__dict__, **fresh, "counts": Counter(), "_counting": None}
+        return self.__dict__ | fresh | {"_trusts_all": None, "counts": Counter(), "_counting": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Take it, with no children and nothing counted yet."""
@@ -201,19 +200,8 @@ class AnnexRepo:
         raise failed.why.error(act, failed.program, failed.said, key=key.name)
 
     def head(self, key: AnnexKey, size_bytes: int) -> bytes:
-        """Return the first bytes of content, from the disk or its remote; none where none gives it.
-
-        Nothing is kept, and nothing is checked: they are a stranger's.
-        """
-        found = self.locate(key)
-        if found is not None:
-            with found.open("rb") as file:
-                return file.read(size_bytes)
-        children = self._children()
-        deadline_s = time.monotonic() + self._stall_timeout_s
-        how = (), children.closing.is_set, self._stall_timeout_s, deadline_s
-        answers = (children.head(TransferRequest(key, r, *how), size_bytes) for r in self.remotes)
-        return next(filter(None, answers), b"")
+        """Return the first bytes of content from a remote, unchecked; none where none gives it."""
+        return self._children().head(key, size_bytes, self._stall_timeout_s)
 
     def drop(self, key: AnnexKey) -> None:
         """Remove the content and what is left of its download; absent content is no error.
@@ -387,8 +375,7 @@ class AnnexRepo:
         key = request.key
         retries = Retries(request.deadline_s)
         while True:
-            found = self.locate(key)
-            if found is not None:
+            if (found := self.locate(key)) is not None:
                 return found
             sizes = {file_size(self._git_folder / path) for path in key.object_paths()}
             if sizes - {None, key.size_bytes}:

@@ -18,7 +18,13 @@ from rich.table import Table
 from tio_openneuro.ledger import too_large
 from tio_openneuro.plan import Training, foresee, ram_budgets, total_bytes
 from tio_openneuro.queue import choose_window
-from tio_openneuro.ram import FLOAT_BYTES, TransformCost, available_bytes, bound_subject, read_budget
+from tio_openneuro.ram import (
+    FLOAT_BYTES,
+    TransformCost,
+    available_bytes,
+    bound_subject,
+    read_budget,
+)
 from tio_openneuro.sizes import format_size
 from tio_openneuro.sources import Catalog
 from tio_openneuro.volumes import VolumeFile, sum_sizes
@@ -134,13 +140,19 @@ def show(title: str, record: Mapping[str, Any], console: Console) -> None:
     }
     title += f": {record['units']} units, {size['epoch_bytes']}"
     table = Table("", "first epoch¹", "each later one", title=title, title_justify="left")
-    table.caption, table.caption_justify = "¹ With what it fetches ahead for the second one.", "left"
+    table.caption, table.caption_justify = (
+        "¹ With what it fetches ahead for the second one.",
+        "left",
+    )
     for name, text in rows.items():
-        if record["nodes"] > 1 or "node" not in name and "remote" not in name:
+        if record["nodes"] > 1 or not {"node", "remote"} & set(name.split()):
             table.add_row(name, text("first_epoch"), text("later_epoch"))
     console.print(table)
     bounds = Table("", "works from", "no gain beyond", "budget", "held at most")
-    for name, budget in (("disk of a node", "budget_bytes"), ("RAM of a process", "ram_budget_bytes")):
+    for name, budget in (
+        ("disk of a node", "budget_bytes"),
+        ("RAM of a process", "ram_budget_bytes"),
+    ):
         kind = name.split()[0].lower()
         least = "largest_bytes" if kind == "disk" else "least_ram_bytes"
         keys = (least, f"enough_{kind}_bytes", budget, f"peak_{kind}_bytes")
@@ -176,7 +188,7 @@ def draw(path: Path, title: str, record: Mapping[str, Any]) -> None:
     times.set_ylabel("duration of each later epoch (min)", color="C1")
     axes.set_ylim(bottom=0)
     times.set_ylim(bottom=0)
-    FigureCanvasAgg(figure).print_png(str(path))
+    FigureCanvasAgg(figure).print_figure(str(path), format="png")
 
 
 def probe_headers(catalog: Catalog, units: Mapping[str, dict[str, int]], count: int) -> float:

@@ -4,7 +4,7 @@ Owns the clock, the link and what a budget changes. Promises the queue's and the
 decisions, so that bytes are those of a run. Never fetches, waits or touches a disk.
 """
 
-from tio_openneuro.plan.forecast import Epoch, Forecast, foresee, ram_budgets, total_bytes
+from tio_openneuro.plan.forecast import foresee, ram_budgets, total_bytes
 from tio_openneuro.plan.training import Training
 
-__all__ = ["Epoch", "Forecast", "Training", "foresee", "ram_budgets", "total_bytes"]
+__all__ = ["Training", "foresee", "ram_budgets", "total_bytes"]

@@ -104,9 +104,7 @@ def total_bytes(units: Sequence[dict[str, int]]) -> int:
     return sum({key: size for unit in units for key, size in unit.items()}.values())
 
 
-def ram_budgets(
-    work_bytes: int, patch_bytes: int, samples: int, workers: int
-) -> tuple[int, int]:
+def ram_budgets(work_bytes: int, patch_bytes: int, samples: int, workers: int) -> tuple[int, int]:
     """Return the smallest RAM budget that works, and the one beyond which more brings nothing.
 
     Args:
@@ -119,7 +117,9 @@ def ram_budgets(
     windows = [1 << power for power in range(11)]
     asked = [max(own_bytes + w * patch_bytes, 4 * w * patch_bytes) for w in windows]
     smallest = min(
-        size for w, size in zip(windows, asked, strict=True) if choose_window(size, patch_bytes) == w
+        size
+        for w, size in zip(windows, asked, strict=True)
+        if choose_window(size, patch_bytes) == w
     )
     most = own_bytes + (workers - 1) * (work_bytes + samples * patch_bytes)
     return smallest, most + (windows[-1] + workers * samples) * patch_bytes

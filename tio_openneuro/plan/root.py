@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -216,7 +216,7 @@ class PlayedRoot:
         if content in self.rows and not self.rows[content].leases:
             heapq.heappush(self._heap, (self._place(content), content))
 
-    def _evictable(self, order: Order, steps: int | None = _ANY) -> Iterator[Resident]:
+    def _evictable(self, order: Order, steps: int | None = _ANY) -> Generator[Resident, None, None]:
         """Yield what may give way, the first to go first, as the ledger's own query does."""
         seen: dict[ContentId, tuple[bool, int, int, int]] = {}
         try:

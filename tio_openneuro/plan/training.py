@@ -147,8 +147,8 @@ class _Node:
             if self.root.arrived(content, row):
                 self.fetched_bytes += row.size_bytes
         while self.asked and self.asked[0][0] <= now_s:
-            _, *fetch = heapq.heappop(self.asked)
-            heapq.heappush(self.coming, (self.given + fetch[1].size_bytes, *fetch))
+            _, content, row, rank = heapq.heappop(self.asked)
+            heapq.heappush(self.coming, (self.given + row.size_bytes, content, row, rank))
 
 
 class Play:
