@@ -24,6 +24,7 @@ ROOMS = [
     "dataset",
     "queue",
     "watch",
+    "plan",
     "loopback",
     "demo",
     "cli",

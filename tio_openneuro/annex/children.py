@@ -106,6 +106,15 @@ class AnnexChildren:
             return TransferError(Failure.BUSY)
         return failed
 
+    def head(self, key: AnnexKey, size_bytes: int, timeout_s: float) -> bytes:
+        """Return the first bytes of a key over HTTP, unchecked; none where that cannot be."""
+        for remote in self._remotes:
+            urls, until_s = self._public.of(key, remote), time.monotonic() + timeout_s
+            how = TransferRequest(key, remote, (), self.closing.is_set, timeout_s, until_s)
+            if urls:
+                return self._over_http().head(urls[0], size_bytes, Watch(self._clone, how))
+        return b""
+
     def _over_http(self) -> Downloads:
         # urllib3 is imported when it is needed, and no process is forked meanwhile.
         with self._lock, GATE:

@@ -103,6 +103,18 @@ class Downloads:
             _STEPS.reset(before)
         return failed
 
+    def head(self, url: str, size_bytes: int, watch: Watch) -> bytes:
+        """Return the first bytes of what a URL gives; none where it gives none."""
+        allowed = self._config.get("annex.security.allowed-ip-addresses", "")
+        before = _STEPS.set(_Steps(watch, allowed.split()))
+        try:
+            with contextlib.closing(self._ask(url, f"0-{size_bytes - 1}")) as found:
+                return found.read(size_bytes) if found.headers.get("Content-Range") else b""
+        except (HTTPError, OSError, TransferError):
+            return b""
+        finally:
+            _STEPS.reset(before)
+
     def drop(self, key: AnnexKey) -> bool:
         """Remove what came by :meth:`get` into a clone of ours; return whether it is gone.
 
@@ -160,7 +172,8 @@ class Downloads:
 
     def _receive(self, partial: _Partial, url: str) -> None:
         begins = f"bytes {partial.size_bytes}-"
-        with contextlib.closing(self._ask(url, partial.size_bytes)) as response:
+        wanted = f"{partial.size_bytes}-" if partial.size_bytes else ""
+        with contextlib.closing(self._ask(url, wanted)) as response:
             if response.status == http.client.OK:
                 partial.restart()
             elif response.status != http.client.PARTIAL_CONTENT:
@@ -172,9 +185,9 @@ class Downloads:
             while block := response.read(_BLOCK_BYTES):
                 partial.add(block)
 
-    def _ask(self, url: str, start: int) -> urllib3.BaseHTTPResponse:
+    def _ask(self, url: str, wanted: str) -> urllib3.BaseHTTPResponse:
         """Return the answer to a request, after redirects to OpenNeuro's own hosts."""
-        headers = {**_HEADERS, **({"Range": f"bytes={start}-"} if start else {})}
+        headers = {**_HEADERS, **({"Range": f"bytes={wanted}"} if wanted else {})}
         with contextlib.suppress(ValueError):  # of an URL that is none
             for _ in range(_MOST_REDIRECTS):
                 response = self._manager(url).urlopen("GET", url, headers=headers, **_HOW)

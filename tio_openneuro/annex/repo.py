@@ -126,8 +126,7 @@ class AnnexRepo:
     def __getstate__(self) -> dict[str, object]:
         """Return what another process needs: names and numbers, no children."""
         fresh: dict[str, object] = {"_by_process": {}, "_proven": set(), "_logs": {}}
-        fresh["_trusts_all"] = None
-        return {**self.__dict__, **fresh, "counts": Counter(), "_counting": None}
+        return self.__dict__ | fresh | {"_trusts_all": None, "counts": Counter(), "_counting": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Take it, with no children and nothing counted yet."""
@@ -199,6 +198,10 @@ class AnnexRepo:
         remote = self.remotes[-1] if self.remotes else "any remote"
         act = f"fetch {key} ({size}) from {remote} after {time.monotonic() - begun_s:.0f} s"
         raise failed.why.error(act, failed.program, failed.said, key=key.name)
+
+    def head(self, key: AnnexKey, size_bytes: int) -> bytes:
+        """Return the first bytes of content from a remote, unchecked; none where none gives it."""
+        return self._children().head(key, size_bytes, self._stall_timeout_s)
 
     def drop(self, key: AnnexKey) -> None:
         """Remove the content and what is left of its download; absent content is no error.
@@ -372,8 +375,7 @@ class AnnexRepo:
         key = request.key
         retries = Retries(request.deadline_s)
         while True:
-            found = self.locate(key)
-            if found is not None:
+            if (found := self.locate(key)) is not None:
                 return found
             sizes = {file_size(self._git_folder / path) for path in key.object_paths()}
             if sizes - {None, key.size_bytes}:

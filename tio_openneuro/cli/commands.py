@@ -100,13 +100,29 @@ def plan(
     rate: options.Rate = "20 MB",
     epochs: Annotated[int, typer.Option(min=2, help="Passes over the units.")] = 10,
     seed: Annotated[int, typer.Option(help="The queue's seed, which decides the order.")] = 0,
+    step: Annotated[float, typer.Option(min=0, help="Seconds of the model for a batch.")] = 0.1,
+    batch: Annotated[int, typer.Option(min=1, help="Patches of a batch.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Patches of each unit, an epoch.")] = 8,
+    workers: Annotated[int, typer.Option(min=1, help="The queue's num_workers.")] = 4,
+    patch_size: Annotated[int, typer.Option(min=1, help="Voxels along each axis.")] = 96,
+    ram_budget: options.DiskBudget = "auto",
+    latency: Annotated[float, typer.Option(min=0, help="Seconds to a file's first byte.")] = 0.1,
+    remote_rate: Annotated[
+        str | None, typer.Option(help="What the remote gives to all nodes in a second.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that train.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that they are on.")] = 1,
+    probe: Annotated[int, typer.Option(min=0, help="Units whose headers are fetched.")] = 0,
+    png: Annotated[Path | None, typer.Option(help="File to draw the curve to.")] = None,
     as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
-    """Tell what training will fetch and how long the link is busy, from git metadata alone."""
-    from tio_openneuro.cli.plan import plan_disk
+    """Tell what training fetches, holds, and waits for, from git metadata alone."""
+    from tio_openneuro.cli.plan import answer, draw, probe_headers, show
     from tio_openneuro.cli.summary import usable_units
     from tio_openneuro.sources import open_catalog
 
+    if ranks % nodes:
+        raise typer.BadParameter(f"{ranks} ranks cannot be shared equally by {nodes} nodes.")
     patterns = options.read_patterns(image, label)
     catalog = open_catalog(source, root, version=version)
     units, selected = usable_units(catalog, patterns, unit)
@@ -114,13 +130,32 @@ def plan(
         reasons = "; ".join(selected.skipped_reasons)
         raise SelectionError(f"Cannot plan {catalog.dataset_id}: no unit can be had ({reasons}).")
     automatic = disk_budget == "auto"
-    budget_bytes = Ledger.planned_budget(root) if automatic else parse_size(disk_budget)
-    found = plan_disk(units, budget_bytes, epochs=epochs, seed=seed)
-    record = {"dataset": catalog.dataset_id, "commit": catalog.commit, **dataclasses.asdict(found)}
-    record |= {"skipped": selected.skipped, "skipped_reasons": selected.skipped_reasons}
-    record |= {"epochs": epochs, "rate_bytes": parse_size(rate)}
-    record["link_busy_s"] = round(found.seconds(parse_size(rate), epochs), 1)
-    _report(f"Plan for {source}", record, as_json=as_json)
+    told = answer(
+        units,
+        Ledger.planned_budget(root) if automatic else parse_size(disk_budget),
+        epochs=epochs,
+        voxels_per_byte=probe_headers(catalog, units, probe),
+        patch_size=patch_size,
+        ram_budget=ram_budget,
+        remote_rate=None if remote_rate is None else parse_size(options.checked_size(remote_rate)),
+        rate=parse_size(rate),
+        seed=seed,
+        step_s=step,
+        batch=batch,
+        samples=samples,
+        workers=workers,
+        latency_s=latency,
+        ranks=ranks,
+        nodes=nodes,
+    )
+    skipped = {"skipped": selected.skipped, "skipped_reasons": selected.skipped_reasons}
+    record = {"dataset": catalog.dataset_id, "commit": catalog.commit, **told, **skipped}
+    if png is not None:
+        draw(png, catalog.dataset_id, record)
+    if as_json:
+        _print_json(record)
+    else:
+        show(f"Plan for {source}", record, Console())
 
 
 @app.command()

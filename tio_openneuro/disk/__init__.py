@@ -17,7 +17,8 @@ each module calling only those that come after it:
 """
 
 from tio_openneuro.disk.engine import Engine
+from tio_openneuro.disk.look_ahead import EXPECTED
 from tio_openneuro.disk.prepared_volumes import PreparedRepo
 from tio_openneuro.disk.statistics import DiskStatistics
 
-__all__ = ["DiskStatistics", "Engine", "PreparedRepo"]
+__all__ = ["EXPECTED", "DiskStatistics", "Engine", "PreparedRepo"]

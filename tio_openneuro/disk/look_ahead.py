@@ -40,7 +40,7 @@ _CANCEL_POLL_S = 0.1
 _WINDOW_UNITS = 64
 _ROWS_AT_ONCE = 500
 # Position, beyond any known one, of the first use that is expected at a time not known yet.
-_EXPECTED = 1 << 40
+EXPECTED = 1 << 40
 
 Ask = Callable[[Transaction, frozenset[ContentId]], Answer]
 Begun = tuple[int | None, list[Use]]
@@ -111,7 +111,7 @@ class LookAhead:
         self._of_content: defaultdict[ContentId, list[_Entry]] = defaultdict(list)
         for entry in entries:
             self._of_unit[entry.unit.name].append(entry)
-        likely = (_Entry(_EXPECTED + rank, unit, {}) for rank, unit in enumerate(self._expected))
+        likely = (_Entry(EXPECTED + rank, unit, {}) for rank, unit in enumerate(self._expected))
         for entry in (*entries, *likely):
             for content in self._store.all_of(entry.unit):
                 self._of_content[content].append(entry)

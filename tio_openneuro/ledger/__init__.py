@@ -6,7 +6,15 @@ Never touches content: callers drop and fetch, and report.
 """
 
 from tio_openneuro.ledger.changes import Changes, growing_pause_s
-from tio_openneuro.ledger.eviction import is_worth_room
+from tio_openneuro.ledger.eviction import (
+    Resident,
+    is_worth_room,
+    pick,
+    pick_enough,
+    prefetch_window,
+    steps_to_spare,
+    victim_order,
+)
 from tio_openneuro.ledger.ledger import Ledger
 from tio_openneuro.ledger.owners import hold_folder
 from tio_openneuro.ledger.root import (
@@ -26,6 +34,7 @@ __all__ = [
     "ContentRow",
     "ContentState",
     "Ledger",
+    "Resident",
     "Transaction",
     "Use",
     "Want",
@@ -33,7 +42,12 @@ __all__ = [
     "growing_pause_s",
     "hold_folder",
     "is_worth_room",
+    "pick",
+    "pick_enough",
+    "prefetch_window",
     "prepare_ledger_folder",
     "refuse_beside",
+    "steps_to_spare",
     "too_large",
+    "victim_order",
 ]

@@ -59,6 +59,35 @@ def prefetch_window(budget_bytes: int, largest_bytes: int, orders: int) -> int:
     return window_bytes // max(orders, 1)
 
 
+def steps_to_spare(
+    steps: int, ahead_bytes: int, needed_bytes: int, window_bytes: int
+) -> int | None:
+    """Return how late the next use of content must be for it to give way to a prefetch.
+
+    One unit may always come ahead, or a small share of the window would end prefetching.
+
+    Args:
+        steps: How many steps ahead the unit is used that is to be fetched.
+        ahead_bytes: Bytes that its owner fetched ahead and has not used.
+        needed_bytes: Bytes of the unit that are absent.
+        window_bytes: From :func:`prefetch_window`.
+
+    Returns:
+        Only what is used later than that may go; None where only that of which no use is known.
+    """
+    return None if ahead_bytes > 0 and ahead_bytes + needed_bytes > window_bytes else steps
+
+
+def victim_order(next_use: int | None, last_use: int) -> tuple[bool, int, int]:
+    """Return by what content is ordered that may give way, the first to go first.
+
+    Args:
+        next_use: When it is used next, None where that is not known.
+        last_use: When it was used last.
+    """
+    return next_use is not None, -(next_use or 0), last_use
+
+
 def choose_victims(
     resident: Sequence[Resident], needed_bytes: int, next_use: Mapping[ContentId, int]
 ) -> list[Resident]:
@@ -90,9 +119,7 @@ def choose_victims(
         return []
 
     def order(item: Resident) -> tuple[bool, int, int, str, str]:
-        steps = next_use.get(item.content)
-        known = steps is not None
-        return (known, -(steps or 0), item.last_use, *item.content)
+        return (*victim_order(next_use.get(item.content), item.last_use), *item.content)
 
     chosen: list[Resident] = []
     freed_bytes = 0
@@ -107,6 +134,21 @@ def choose_victims(
             chosen.remove(item)
             spare_bytes -= item.size_bytes
     return chosen
+
+
+def pick_enough(
+    found: Iterator[Resident], needed_bytes: int, spared: Collection[ContentId]
+) -> list[Resident] | None:
+    """Choose as :func:`pick` does among what is not being fetched; None where it frees too little.
+
+    Args:
+        found: What may be given up, the first to go first.
+        needed_bytes: Bytes that must come free.
+        spared: What is not given up in any case.
+    """
+    victims = pick((item for item in found if not item.fetching), needed_bytes, spared)
+    freed_bytes = sum(victim.size_bytes for victim in victims)
+    return victims if freed_bytes >= needed_bytes else None
 
 
 def pick(

@@ -16,7 +16,9 @@ from tio_openneuro.ledger.eviction import (
     Resident,
     evictable,
     pick,
+    pick_enough,
     prefetch_window,
+    steps_to_spare,
 )
 from tio_openneuro.ledger.root import refuse_beside, too_large
 from tio_openneuro.ledger.schema import (
@@ -157,14 +159,13 @@ class Transaction:
             window_bytes = prefetch_window(
                 self._number(BUDGET), largest_bytes, self._number(ORDERS)
             )
-            # One unit may always come ahead, or a small share of the window would end prefetching.
-            full = ahead_bytes > 0 and ahead_bytes + needed_bytes > window_bytes
+            spare = steps_to_spare(steps, ahead_bytes, needed_bytes, window_bytes)
             if since is None:
                 # What was leased out of order since this owner's last step stays until the next
                 # one: else scoring between epochs and this prefetch evict each other's content in
                 # turn (one epoch of the demo fetched 23.6 MB, now 18.9, 2026-11-20).
                 since = self._number("SELECT turn FROM owner WHERE id = ?", (self._owner,))
-            later = evictable(self._db, since=since, steps=None if full else steps)
+            later = evictable(self._db, since=since, steps=spare)
             return self._give_way(short_bytes, later, keep.union(want.content for want in wants))
         self._insert(missing, ContentState.RESERVED, self._owner, prefetch=True)
         resumed = [
@@ -282,9 +283,8 @@ class Transaction:
     ) -> Answer:
         """Mark what may give way and is not being fetched, if that frees enough."""
         short_bytes -= self._sum("pending_bytes")
-        later = (item for item in later if not item.fetching)
-        victims = pick(later, short_bytes, spared)
-        if sum(victim.size_bytes for victim in victims) < short_bytes:
+        victims = pick_enough(later, short_bytes, spared)
+        if victims is None:
             return Answer(refused=True)
         self._mark([victim.content for victim in victims], ContentState.DROPPING)
         return Answer(victims=tuple(victim.content for victim in victims))

@@ -56,6 +56,17 @@ def permute(count: int, *parts: int | str) -> list[int]:
     return order
 
 
+def chosen_twice(count: int, seed: int, epoch: int) -> int:
+    """Return the position of the subject that is made twice in an epoch, to see that it repeats.
+
+    Args:
+        count: Subjects of the epoch.
+        seed: The queue's seed.
+        epoch: Number of the epoch.
+    """
+    return draw_below(count, seed, "twice", epoch)
+
+
 def choose_window(ram_budget_bytes: int, patch_bytes: int) -> int:
     """Return the window in patches for a queue that was given no ``max_length``.
 

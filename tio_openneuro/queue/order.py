@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch.utils import data
 from torch.utils.data.distributed import DistributedSampler
 
-from tio_openneuro.queue.draw import EpochPlan, derive_seed, permute
+from tio_openneuro.queue.draw import EpochPlan, Pass, PassStart, derive_seed, permute
 from tio_openneuro.torchio_seams import drawing_from
 
 _FORESEEABLE = (
@@ -197,3 +197,42 @@ class Planner:
                 list(sampler)
         self._copied_epoch = epoch + 1
         return sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What one rank makes and takes in some epochs, whatever its machine is like.
+
+    Attributes:
+        orders: Index of each subject, of each epoch and of the one after them.
+        takes: Of each patch of each epoch, where its subject stands in the orders together.
+    """
+
+    orders: tuple[tuple[int, ...], ...]
+    takes: tuple[tuple[int, ...], ...]
+
+
+def write_script(
+    counts: Sequence[int], epochs: int, window: int, *, seed: int, ranks: Ranks = ALONE
+) -> Script:
+    """Return what a queue without a subject sampler makes and takes.
+
+    Args:
+        counts: Patches of each subject of the dataset.
+        epochs: How many there are.
+        window: The queue's ``max_length``.
+        seed: The queue's.
+        ranks: Which share of the subjects it has.
+    """
+    planner = Planner(counts, None, seed=seed, shuffled=True, ranks=ranks)
+    plans = [planner.plan(epoch) for epoch in range(epochs + 1)]
+    takes, before = [], 0
+    for plan in plans[:-1]:
+        current = Pass(plan, PassStart(), seed=seed, window=window, shuffled=True)
+        positions = []
+        while not current.finished:
+            positions.append(before + current.next()[0].position)
+            current.take()
+        takes.append(tuple(positions))
+        before += len(plan.order)
+    return Script(tuple(plan.order for plan in plans), tuple(takes))

@@ -15,6 +15,18 @@ from tio_openneuro.queue.source import Production
 from tio_openneuro.ram import Admission
 
 
+def is_within_reach(distance: int, count: int, window: int, subjects_ahead: int) -> bool:
+    """Return whether a subject may be made now.
+
+    Args:
+        distance: Patches from what the consumer takes next to the subject's first one.
+        count: Its patches.
+        window: Patches from which the consumer draws.
+        subjects_ahead: Subjects that may be made beyond the window.
+    """
+    return distance < window + subjects_ahead * count
+
+
 class Schedule:
     """The current epoch and the next, and what was claimed of them.
 
@@ -139,7 +151,8 @@ class Schedule:
         distance = plan.start(turn.position) - current.step
         if turn.epoch > current.plan.epoch:
             distance += current.plan.total
-        return distance < self._window + self._subjects_ahead * plan.counts[turn.position]
+        count = plan.counts[turn.position]
+        return is_within_reach(distance, count, self._window, self._subjects_ahead)
 
     def _want(self, plan: EpochPlan, left: list[int]) -> None:
         """Want what is left of an epoch; subjects of which nothing is count as claimed."""

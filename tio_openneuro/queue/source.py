@@ -20,7 +20,7 @@ import torchio as tio
 from tio_openneuro.dataset import subject_bytes
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.prepared import DamagedVolumeError
-from tio_openneuro.queue.draw import Turn, derive_seed, draw_below
+from tio_openneuro.queue.draw import Turn, chosen_twice, derive_seed
 from tio_openneuro.queue.order import Planner
 from tio_openneuro.ram import BASE_BYTES, FLOAT_BYTES, THREAD_BYTES, bound_subject, refuse_subject
 from tio_openneuro.recording import Activity, counted_by, doing
@@ -293,7 +293,7 @@ class SubjectSource:
         """
         if not self.checked:
             return False
-        return turn.position == draw_below(len(self.planner), self.seed, "twice", turn.epoch)
+        return turn.position == chosen_twice(len(self.planner), self.seed, turn.epoch)
 
     def produce(
         self,
