@@ -11,7 +11,7 @@ import copy
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -363,9 +363,14 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         files = [pair for row in self._rows for pair in zip(row.files, row.paths, strict=True)]
         return sum({file.key or path: file.size_bytes or 0 for file, path in files}.values())
 
-    def fetch(self) -> int:
-        """Fetch what of this view the budget holds; return the bytes that came."""
-        return self._engine.fetch(self._contents()) if self._engine else 0
+    def fetch(self, *, on_progress: Callable[[int, int], None] | None = None) -> int:
+        """Fetch what of this view the budget holds; return the bytes that came.
+
+        Args:
+            on_progress: Called with the bytes that are there, and those of the view; they differ
+                at the end where the disk budget is full.
+        """
+        return self._engine.fetch(self._contents(), on_progress=on_progress) if self._engine else 0
 
     def evict(self) -> int:
         """Drop what this library fetched for this view and nobody leases; return the bytes."""

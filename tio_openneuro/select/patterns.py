@@ -33,6 +33,9 @@ IMAGE_EXTENSIONS = (*NIFTI_EXTENSIONS, ".mgz", ".mgh", ".nrrd", ".mha")
 # A header and its magic take 352 bytes. Compressed, one voxel of zeros by nibabel takes 60.
 _SMALLEST_BYTES = {".nii": 352, ".nii.gz": 50}
 _SHOWN = 5
+# Options that are mistaken for an entity where they do not belong, and whose they are.
+_OPTIONS_OF = {"volumes": "Scalar", "combine": "Label", "when_missing": "Label"}
+_OPTIONS_OF |= dict.fromkeys(("unit", "on_missing", "on_multiple", "on_incomplete"), "the dataset")
 
 VolumeChoice = int | slice | Literal["mean"] | None
 
@@ -64,6 +67,9 @@ class ImagePattern:
                 f"{name}() says nothing about the file. Give a glob from the dataset's root,"
                 f" {name}('sub-*/anat/*_T1w.nii.gz'), or BIDS entities, {name}(suffix='T1w')."
             )
+        for option in entities.keys() & _OPTIONS_OF.keys():
+            given, owner = f"{option}={entities[option]!r}", _OPTIONS_OF[option]
+            raise SelectionError(f"{name} cannot take {given}: it is an option of {owner}.")
         frozen = ((entity_name(name), _frozen(value)) for name, value in entities.items())
         options |= {"entities": tuple(sorted(frozen, key=lambda item: item[0]))}
         for name, value in {"glob": glob, **options}.items():
