@@ -1,59 +1,39 @@
-"""What a fetch shows on the terminal: bytes, rate, time left, and at its end why it stopped.
+"""What a fetch shows on a terminal: bytes, rate and time left.
 
 Owns no state. On standard error, so that what is printed for programs stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
-
-class Bar:
-    """A bar of what has come.
-
-    Attributes:
-        is_whole: Whether all has come, as far as was shown.
-    """
-
-    def __init__(self, progress: Progress, title: str) -> None:
-        """Begin at nothing."""
-        self._progress = progress
-        self._task = progress.add_task(title, total=None)
-        self.is_whole = True
-
-    def show(self, done_bytes: int, total_bytes: int) -> None:
-        """Show that so many bytes of all are there."""
-        self.is_whole = done_bytes >= total_bytes
-        self._progress.update(self._task, completed=done_bytes, total=total_bytes)
+from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 
 @contextmanager
-def transferring(title: str) -> Iterator[Bar]:
+def transferring(title: str, told: list[int]) -> Iterator[Callable[[int, int], None]]:
     """Show a bar while the block runs, where somebody looks; it is gone at the end.
 
     Args:
         title: What is fetched.
+        told: Keeps what was told last.
+
+    Yields:
+        A function to call with the bytes that are there, and those of all.
     """
     console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        yield Bar(progress, title)
+    columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    progress = Progress(
+        *Progress.get_default_columns()[:2], *columns, console=console, transient=True
+    )
+    progress.disable = not console.is_terminal
+    with progress:
+        task = progress.add_task(title, total=None)
+
+        def show(done: int, total: int) -> None:
+            told[:] = done, total
+            progress.update(task, completed=done, total=total)
+
+        yield show

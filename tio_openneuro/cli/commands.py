@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import rich
 import typer
@@ -23,22 +23,13 @@ from rich.text import Text
 from tio_openneuro.cli import options
 from tio_openneuro.errors import SelectionError, TioOpenNeuroError
 from tio_openneuro.ledger import Ledger
-from tio_openneuro.select import Label, OnIncomplete, OnMultiple, Scalar, Unit
+from tio_openneuro.select import Unit
 from tio_openneuro.sizes import format_size, parse_size
 
 # What a command needs is imported when it runs: `--help` and `status` wait for no torch.
 if TYPE_CHECKING:
     from tio_openneuro.dataset import DataladSubjectsDataset
     from tio_openneuro.disk import Engine
-
-
-class _How(TypedDict):
-    """What a unit is, and what to do where that is not clear."""
-
-    unit: Unit
-    on_multiple: OnMultiple
-    on_incomplete: OnIncomplete
-
 
 app = typer.Typer(
     name="tio-openneuro",
@@ -71,9 +62,7 @@ def _tell_version(wanted: bool) -> None:  # noqa: FBT001 - typer
 @app.callback()
 def _options(
     *,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Log each fetch and eviction.")
-    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log fetches, evictions.")] = False,
     _version: Annotated[
         bool,
         typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version."),
@@ -117,7 +106,7 @@ def info(
     with opened(source, root, version) as catalog:
         record = dataclasses.asdict(summarise(catalog))
         if patterns:
-            how: Any = {"on_multiple": on_multiple, "on_incomplete": on_incomplete}
+            how = {"on_multiple": on_multiple, "on_incomplete": on_incomplete}
             record |= dataclasses.asdict(usable_units(catalog, patterns, unit, **how)[1])
     _report(str(source), record, as_json=as_json)
 
@@ -173,11 +162,11 @@ def fetch(
     """Fetch the selected images, or every NIfTI, as far as the disk budget holds them."""
     from tio_openneuro.cli.bar import transferring
 
-    patterns = options.read_patterns(image, label)
-    how: _How = {"unit": unit, "on_multiple": on_multiple, "on_incomplete": on_incomplete}
-    with _open(source, root, patterns, version, disk_budget, how) as dataset:
-        with transferring(f"Fetching {dataset.dataset_id}") as bar:
-            fetched_bytes = dataset.fetch(on_progress=bar.show)
+    how: Any = {"unit": unit, "on_multiple": on_multiple, "on_incomplete": on_incomplete}
+    told = [0, 0]
+    with _open(source, root, image, label, version, disk_budget, how) as dataset:
+        with transferring(f"Fetching {dataset.dataset_id}", told) as on_progress:
+            fetched_bytes = dataset.fetch(on_progress=on_progress)
         statistics = dataset.statistics()
         record = {
             "dataset": dataset.dataset_id,
@@ -186,7 +175,7 @@ def fetch(
             "skipped": len(dataset.skipped),
             "selected_bytes": dataset.nbytes,
             "fetched_bytes": fetched_bytes,
-            "stopped": "done" if bar.is_whole else "the disk budget is full",
+            "stopped": "the disk budget is full" if told[0] < told[1] else "done",
             "used_bytes": statistics.used_bytes,
             "budget_bytes": statistics.budget_bytes,
         }
@@ -219,9 +208,8 @@ def evict(
             evicted_bytes, used_bytes = engine.evict_all(), engine.statistics().used_bytes
     else:
         _refuse_unused(root)
-        patterns = options.read_patterns(image, label)
-        how: _How = {"unit": unit, "on_multiple": on_multiple, "on_incomplete": on_incomplete}
-        with _open(source, root, patterns, version, _NEUTRAL_BUDGET, how) as dataset:
+        how: Any = {"unit": unit, "on_multiple": on_multiple, "on_incomplete": on_incomplete}
+        with _open(source, root, image, label, version, _NEUTRAL_BUDGET, how) as dataset:
             evicted_bytes, used_bytes = dataset.evict(), dataset.statistics().used_bytes
     record = {"evicted_bytes": evicted_bytes, "used_bytes": used_bytes}
     _report("Evicted", record, as_json=as_json)
@@ -241,9 +229,8 @@ def adopt(
     as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Hand content that was there before, and that a remote can give back, to the budget."""
-    patterns = options.read_patterns(image, label)
-    how: _How = {"unit": unit, "on_multiple": on_multiple, "on_incomplete": on_incomplete}
-    with _open(source, root, patterns, version, disk_budget, how) as dataset:
+    how: Any = {"unit": unit, "on_multiple": on_multiple, "on_incomplete": on_incomplete}
+    with _open(source, root, image, label, version, disk_budget, how) as dataset:
         adopted_bytes, used_bytes = dataset.adopt(), dataset.statistics().used_bytes
     record = {"adopted_bytes": adopted_bytes, "used_bytes": used_bytes}
     _report("Adopted", record, as_json=as_json)
@@ -302,16 +289,17 @@ def _engine(root: Path) -> Engine:
 def _open(
     source: str,
     root: Path,
-    patterns: dict[str, Scalar | Label],
+    image: list[str],
+    label: list[str],
     version: str | None,
     disk_budget: str,
-    how: _How,
+    how: Any,  # noqa: ANN401 - what a unit is, and what to do where that is not clear
 ) -> DataladSubjectsDataset:
     from tio_openneuro.dataset import DataladSubjectsDataset
 
-    return DataladSubjectsDataset(
-        source, patterns or None, version=version, root=root, disk_budget=disk_budget, **how
-    )
+    patterns = options.read_patterns(image, label) or None
+    how |= {"version": version, "root": root, "disk_budget": disk_budget}
+    return DataladSubjectsDataset(source, patterns, **how)
 
 
 def _print_json(record: dict[str, Any]) -> None:
@@ -335,17 +323,14 @@ def _rows(name: str, value: object) -> Iterator[tuple[str, str]]:
     """Yield what a table says of one thing, in words and with its unit."""
     unit = next((end for end in ("_bytes", "_s") if name.endswith(end)), "")
     label = _LABELS.get(name, name.removesuffix(unit).replace("_", " "))
-    if isinstance(value, dict):
-        for key, count in value.items():
-            yield f"{label}: {key}", format_size(count) if name == "clones" else str(count)
-    elif value is None or value in ((), ""):
-        yield label, "none"
-    elif isinstance(value, tuple):
-        yield label, ", ".join(map(str, value))
-    elif unit == "_bytes" and isinstance(value, int):
-        yield label, format_size(value) + " per second" * (name == "rate_bytes")
-    else:
-        yield label, f"{value}{unit.replace('_', ' ')}"
+    for key, cell in value.items() if isinstance(value, dict) else [("", value)]:
+        shown = ", ".join(map(str, cell if isinstance(cell, tuple) else [cell]))
+        if isinstance(cell, int) and (unit == "_bytes" or name == "clones"):
+            shown = format_size(cell) + " per second" * (name == "rate_bytes")
+        yield (
+            f"{label}: {key}" if key else label,
+            (shown if cell not in (None, "", ()) else "none") + " s" * (unit == "_s"),
+        )
 
 
 def _plain(text: str) -> str:

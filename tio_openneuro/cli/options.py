@@ -51,16 +51,10 @@ _BOOLEANS = {"true": True, "false": False}
 _GLOB = "NAME=GLOB, or NAME:ENTITY=VALUE,…"
 Images = Annotated[list[str], typer.Option("--image", metavar=_GLOB, help="Repeatable.")]
 Labels = Annotated[list[str], typer.Option("--label", metavar=_GLOB, help="A label map.")]
-Version = Annotated[
-    str | None, typer.Option(help="Tag or commit.", show_default="the newest snapshot")
-]
-UnitOf = Annotated[Unit, typer.Option(help="What one unit of the dataset is.")]
-Multiple = Annotated[
-    OnMultiple, typer.Option("--on-multiple", help="Where a unit has several files for an image.")
-]
-Incomplete = Annotated[
-    OnIncomplete, typer.Option("--on-incomplete", help="Where units differ in optional images.")
-]
+Version = Annotated[str | None, typer.Option(help="Tag or commit.", show_default="the newest")]
+UnitOf = Annotated[Unit, typer.Option(help="What one unit is.")]
+Multiple = Annotated[OnMultiple, typer.Option(help="A unit with several files for one image.")]
+Incomplete = Annotated[OnIncomplete, typer.Option(help="Units that differ in optional images.")]
 
 
 def checked_size(text: str) -> str:

@@ -16,17 +16,7 @@ from typing import Any
 from tio_openneuro.bounds import TEXT_BYTES, parse_json
 from tio_openneuro.content import AnnexKey
 from tio_openneuro.roots import refuse_root
-from tio_openneuro.select import (
-    IMAGE_EXTENSIONS,
-    Label,
-    OnIncomplete,
-    OnMultiple,
-    Scalar,
-    Unit,
-    decode_text,
-    parse_path,
-    select,
-)
+from tio_openneuro.select import IMAGE_EXTENSIONS, Label, Scalar, Unit, parse_path, select
 from tio_openneuro.sources import Catalog, open_catalog
 
 _SHOWN_REASONS = 10
@@ -135,9 +125,7 @@ def usable_units(
     catalog: Catalog,
     patterns: Mapping[str, Scalar | Label],
     unit: Unit,
-    *,
-    on_multiple: OnMultiple = "raise",
-    on_incomplete: OnIncomplete = "raise",
+    **how: Any,  # noqa: ANN401
 ) -> tuple[dict[str, dict[str, int]], SelectionSummary]:
     """Return the units that can be had, in the dataset's order, and what is left out.
 
@@ -145,8 +133,7 @@ def usable_units(
         catalog: The dataset's files.
         patterns: Patterns by image name.
         unit: What one unit is.
-        on_multiple: As for a dataset.
-        on_incomplete: Likewise.
+        **how: What to do where files are not clear, as :func:`select` has it.
 
     Returns:
         The bytes of each file by its key, by unit; and how many units there are, and are not.
@@ -155,7 +142,6 @@ def usable_units(
         SelectionError: The patterns select nothing.
     """
     lost = _unavailable(catalog)
-    how: Any = {"on_multiple": on_multiple, "on_incomplete": on_incomplete}
     selection = select(catalog.files, patterns, unit=unit, **how)
     why = Counter(skip.reason for skip in selection.skipped)
     units: dict[str, dict[str, int]] = {}
@@ -182,6 +168,6 @@ def _unavailable(catalog: Catalog) -> dict[AnnexKey, str]:
 def _licence(catalog: Catalog) -> str:
     """Return the licence that a dataset's description states."""
     with suppress(KeyError, ValueError, TypeError):
-        text = decode_text(catalog.read([_DESCRIPTION], TEXT_BYTES, TEXT_BYTES)[_DESCRIPTION])
-        return str(parse_json(text, catalog.dataset_id)["License"])[:_LONGEST]
+        text = catalog.read([_DESCRIPTION], TEXT_BYTES, TEXT_BYTES)[_DESCRIPTION]
+        return str(parse_json(text.decode(), catalog.dataset_id)["License"])[:_LONGEST]
     return ""

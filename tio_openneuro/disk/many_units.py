@@ -32,7 +32,9 @@ def fetch(
     """Fetch units in order, as far as there is room: see :meth:`Engine.fetch`."""
     all_files = [leases.store.files_of(unit) for unit in units]
     since = _keep(leases, [content for files in all_files for content in files])
-    under_way = _UnderWay(leases, sum(unit.size_bytes for unit in units), on_progress)
+    total_bytes = sum(unit.size_bytes for unit in units)
+    done_bytes = 0
+    under_way = _UnderWay(leases)
     for unit, files in zip(units, all_files, strict=True):
         started = _begin(leases, unit, files, since)
         if started is None:
@@ -41,8 +43,10 @@ def fetch(
             _LOGGER.info("Stopped fetching at %s: the disk budget is full.", unit.name)
             break
         under_way.fetches += started
-        under_way.begun_bytes += unit.size_bytes
         under_way.collect(2 * jobs - 1)
+        done_bytes += unit.size_bytes
+        if on_progress is not None:
+            on_progress(done_bytes, total_bytes)
     under_way.collect(0)
     if under_way.error is not None:
         raise under_way.error
@@ -52,20 +56,14 @@ def fetch(
 class _UnderWay:
     """Fetches that were begun and have not been looked at since they ended."""
 
-    def __init__(
-        self, leases: Leases, total_bytes: int, on_progress: Callable[[int, int], None] | None
-    ) -> None:
+    def __init__(self, leases: Leases) -> None:
         self._leases = leases
-        self._total_bytes = total_bytes
-        self._on_progress = on_progress
-        self.begun_bytes = 0
         self.fetches: list[Fetch] = []
         self.fetched_bytes = 0
         self.error: BaseException | None = None
 
     def collect(self, most: int) -> None:
         """Wait until no more than that many are under way; each ends within its own deadline."""
-        self._tell()
         while len(self.fetches) > most:
             seen = self._leases.changes.value
             ended = [fetch for fetch in self.fetches if fetch.done.is_set()]
@@ -75,16 +73,8 @@ class _UnderWay:
                     self.fetched_bytes += fetch.file.key.size_bytes or 0
                 elif fetch.failed:
                     self.error = self.error or fetch.error
-            if ended:
-                self._tell()
-            else:
+            if not ended:
                 self._leases.changes.wait_here(seen, _WAIT_S)
-
-    def _tell(self) -> None:
-        """Say how much is there: of what was begun all but what is under way."""
-        if self._on_progress is not None:
-            coming_bytes = sum(fetch.file.key.size_bytes or 0 for fetch in self.fetches)
-            self._on_progress(self.begun_bytes - coming_bytes, self._total_bytes)
 
 
 def _begin(

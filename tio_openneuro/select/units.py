@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from tio_openneuro.content import TreeFile
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select.bids import OTHER_PREFIXES, entity_name, vocabulary
+from tio_openneuro.select.bids import OTHER_PREFIXES, BidsPath, entity_name, vocabulary
 from tio_openneuro.select.combinations import Candidate
 from tio_openneuro.select.patterns import NIFTI_EXTENSIONS, Hit, Label, Scalar, is_volume
 
@@ -54,8 +54,7 @@ def every_nifti(files: Sequence[TreeFile], unit: Unit) -> tuple[dict[str, Scalar
     for file in files:
         if is_volume(file.path, NIFTI_EXTENSIONS) and not file.path.startswith(OTHER_PREFIXES):
             hit = Hit(file)
-            tokens = [part for part in hit.parsed.stem.split("_") if not part.startswith(own)]
-            name = "_".join(tokens) or "image"
+            name = "_".join(_words(hit.parsed, own)) or "image"
             found.append((name, hit))
             homes.setdefault(name, set()).add(f"{hit.parsed.scope}/{hit.parsed.pipeline}")
     if not any(hit.parsed.subject for _, hit in found):
@@ -72,6 +71,16 @@ def every_nifti(files: Sequence[TreeFile], unit: Unit) -> tuple[dict[str, Scalar
     labels = [name for name, pattern in images.items() if isinstance(pattern, Label)]
     _LOG.info("Of %d images, label maps by their names: %s.", len(images), ", ".join(labels) or 0)
     return images, {name: hits[name] for name in images}
+
+
+def _words(parsed: BidsPath, own: tuple[str, ...]) -> Iterator[str]:
+    """Yield the parts of a stem that do not name the unit, of ``sub-01.BA1`` the last word."""
+    for part in parsed.stem.split("_"):
+        unit, _, rest = part.partition(".")
+        if not part.startswith(own):
+            yield part
+        elif rest and unit in {parsed.subject, parsed.session}:
+            yield rest
 
 
 def _guess(name: str, hit: Hit) -> Scalar | Label:
