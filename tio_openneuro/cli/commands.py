@@ -43,13 +43,7 @@ _ENDING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 # What tables say where a name says too little.
-_LABELS = {
-    "total_bytes": "size of all content",
-    "present_bytes": "on this disk",
-    "units_bytes": "size of units",
-    "pids": "processes",
-    "lease_pids": "processes with leases",
-}
+_LABELS = {"total_bytes": "size", "present_bytes": "on disk", "units_bytes": "size of units"}
 _NEUTRAL_BUDGET = "1000 PB"  # the smallest stated budget of a root holds: this one never is
 
 
@@ -160,13 +154,16 @@ def fetch(
     as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Fetch the selected images, or every NIfTI, as far as the disk budget holds them."""
-    from tio_openneuro.cli.bar import transferring
+    from tio_openneuro.cli.bar import transfer_bar
 
     how: Any = {"unit": unit, "on_multiple": on_multiple, "on_incomplete": on_incomplete}
-    told = [0, 0]
     with _open(source, root, image, label, version, disk_budget, how) as dataset:
-        with transferring(f"Fetching {dataset.dataset_id}", told) as on_progress:
-            fetched_bytes = dataset.fetch(on_progress=on_progress)
+        with transfer_bar() as bar:
+            task = bar.add_task(f"Fetching {dataset.dataset_id}", total=0)
+            show = functools.partial(bar.update, task)
+            fetched_bytes = dataset.fetch(
+                on_progress=lambda *of: show(completed=of[0], total=of[1])
+            )
         statistics = dataset.statistics()
         record = {
             "dataset": dataset.dataset_id,
@@ -175,7 +172,7 @@ def fetch(
             "skipped": len(dataset.skipped),
             "selected_bytes": dataset.nbytes,
             "fetched_bytes": fetched_bytes,
-            "stopped": "the disk budget is full" if told[0] < told[1] else "done",
+            "stopped": "the disk budget is full" if bar.tasks[0].remaining else "done",
             "used_bytes": statistics.used_bytes,
             "budget_bytes": statistics.budget_bytes,
         }
@@ -322,15 +319,13 @@ def _report(title: str, record: dict[str, Any], *, as_json: bool) -> None:
 def _rows(name: str, value: object) -> Iterator[tuple[str, str]]:
     """Yield what a table says of one thing, in words and with its unit."""
     unit = next((end for end in ("_bytes", "_s") if name.endswith(end)), "")
-    label = _LABELS.get(name, name.removesuffix(unit).replace("_", " "))
+    words = name.removesuffix(unit).replace("_", " ").replace("pids", "processes")
     for key, cell in value.items() if isinstance(value, dict) else [("", value)]:
         shown = ", ".join(map(str, cell if isinstance(cell, tuple) else [cell]))
         if isinstance(cell, int) and (unit == "_bytes" or name == "clones"):
             shown = format_size(cell) + " per second" * (name == "rate_bytes")
-        yield (
-            f"{label}: {key}" if key else label,
-            (shown if cell not in (None, "", ()) else "none") + " s" * (unit == "_s"),
-        )
+        label = f"{words}: {key}" if key else _LABELS.get(name, words)
+        yield label, ("none" if cell in (None, "", ()) else shown) + " s" * (unit == "_s")
 
 
 def _plain(text: str) -> str:
