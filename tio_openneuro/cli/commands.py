@@ -357,7 +357,8 @@ def main() -> None:
         sys.exit(app(standalone_mode=False))
     except options.UsageError as error:
         if said := options.in_one_line(error):  # Else the help was shown already.
-            typer.echo(f"tio-openneuro: {said} Try it with --help.", err=True)
+            end = "" if said.endswith((".", "?")) else "."
+            typer.echo(f"tio-openneuro: {said}{end} Try it with --help.", err=True)
         sys.exit(2)
     except (TioOpenNeuroError, OSError, NotImplementedError) as error:
         typer.echo(f"tio-openneuro: {options.in_one_line(error)}", err=True)

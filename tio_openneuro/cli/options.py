@@ -34,6 +34,7 @@ _OPTION_OF = {
     r"\bdisk_budget\b=?": "--disk-budget",
     r"\b(version|unit)=": r"--\1 ",
     ", root=": "",
+    "Value error, ": "",
 }
 
 Source = Annotated[str, typer.Argument(help="Accession (ds004199), git URL, or path of a clone.")]
@@ -82,14 +83,14 @@ def read_patterns(image: list[str], label: list[str]) -> dict[str, Scalar | Labe
             match = re.fullmatch(r"([^=:]+)([=:])(.+)", text)
             name, sign, wanted = match.groups() if match else ("", "", "")
             if name in patterns:
-                raise typer.BadParameter(f"{name!r} is given twice: each image has a name.")
+                raise typer.BadParameter(f"{name!r} is given twice: no two images have one name.")
             pairs = [pair.partition("=") for pair in wanted.split(",")]
             entities: dict[str, Any] = {entity: value for entity, _, value in pairs if value}
             required = str(entities.get("required", "true")).lower()
             wrong = len(entities) < len(pairs) or required not in _BOOLEANS
             if not match or (sign == ":" and wrong):
                 raise typer.BadParameter(
-                    f"{text!r} is neither NAME=GLOB, as in t1='sub-*/anat/*_T1w*', nor "
+                    f"{text!r} is neither NAME=GLOB, as in 't1=sub-*/anat/*_T1w*', nor "
                     f"NAME:ENTITY=VALUE,…, as in t1:suffix=T1w,acq=mprage,required=false"
                 )
             try:

@@ -2,7 +2,9 @@
 
 Pure: works on paths and sizes as the index gives them, touches no file. A glob is matched from
 the dataset's root: ``*`` and ``?`` stay inside one folder, ``**`` crosses folders, brackets hold
-a set of characters. It becomes one regular expression, after a cut by its literal beginning.
+a set of characters. It becomes one regular expression, after a cut by its literal beginning: here,
+since wcmatch, pathspec and Python's ``glob.translate`` make none that says what each wildcard
+stands for, by which the images of layouts other than BIDS are joined.
 """
 
 from __future__ import annotations
