@@ -160,10 +160,11 @@ def fetch(
     with _open(source, root, image, label, version, disk_budget, how) as dataset:
         with transfer_bar() as bar:
             task = bar.add_task(f"Fetching {dataset.dataset_id}", total=0)
-            show = functools.partial(bar.update, task)
-            fetched_bytes = dataset.fetch(
-                on_progress=lambda *of: show(completed=of[0], total=of[1])
-            )
+
+            def show(done_bytes: int, total_bytes: int) -> None:
+                bar.update(task, completed=done_bytes, total=total_bytes)
+
+            fetched_bytes = dataset.fetch(on_progress=show)
         statistics = dataset.statistics()
         record = {
             "dataset": dataset.dataset_id,

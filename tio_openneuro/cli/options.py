@@ -85,16 +85,13 @@ def read_patterns(image: list[str], label: list[str]) -> dict[str, Scalar | Labe
             if name in patterns:
                 raise typer.BadParameter(f"{name!r} is given twice: no two images have one name.")
             pairs = [pair.partition("=") for pair in wanted.split(",")]
-            entities: dict[str, Any] = {entity: value for entity, _, value in pairs if value}
-            required = str(entities.get("required", "true")).lower()
-            wrong = len(entities) < len(pairs) or required not in _BOOLEANS
-            if not match or (sign == ":" and wrong):
+            entities: dict[str, Any] = {e: _BOOLEANS.get(v.lower(), v) for e, _, v in pairs if v}
+            if not match or (sign == ":" and len(entities) < len(pairs)):
                 raise typer.BadParameter(
                     f"{text!r} is neither NAME=GLOB, as in 't1=sub-*/anat/*_T1w*', nor "
                     f"NAME:ENTITY=VALUE,…, as in t1:suffix=T1w,acq=mprage,required=false"
                 )
             try:
-                entities["required"] = _BOOLEANS[required]
                 patterns[name] = kind(wanted) if sign == "=" else kind(**entities)
                 check_images({name: patterns[name]})
             except SelectionError as error:

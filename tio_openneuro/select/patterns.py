@@ -69,6 +69,7 @@ class ImagePattern:
                 f"{name}() says nothing about the file. Give a glob from the dataset's root,"
                 f" {name}('sub-*/anat/*_T1w.nii.gz'), or BIDS entities, {name}(suffix='T1w')."
             )
+        check_option("required", options["required"], (True, False))
         for option in entities.keys() & _OPTIONS_OF.keys():
             given, owner = f"{option}={entities[option]!r}", _OPTIONS_OF[option]
             raise SelectionError(f"{name} cannot take {given}: it is an option of {owner}.")

@@ -152,22 +152,21 @@ def select(
         message = f"None of {len(units)} units has all required images: {reasons}."
         advice = "Check the patterns, or pass required=False."
         raise SelectionError(f"{message}{unreached} {advice}")
-    images, rows = _reached(images, rows) if guessed else (images, rows)
     if on_incomplete == "raise":
         _check_uniform(rows, images)
     out = sorted(skipped + lacking, key=lambda entry: natural_key(entry.unit))
-    return Selection(tuple(rows), tuple(out), dict(images))
+    selection = Selection(tuple(rows), tuple(out), dict(images))
+    return _reached(selection) if guessed else selection
 
 
-def _reached(
-    images: Mapping[str, Scalar | Label], rows: list[SelectedUnit]
-) -> tuple[dict[str, Scalar | Label], list[SelectedUnit]]:
+def _reached(guess: Selection) -> Selection:
     """Leave out of a guess the images that no unit has, and say what was guessed."""
-    reached = {name for row in rows for name, found in row.images.items() if found}
-    kept = {name: pattern for name, pattern in images.items() if name in reached}
-    labels = ", ".join(name for name, each in kept.items() if isinstance(each, Label))
-    _LOG.info("Of %d images, taken for label maps: %s.", len(kept), labels or "none")
-    return kept, [replace(row, images={name: row.images[name] for name in kept}) for row in rows]
+    names = {name for row in guess.rows for name, found in row.images.items() if found}
+    images = {name: pattern for name, pattern in guess.images.items() if name in names}
+    labels = ", ".join(name for name, each in images.items() if isinstance(each, Label))
+    _LOG.info("Of %d images, taken for label maps: %s.", len(images), labels or "none")
+    rows = (replace(row, images={n: row.images[n] for n in images}) for row in guess.rows)
+    return replace(guess, rows=tuple(rows), images=images)
 
 
 def check_images(images: object) -> None:

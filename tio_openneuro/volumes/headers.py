@@ -262,10 +262,9 @@ class VolumeFile:
     @property
     def says_label(self) -> bool:
         """Whether its header is a label map's: by its intent, or by bytes that nothing scales."""
-        if self.nifti is None or self.nifti.fault:
-            return False
-        is_bytes = self.nifti.stored in {"u1", "i1"} and self.nifti.scale is None
-        return is_bytes or self.nifti.intent == _LABEL_INTENT
+        header = None if self.nifti and self.nifti.fault else self.nifti
+        kinds = ("u1", "i1") if header and header.scale is None else ()
+        return header is not None and (header.intent == _LABEL_INTENT or header.stored in kinds)
 
     def refuse_fault(self, name: str) -> None:
         """Raise where the file is gone, or its header cannot be believed.
