@@ -103,11 +103,14 @@ def showing(title: str, steps: int) -> Iterator[Advance]:
 
 
 @contextmanager
-def transferring(title: str) -> Iterator[Callable[[int, int], None]]:
+def transferring(
+    title: str, console: Console | None = None
+) -> Iterator[Callable[[int, int], None]]:
     """Show bytes, rate and time left while the block runs, and at its end why it stopped.
 
     Args:
         title: What is transferred.
+        console: Where to; None for where ``print`` goes.
 
     Yields:
         A function to call with the bytes done, and those of all.
@@ -116,7 +119,7 @@ def transferring(title: str) -> Iterator[Callable[[int, int], None]]:
     progress = Progress(TextColumn("{task.description}"), BarColumn(bar_width=16), *told)
     task = progress.add_task(title, total=None)
     row = progress.tasks[0]
-    with live(progress.get_renderable):
+    with live(progress.get_renderable, console=console):
         why = "failed"
         try:
             yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -4,16 +4,21 @@ What needs no new interpreter is forked from one that has imported everything, s
 takes longer than what the command does.
 """
 
+import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import psutil
 import pytest
 from ends import still_there
@@ -24,7 +29,7 @@ from tio_openneuro.cli import main
 from tio_openneuro.dataset import DataladSubjectsDataset
 from tio_openneuro.disk.engine import Engine
 from tio_openneuro.errors import TioOpenNeuroError
-from tio_openneuro.select import Scalar
+from tio_openneuro.select import Label, Scalar
 from tio_openneuro.sizes import format_size
 
 SCRIPT = Path(sys.executable).parent / "tio-openneuro"
@@ -82,6 +87,7 @@ def test_fetch_status_evict_and_doctor_tell_one_story(
     assert fetched.returncode == 0, fetched.stderr
     record = json.loads(fetched.stdout)
     assert record["fetched_bytes"] == record["selected_bytes"] == record["used_bytes"] > 6000
+    assert record["stopped"] == "done"
     held = json.loads(enter("status", "--json").stdout)
     assert held["used_bytes"] == record["used_bytes"]
     assert 0 < held["ledger_bytes"] < 500_000
@@ -165,14 +171,17 @@ def test_plan_says_what_it_leaves_out_and_why(
         (
             {"images": {"t1": Scalar("sub-*/anat/*")}},
             ["--image", "t1=sub-*/anat/*"],
-            ["narrow the pattern; or pass on_multiple='first'"],
-            ["'t1' = 'sub-*/anat/*', where one is wanted", "To choose, narrow the pattern."],
+            ["narrow the pattern; or pass on_multiple='first', 'all'"],
+            [
+                "'t1' = 'sub-*/anat/*', where one is wanted",
+                "narrow the pattern; or --on-multiple first, all",
+            ],
         ),
         (
             {"images": {"t1": Scalar("sub-*/*/*")}},
             ["--label", "t1=sub-*/*/*"],
             ["or pass on_multiple='first', 'all'"],
-            ["or pass combine=union to merge them."],
+            ["or pass combine=union to merge them; or --on-multiple first"],
         ),
         (
             {"version": "2.0.0", "images": {"t1": Scalar(suffix="T1w")}},
@@ -180,8 +189,19 @@ def test_plan_says_what_it_leaves_out_and_why(
             ["'ds900001@1.0.0' with version='2.0.0'"],
             ["'ds900001@1.0.0' with --version 2.0.0"],
         ),
+        (
+            {
+                "images": {
+                    "l": Label("sub-0[12]/anat/*mask*", required=False),
+                    "t": Scalar("**/*T1w*"),
+                }
+            },
+            ["--label", "l:glob=sub-0[12]/anat/*mask*,required=false", "--image", "t=**/*T1w*"],
+            ["or on_incomplete='allow' and a collate function"],
+            ["with required=True to skip those that lack it", "or --on-incomplete allow."],
+        ),
     ],
-    ids=["entity", "several", "label", "version"],
+    ids=["entity", "several", "label", "version", "incomplete"],
 )
 @pytest.mark.usefixtures("openneuro")
 def test_each_caller_is_told_what_they_can_type(
@@ -201,7 +221,7 @@ def test_each_caller_is_told_what_they_can_type(
     for texts, said in ((words, str(caught.value)), (typed, failed.stderr)):
         for text in texts:
             assert text in said
-    for parameter in ("Scalar(", "Label(", "on_multiple=", "version=", "='"):
+    for parameter in ("Scalar(", "Label(", "on_multiple=", "on_incomplete", "version=", "='"):
         assert parameter not in failed.stderr
 
 
@@ -213,6 +233,7 @@ def test_fetch_stops_at_the_budget(root: Path, enter: Callable[..., Ended]) -> N
     )
     assert record["used_bytes"] <= 30_000 < record["selected_bytes"]
     assert record["fetched_bytes"] > 20_000
+    assert record["stopped"] == "the disk budget is full"
     assert json.loads(enter("evict", "--json").stdout)["evicted_bytes"] == record["used_bytes"]
     assert not list(root.rglob("*.nii.gz"))
 
@@ -330,8 +351,19 @@ def test_a_command_outlives_a_terminal_where_it_was_told_to(openneuro: LoopbackO
         ["fetch", "ds900001", "--image", "t1:suffix"],
         ["frobnicate"],
         ["fetch"],
+        ["fetch", "ds900001", "--disk-budget", "10XB"],
+        ["plan", "ds900001", *IMAGES, "--rate", "fast"],
+        ["info", "ds900001", *IMAGES, "--label", "t1=**/*mask*"],
+        ["adopt", "ds900001", "--unit", "patient"],
+        ["evict", "ds900001", "--on-multiple", "some"],
+        ["info", "ds900001", "--on-incomplete", "skip"],
+        ["info", "ds900001", "--image", "t1:suffix=T1w,combine=union"],
+        ["info", "ds900001", "--image", "t1:suffix=T1w,required=perhaps"],
     ],
-    ids=[*("budget", "rate", "zero", "negative", "unit", "twice", "entity", "command", "none")],
+    ids=[
+        *("budget", "rate", "zero", "negative", "unit", "twice", "entity", "command", "none"),
+        *("letters", "word", "both", "adopted", "multiple", "incomplete", "option", "required"),
+    ],
 )
 def test_wrong_options_are_one_line_and_exit_code_2(
     tmp_path: Path, enter: Callable[..., Ended], arguments: list[str]
@@ -341,7 +373,7 @@ def test_wrong_options_are_one_line_and_exit_code_2(
     ended = enter(*arguments, *more)
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.count("\n") == 1
-    assert "--help" in ended.stderr
+    assert ended.stderr.endswith((". Try it with --help.\n", "? Try it with --help.\n"))
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "new").exists()
 
@@ -385,3 +417,115 @@ def test_a_root_that_cannot_be_is_one_line(
         assert "as the root" in ended.stderr
         assert "--root or TIO_OPENNEURO_ROOT" in ended.stderr
     assert not (tmp_path / "a\nb").exists()
+
+
+def test_looking_at_a_dataset_keeps_nothing(
+    openneuro: LoopbackOpenNeuro, root: Path, tmp_path: Path, enter: Callable[..., Ended]
+) -> None:
+    """A root that is not in use is not begun; one that is keeps the clone for the next command."""
+    before = sorted(Path(tempfile.gettempdir()).glob("tio-openneuro-*"))
+    looked = enter("info", "ds900001", *IMAGES, "--json")
+    assert json.loads(looked.stdout)["units"] == 6
+    assert not root.exists()
+    assert sorted(Path(tempfile.gettempdir()).glob("tio-openneuro-*")) == before
+    (root / "clones").mkdir(parents=True)
+    assert enter("info", "ds900001").returncode == 0
+    assert (root / "clones" / "ds900001").is_dir()
+    assert openneuro.total("ds900001").requests == 0
+
+
+def test_tables_are_read_without_a_question(
+    openneuro: LoopbackOpenNeuro, enter: Callable[..., Ended]
+) -> None:
+    """No two rows bear one name, a rate has its second, and a stranger's text does nothing."""
+    openneuro.publish(
+        "ds900014",
+        {
+            "dataset_description.json": json.dumps({"License": "[/b]\x1b[31mCC0"}).encode(),
+            "sub-01/anat/sub-01_T1w.nii.gz": b"image" * 99,
+        },
+    )
+    for command in ("info", "plan"):
+        told = enter(command, "ds900014", *IMAGES)
+        assert told.returncode == 0, told.stderr
+        rows = [line.split("│")[1].strip() for line in told.stdout.splitlines() if "│" in line]
+        assert len(rows) == len(set(rows)) > 5
+        assert "\x1b" not in told.stdout
+        assert ("[/b]?[31mCC0" in told.stdout) == (command == "info")
+        assert ("20.0 MB per second" in told.stdout) == (command == "plan")
+
+
+@pytest.mark.usefixtures("openneuro")
+def test_every_command_selects_alike(enter: Callable[..., Ended]) -> None:
+    """What is ambiguous for one is ambiguous for all, and has the same ways out."""
+    several = ["--image", "any:extension=.nii.gz"]
+    ways = ["--on-multiple", "all", "--unit", "run", "--on-incomplete", "allow"]
+    for command in ("info", "fetch", "adopt", "evict"):
+        refused = enter(command, "ds900001", *several)
+        assert refused.returncode == 1
+        assert "--on-multiple first, all" in refused.stderr
+        done = enter(command, "ds900001", *several, *ways, "--json")
+        assert done.returncode == 0, done.stderr
+        if command in {"info", "fetch"}:
+            assert json.loads(done.stdout)["units"] == 12
+
+
+def test_help_version_and_completion_answer(
+    root: Path, monkeypatch: pytest.MonkeyPatch, enter: Callable[..., Ended]
+) -> None:
+    """``-h`` is ``--help``, defaults are what holds, and shells are told the commands."""
+    assert enter("--version").stdout == f"tio-openneuro {version('tio-openneuro')}\n"
+    for command in ((), ("info",), ("status",)):
+        asked = [enter(*command, sign) for sign in ("-h", "--help")]
+        assert asked[0].stdout == asked[1].stdout
+        assert "dynamic" not in asked[0].stdout
+        assert asked[0].returncode == 0
+    monkeypatch.setenv("COLUMNS", "500")
+    shown = run("status", "-h").stdout
+    assert f"[default: ({platformdirs.user_cache_dir('tio_openneuro')})]" in shown
+    monkeypatch.setenv("_TIO_OPENNEURO_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    monkeypatch.setenv("COMP_WORDS", "tio-openneuro f")
+    assert run().stdout.split() == ["fetch", "forget"]
+    assert not root.exists()
+
+
+@pytest.mark.usefixtures("openneuro")
+def test_verbose_logs_ours_alone(tmp_path: Path, nursery: Nursery, root: Path) -> None:
+    """Each fetch is told, and no line of another library's."""
+    del root
+    status = nursery.start(_log_beside, tmp_path).result()
+    said = (tmp_path / "err").read_text()
+    assert status == 0, said
+    assert "sub-01" in said
+    assert "of somebody else" not in said
+
+
+def _log_beside(folder: Path) -> int:
+    """Run a verbose command in a process in which another library logs too."""
+    status = _enter(folder, ("-v", "fetch", "ds900001", *IMAGES))
+    logging.getLogger("urllib3").info("of somebody else")
+    logging.getLogger("datalad").info("of somebody else")
+    sys.stderr.flush()
+    return status
+
+
+@pytest.mark.usefixtures("openneuro")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminal")
+def test_fetch_shows_a_bar_on_a_terminal() -> None:
+    """Bytes, rate and time left on standard error; what is for programs stays as it is."""
+    main_end, end = os.openpty()
+    command = [SCRIPT, "fetch", "ds900001", *IMAGES, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end) as process:
+        os.close(end)
+        said = b""
+        with contextlib.suppress(OSError):  # What Linux answers once the other end is closed.
+            while block := os.read(main_end, 4096):
+                said += block
+        os.close(main_end)
+        printed, _ = process.communicate(timeout=60)
+    assert json.loads(printed)["stopped"] == "done"
+    text = said.decode()
+    assert "Fetching ds900001" in text
+    assert "kB" in text
+    assert "0:00:00" in text

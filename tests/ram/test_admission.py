@@ -116,8 +116,12 @@ def test_announced_files_reach_the_listener_of_this_thread_only_while_it_listens
     with listening(heard.append):
         announce_files([VolumeFile(path), VolumeFile(path)])
         announce_files([VolumeFile(path), VolumeFile(tmp_path / "absent.nii")])
+        lying = tmp_path / "lying.nii"
+        lying.write_bytes(path.read_bytes()[:42] + b"\0\0" + path.read_bytes()[44:])
+        announce_files([VolumeFile(path), VolumeFile(lying)])
     announce_files([VolumeFile(path)])
-    assert heard == [sum_sizes([(1, 120, 4), (1, 120, 4)])]
+    # What cannot be believed is refused before it is decoded, and hides no other file's size.
+    assert heard == [sum_sizes([(1, 120, 4), (1, 120, 4)]), sum_sizes([(1, 120, 4)])]
 
     def refuse(_size):
         message = "too large"

@@ -13,8 +13,10 @@ import struct
 import subprocess
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
+import torchio as tio
 from conftest import SHARED, heads
 
 import tio_openneuro as tno
@@ -308,6 +310,47 @@ def test_label_maps_are_told_by_their_names(stem: str, *, is_label: bool) -> Non
     files = tree("sub-1/sub-1_T2starw.nii", f"sub-1/sub-1_{stem}.nii.gz")
     (kind,) = {type(p) for name, p in select(files, None).images.items() if name != "T2starw"}
     assert kind is (Label if is_label else Scalar)
+
+
+def test_a_word_after_a_subjects_dot_is_part_of_the_name() -> None:
+    """Two structures of one subject are two images, each in a unit."""
+    paths = [f"derivatives/fs/sub-1/sub-1.{area}_exvivo.nii.gz" for area in ("BA1", "BA2")]
+    paths += ["derivatives/fs/sub-1/sub-1.BA3.nii.gz", "sub-1/sub-1_T1w.nii.gz"]
+    (row,) = select(tree(*paths), None).rows
+    found = {name: [file.path for file in several] for name, several in row.images.items()}
+    named = zip(("BA1_exvivo", "BA2_exvivo", "BA3", "T1w"), paths, strict=True)
+    assert found == {name: [path] for name, path in named}
+
+
+def test_a_guessed_image_that_no_unit_has_is_left_out() -> None:
+    """It is in ``skipped``, and among no unit's images."""
+    template = "derivatives/mni_mask.nii.gz"
+    selection = select(tree("sub-1/sub-1_T1w.nii.gz", template), None)
+    assert list(selection.images) == ["T1w"]
+    assert [list(row.images) for row in selection.rows] == [["T1w"]]
+    assert [entry.unit for entry in selection.skipped] == [template]
+
+
+@pytest.mark.parametrize(
+    ("stem", "stored", "intent", "is_label"),
+    [
+        *(("hippocampus", "u1", 0, True), ("hippocampus", "i2", 0, False)),
+        *(("hippocampus", "i2", 1002, True), ("T1w", "u1", 0, False)),
+        ("tissue_prob", "u1", 0, False),
+    ],
+)
+def test_header_tells_a_label_map_where_the_name_tells_nothing(
+    tmp_path: Path, stem: str, stored: str, intent: int, *, is_label: bool
+) -> None:
+    """In a plain folder; what is annexed comes and goes, and is told by its name alone."""
+    folder = tmp_path / "bids" / "sub-1"
+    folder.mkdir(parents=True)
+    (folder.parent / "dataset_description.json").write_text('{"Name": "Plain"}')
+    image = nib.Nifti1Image(np.zeros((4, 5, 6), stored), np.eye(4))
+    image.header.set_intent(intent)
+    image.to_filename(folder / f"sub-1_{stem}.nii.gz")
+    with tno.DataladSubjectsDataset(folder.parent) as dataset:
+        assert isinstance(dataset[0][stem], tio.LabelMap) == is_label
 
 
 # -- real repositories -----------------------------------------------------------------------

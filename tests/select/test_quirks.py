@@ -22,6 +22,7 @@ One test for each quirk that 25 repositories showed, here or where its part is t
 - Single files larger than the budget: ``test_dataset.py``.
 """
 
+import gzip
 import math
 import os
 import re
@@ -42,7 +43,7 @@ from tio_openneuro.annex.processes import run
 from tio_openneuro.annex.tree import index_tree
 from tio_openneuro.content import AnnexKey
 from tio_openneuro.loopback import Volume
-from tio_openneuro.loopback.volume import Content
+from tio_openneuro.loopback.volume import Content, write_content
 
 BUNDLES = Path(os.environ.get("TIO_OPENNEURO_TEST_DATA", SHARED)) / "openneuro"
 AFFINE = np.diag([1.0, 1.2, 1.5, 1.0])
@@ -577,6 +578,27 @@ def test_empty_and_cut_files_are_skipped_or_named(openneuro: LoopbackOpenNeuro) 
             patches = list(queue)
         assert [patch["subject_id"] for patch in patches] == ["sub-03"] * 2
         assert "sub-02" in str(queue.skipped)
+
+
+def test_zeros_name_the_image_whose_grid_they_take(tmp_path: Path) -> None:
+    """Where its header lies, the error says which label needs it, and why."""
+    folder = tmp_path / "bids"
+    for path, content in heads(2).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write_content(content, folder / path)
+    (folder / "sub-02/anat/sub-02_label-lesion_mask.nii.gz").unlink()
+    image = folder / "sub-02/anat/sub-02_T1w.nii.gz"
+    header = bytearray(gzip.decompress(image.read_bytes()))
+    header[42:44] = b"\0\0"
+    image.write_bytes(gzip.compress(header))
+    lesion = tno.Label(suffix="mask", when_missing="zeros")
+    with tno.DataladSubjectsDataset(folder, {"lesion": lesion, "t1": PLAIN}) as dataset:
+        with pytest.raises(tno.DamagedImageError) as caught:
+            dataset.dry_iter()[1].lesion.load()
+        assert str(caught.value).startswith("Cannot load sub-02/anat/sub-02_T1w.nii.gz of sub-02: ")
+        assert "its dim is [3, 0, 20, 16" in str(caught.value)
+        lacks = "sub-02 lacks Label(when_missing='zeros', suffix='mask'), whose zeros take the grid"
+        assert f"{lacks} of sub-02/anat/sub-02_T1w.nii.gz." in str(caught.value)
 
 
 def test_small_label_in_git_itself_is_read(openneuro: LoopbackOpenNeuro) -> None:

@@ -112,6 +112,11 @@ def test_patterns_are_values() -> None:
         (lambda: Scalar(" "), "empty pattern"),
         (lambda: Scalar("a", volumes="median"), "volumes must be"),  # type: ignore[arg-type]
         (lambda: Label("a", combine="sum"), "combine must be"),  # type: ignore[arg-type]
+        (lambda: Scalar("a", required="no"), "required must be"),  # type: ignore[arg-type]
+        (lambda: Scalar("a", combine="union"), "combine='union': it is an option of Label"),
+        (lambda: Scalar("a", when_missing="zeros"), "Scalar cannot take when_missing='zeros'"),
+        (lambda: Label("a", volumes=0), "Label cannot take volumes=0: it is an option of Scalar"),
+        (lambda: Label("a", on_multiple="all"), "it is an option of the dataset"),
         (lambda: Label("a", when_missing="ones"), "when_missing must be"),  # type: ignore[arg-type]
     ],
 )

@@ -121,7 +121,6 @@ def test_an_entity_that_nothing_has_is_answered_by_what_it_means(
         (Scalar(run=2), "Values of 'run' that exist there: 01 (2)."),
         (Scalar(ses=1), "No image there has the entity 'session'; they have subject (7)"),
         (Scalar(subject="99"), "Values of 'subject' that exist there: 01 (4), 02 (3)."),
-        (Scalar(suffix="T1w", combine="union"), "has the entity 'combine'; they have subject"),
         (Scalar(Subject="01"), "has the entity 'Subject'; they have subject (7)"),
     ],
 )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import logging
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,11 +18,12 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from rich.text import Text
 
 from tio_openneuro.cli import options
+from tio_openneuro.display import transferring
 from tio_openneuro.errors import SelectionError, TioOpenNeuroError
 from tio_openneuro.ledger import Ledger
-from tio_openneuro.roots import refuse_root
 from tio_openneuro.select import Unit
 from tio_openneuro.sizes import format_size, parse_size
 
@@ -33,24 +36,37 @@ app = typer.Typer(
     name="tio-openneuro",
     help="Train on OpenNeuro MRI datasets that are larger than the disk and the RAM at hand.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
 _ENDING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
+# What tables say where a name says too little.
+_LABELS = {"total_bytes": "size", "present_bytes": "on disk", "units_bytes": "size of units"}
 _NEUTRAL_BUDGET = "1000 PB"  # the smallest stated budget of a root holds: this one never is
+
+
+def _tell_version(wanted: bool) -> None:  # noqa: FBT001 - typer
+    if wanted:
+        typer.echo(f"tio-openneuro {importlib.metadata.version('tio-openneuro')}")
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
     *,
-    verbose: Annotated[bool, typer.Option(help="Log each fetch and eviction.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log fetches, evictions.")] = False,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version."),
+    ] = False,
 ) -> None:
     if verbose:
-        handler = RichHandler(console=Console(stderr=True), show_path=False)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+        logger = logging.getLogger("tio_openneuro")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(RichHandler(console=Console(stderr=True), show_path=False))
 
 
 @app.command()
@@ -73,18 +89,20 @@ def info(
     image: options.Images = [],  # noqa: B006 - typer copies it
     label: options.Labels = [],  # noqa: B006
     version: options.Version = None,
-    unit: Unit = "subject",
+    unit: options.UnitOf = "subject",
+    on_multiple: options.Multiple = "raise",
+    on_incomplete: options.Incomplete = "raise",
     as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Show what a dataset has and what patterns select of it, from git metadata alone."""
-    from tio_openneuro.cli.summary import summarise, usable_units
-    from tio_openneuro.sources import open_catalog
+    from tio_openneuro.cli.summary import opened, summarise, usable_units
 
     patterns = options.read_patterns(image, label)
-    catalog = open_catalog(source, root, version=version)
-    record = dataclasses.asdict(summarise(catalog))
-    if patterns:
-        record |= dataclasses.asdict(usable_units(catalog, patterns, unit)[1])
+    with opened(source, root, version) as catalog:
+        record = dataclasses.asdict(summarise(catalog))
+        if patterns:
+            how = {"on_multiple": on_multiple, "on_incomplete": on_incomplete}
+            record |= dataclasses.asdict(usable_units(catalog, patterns, unit, **how)[1])
     _report(str(source), record, as_json=as_json)
 
 
@@ -165,13 +183,25 @@ def fetch(
     image: options.Images = [],  # noqa: B006 - typer copies it
     label: options.Labels = [],  # noqa: B006
     version: options.Version = None,
-    unit: Unit = "subject",
+    unit: options.UnitOf = "subject",
+    on_multiple: options.Multiple = "raise",
+    on_incomplete: options.Incomplete = "raise",
     disk_budget: options.DiskBudget = "auto",
     as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
-    """Fetch the selected images, as far as the disk budget holds them."""
-    with _open(source, root, image, label, version, disk_budget, unit) as dataset:
-        fetched_bytes = dataset.fetch()
+    """Fetch the selected images, or every NIfTI, as far as the disk budget holds them."""
+    how: Any = {"unit": unit, "on_multiple": on_multiple, "on_incomplete": on_incomplete}
+    with _open(source, root, image, label, version, disk_budget, how) as dataset:
+        done_bytes = total_bytes = 0
+        # On standard error, so that what is printed for programs stays as it is.
+        with transferring(dataset.dataset_id, Console(stderr=True)) as show:
+
+            def tell(*now: int) -> None:
+                nonlocal done_bytes, total_bytes
+                done_bytes, total_bytes = now
+                show(*now)
+
+            fetched_bytes = dataset.fetch(progress=tell)
         statistics = dataset.statistics()
         record = {
             "dataset": dataset.dataset_id,
@@ -180,6 +210,7 @@ def fetch(
             "skipped": len(dataset.skipped),
             "selected_bytes": dataset.nbytes,
             "fetched_bytes": fetched_bytes,
+            "stopped": "the disk budget is full" if done_bytes < total_bytes else "done",
             "used_bytes": statistics.used_bytes,
             "budget_bytes": statistics.budget_bytes,
         }
@@ -201,6 +232,9 @@ def evict(
     image: options.Images = [],  # noqa: B006 - typer copies it
     label: options.Labels = [],  # noqa: B006
     version: options.Version = None,
+    unit: options.UnitOf = "subject",
+    on_multiple: options.Multiple = "raise",
+    on_incomplete: options.Incomplete = "raise",
     as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Drop what this library fetched and nobody leases; what was yours before stays."""
@@ -209,7 +243,8 @@ def evict(
             evicted_bytes, used_bytes = engine.evict_all(), engine.statistics().used_bytes
     else:
         _refuse_unused(root)
-        with _open(source, root, image, label, version, _NEUTRAL_BUDGET) as dataset:
+        how: Any = {"unit": unit, "on_multiple": on_multiple, "on_incomplete": on_incomplete}
+        with _open(source, root, image, label, version, _NEUTRAL_BUDGET, how) as dataset:
             evicted_bytes, used_bytes = dataset.evict(), dataset.statistics().used_bytes
     record = {"evicted_bytes": evicted_bytes, "used_bytes": used_bytes}
     _report("Evicted", record, as_json=as_json)
@@ -222,11 +257,15 @@ def adopt(
     image: options.Images = [],  # noqa: B006 - typer copies it
     label: options.Labels = [],  # noqa: B006
     version: options.Version = None,
+    unit: options.UnitOf = "subject",
+    on_multiple: options.Multiple = "raise",
+    on_incomplete: options.Incomplete = "raise",
     disk_budget: options.DiskBudget = "auto",
     as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Hand content that was there before, and that a remote can give back, to the budget."""
-    with _open(source, root, image, label, version, disk_budget) as dataset:
+    how: Any = {"unit": unit, "on_multiple": on_multiple, "on_incomplete": on_incomplete}
+    with _open(source, root, image, label, version, disk_budget, how) as dataset:
         adopted_bytes, used_bytes = dataset.adopt(), dataset.statistics().used_bytes
     record = {"adopted_bytes": adopted_bytes, "used_bytes": used_bytes}
     _report("Adopted", record, as_json=as_json)
@@ -266,8 +305,9 @@ def doctor(
 
 def _refuse_unused(root: Path) -> None:
     """Raise where nothing was ever kept under a root: only what fetches makes one."""
-    refuse_root(root.expanduser().absolute())
-    if not any((root / name).exists() for name in ("ledger", "clones", ".ledger")):
+    from tio_openneuro.cli.summary import is_used
+
+    if not is_used(root):
         raise TioOpenNeuroError(
             f"Cannot look into the root {root}: it holds no ledger. Nothing was fetched under it "
             f"yet; give the root of your training with --root or TIO_OPENNEURO_ROOT."
@@ -288,18 +328,13 @@ def _open(
     label: list[str],
     version: str | None,
     disk_budget: str,
-    unit: Unit = "subject",
+    how: Any,  # noqa: ANN401 - what a unit is, and what to do where that is not clear
 ) -> DataladSubjectsDataset:
     from tio_openneuro.dataset import DataladSubjectsDataset
 
-    return DataladSubjectsDataset(
-        source,
-        options.read_patterns(image, label) or None,
-        version=version,
-        root=root,
-        unit=unit,
-        disk_budget=disk_budget,
-    )
+    patterns = options.read_patterns(image, label) or None
+    how |= {"version": version, "root": root, "disk_budget": disk_budget}
+    return DataladSubjectsDataset(source, patterns, **how)
 
 
 def _print_json(record: dict[str, Any]) -> None:
@@ -310,25 +345,30 @@ def _report(title: str, record: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         _print_json(record)
         return
-    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table = Table(title=Text(_plain(title)), show_header=False, title_justify="left")
     table.add_column(overflow="fold")
     table.add_column(justify="right", overflow="fold")
     for name, value in record.items():
-        if isinstance(value, dict):
-            for key, count in value.items():
-                shown = format_size(count) if name == "clones" else str(count)
-                table.add_row(f"{name.replace('_', ' ')}: {key}", shown)
-        else:
-            table.add_row(name.removesuffix("_bytes").replace("_", " "), _shown(name, value))
+        for label, shown in _rows(name, value):
+            table.add_row(Text(_plain(label)), Text(_plain(shown)))
     Console().print(table)
 
 
-def _shown(name: str, value: object) -> str:
-    if value is None or value in ((), ""):
-        return "none"
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value))
-    return format_size(value) if name.endswith("_bytes") and isinstance(value, int) else str(value)
+def _rows(name: str, value: object) -> Iterator[tuple[str, str]]:
+    """Yield what a table says of one thing, in words and with its unit."""
+    unit = next((end for end in ("_bytes", "_s") if name.endswith(end)), "")
+    words = name.removesuffix(unit).replace("_", " ").replace("pids", "processes")
+    for key, cell in value.items() if isinstance(value, dict) else [("", value)]:
+        shown = ", ".join(map(str, cell if isinstance(cell, tuple) else [cell]))
+        if isinstance(cell, int) and (unit == "_bytes" or name == "clones"):
+            shown = format_size(cell) + " per second" * (name == "rate_bytes")
+        label = f"{words}: {key}" if key else _LABELS.get(name, words)
+        yield label, ("none" if cell in (None, "", ()) else shown) + " s" * (unit == "_s")
+
+
+def _plain(text: str) -> str:
+    """Return a text without what a stranger's could have a terminal do."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 class _EndedError(SystemExit):
@@ -355,7 +395,8 @@ def main() -> None:
         sys.exit(app(standalone_mode=False))
     except options.UsageError as error:
         if said := options.in_one_line(error):  # Else the help was shown already.
-            typer.echo(f"tio-openneuro: {said} Try it with --help.", err=True)
+            end = "" if said.endswith((".", "?")) else "."
+            typer.echo(f"tio-openneuro: {said}{end} Try it with --help.", err=True)
         sys.exit(2)
     except (TioOpenNeuroError, OSError, NotImplementedError) as error:
         typer.echo(f"tio-openneuro: {options.in_one_line(error)}", err=True)

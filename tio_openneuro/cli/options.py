@@ -13,7 +13,7 @@ import platformdirs
 import typer
 
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select import Label, Scalar, check_images
+from tio_openneuro.select import Label, OnIncomplete, OnMultiple, Scalar, Unit, check_images
 from tio_openneuro.sizes import parse_size
 
 # Typer may carry click within itself.
@@ -21,14 +21,20 @@ UsageError: Any = typer.BadParameter.__base__
 # What messages call by the names of Python's parameters; what cannot be typed is left out of a list
 # of ways.
 _OPTION_OF = {
-    r"[;,] or (?:pass|give) (?:on_multiple|required)=[^.]*": "",
-    r" = (?:Scalar|Label)\((.*?)\)(?= among|, where)": r" = \1",
+    r"\bpass on_multiple='first', 'all' (.*?) or 'stack'": r"--on-multiple first, all \1 or stack",
+    r"\bon_(multiple|incomplete)='(\w+)'": r"--on-\1 \2",
+    r" and a collate function of your own": "",
+    r"\bScalar(?= cannot take)|(?<=an option of )Scalar": "--image",
+    r"\bLabel(?= cannot take)|(?<=an option of )Label": "--label",
+    r"(?<=an option of )the dataset": "the command",
+    r" = (?:Scalar|Label)\((.*?)\)(?= among|, where|, and none)": r" = \1",
     r"(?:pass )?\b(version|unit)='([^']*)'": r"--\1 \2",
     r"\b(\w+=)'([^']*)'": r"\1\2",
     r"\bwith remotes=": "in Python with remotes=",
     r"\bdisk_budget\b=?": "--disk-budget",
     r"\b(version|unit)=": r"--\1 ",
     ", root=": "",
+    "Value error, ": "",
 }
 
 Source = Annotated[str, typer.Argument(help="Accession (ds004199), git URL, or path of a clone.")]
@@ -38,12 +44,18 @@ Root = Annotated[
         envvar="TIO_OPENNEURO_ROOT",
         help="Folder of clones and ledger.",
         default_factory=lambda: Path(platformdirs.user_cache_dir("tio_openneuro")),
+        # Typer wants the text now; a command line's environment is the same a moment later.
+        show_default=platformdirs.user_cache_dir("tio_openneuro"),
     ),
 ]
+_BOOLEANS = {"true": True, "false": False}
 _GLOB = "NAME=GLOB, or NAME:ENTITY=VALUE,…"
 Images = Annotated[list[str], typer.Option("--image", metavar=_GLOB, help="Repeatable.")]
 Labels = Annotated[list[str], typer.Option("--label", metavar=_GLOB, help="A label map.")]
-Version = Annotated[str | None, typer.Option(help="Tag or commit; default: the newest snapshot.")]
+Version = Annotated[str | None, typer.Option(help="Tag or commit.", show_default="the newest")]
+UnitOf = Annotated[Unit, typer.Option(help="What one unit is.")]
+Multiple = Annotated[OnMultiple, typer.Option(help="A unit with several files for one image.")]
+Incomplete = Annotated[OnIncomplete, typer.Option(help="Units that differ in optional images.")]
 
 
 def checked_size(text: str) -> str:
@@ -71,13 +83,13 @@ def read_patterns(image: list[str], label: list[str]) -> dict[str, Scalar | Labe
             match = re.fullmatch(r"([^=:]+)([=:])(.+)", text)
             name, sign, wanted = match.groups() if match else ("", "", "")
             if name in patterns:
-                raise typer.BadParameter(f"{name!r} is given twice: each image has a name.")
+                raise typer.BadParameter(f"{name!r} is given twice: no two images have one name.")
             pairs = [pair.partition("=") for pair in wanted.split(",")]
-            entities: dict[str, Any] = {entity: value for entity, _, value in pairs if value}
-            if not match or (sign == ":" and len(entities.keys() - {"required"}) < len(pairs)):
+            entities: dict[str, Any] = {e: _BOOLEANS.get(v.lower(), v) for e, _, v in pairs if v}
+            if not match or (sign == ":" and len(entities) < len(pairs)):
                 raise typer.BadParameter(
-                    f"{text!r} is neither NAME=GLOB, as in t1='sub-*/anat/*_T1w*', nor "
-                    f"NAME:ENTITY=VALUE,…, as in t1:suffix=T1w,acq=mprage"
+                    f"{text!r} is neither NAME=GLOB, as in 't1=sub-*/anat/*_T1w*', nor "
+                    f"NAME:ENTITY=VALUE,…, as in t1:suffix=T1w,acq=mprage,required=false"
                 )
             try:
                 patterns[name] = kind(wanted) if sign == "=" else kind(**entities)

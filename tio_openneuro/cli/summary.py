@@ -5,15 +5,39 @@ Owns no state. Fetches no content.
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from tio_openneuro.bounds import TEXT_BYTES, parse_json
 from tio_openneuro.content import AnnexKey
+from tio_openneuro.roots import refuse_root
 from tio_openneuro.select import IMAGE_EXTENSIONS, Label, Scalar, Unit, parse_path, select
-from tio_openneuro.sources import Catalog
+from tio_openneuro.sources import Catalog, open_catalog
 
 _SHOWN_REASONS = 10
+_DESCRIPTION = "dataset_description.json"
+_LONGEST = 200
+
+
+def is_used(root: Path) -> bool:
+    """Tell whether anything was ever kept under a root; refuse what can be none."""
+    refuse_root(root.expanduser().absolute())
+    return any((root / name).exists() for name in ("ledger", "clones", ".ledger"))
+
+
+@contextmanager
+def opened(source: str, root: Path, version: str | None) -> Iterator[Catalog]:
+    """Open a dataset to look at it: a root that is not in use stays so, for a temporary one."""
+    if is_used(root):
+        yield open_catalog(source, root, version=version)
+        return
+    with tempfile.TemporaryDirectory(prefix="tio-openneuro-") as folder:
+        yield open_catalog(source, Path(folder), version=version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +65,7 @@ class Summary:
         dataset: Accession, or the name of the repository or folder.
         version: Tag or branch; empty for a plain folder.
         commit: The commit; empty for a plain folder.
+        licence: As its description states it; empty where it does not.
         subjects: Number of subjects that have a file.
         sessions: Number of sessions, over all subjects; zero where there are none.
         files: Number of files.
@@ -55,6 +80,7 @@ class Summary:
     dataset: str
     version: str
     commit: str
+    licence: str
     subjects: int
     sessions: int
     files: int
@@ -82,6 +108,7 @@ def summarise(catalog: Catalog) -> Summary:
         dataset=catalog.dataset_id,
         version=catalog.version,
         commit=catalog.commit,
+        licence=_licence(catalog),
         subjects=len({path.subject for path in parsed if path.subject}),
         sessions=len({(p.subject, p.session) for p in parsed if p.subject and p.session}),
         files=len(catalog.files),
@@ -95,7 +122,10 @@ def summarise(catalog: Catalog) -> Summary:
 
 
 def usable_units(
-    catalog: Catalog, patterns: Mapping[str, Scalar | Label], unit: Unit
+    catalog: Catalog,
+    patterns: Mapping[str, Scalar | Label],
+    unit: Unit,
+    **how: Any,  # noqa: ANN401
 ) -> tuple[dict[str, dict[str, int]], SelectionSummary]:
     """Return the units that can be had, in the dataset's order, and what is left out.
 
@@ -103,6 +133,7 @@ def usable_units(
         catalog: The dataset's files.
         patterns: Patterns by image name.
         unit: What one unit is.
+        **how: What to do where files are not clear, as :func:`select` has it.
 
     Returns:
         The bytes of each file by its key, by unit; and how many units there are, and are not.
@@ -111,7 +142,7 @@ def usable_units(
         SelectionError: The patterns select nothing.
     """
     lost = _unavailable(catalog)
-    selection = select(catalog.files, patterns, unit=unit)
+    selection = select(catalog.files, patterns, unit=unit, **how)
     why = Counter(skip.reason for skip in selection.skipped)
     units: dict[str, dict[str, int]] = {}
     for row in selection.rows:
@@ -132,3 +163,11 @@ def _unavailable(catalog: Catalog) -> dict[AnnexKey, str]:
     """Return the keys that no remote can give, each with the reason."""
     keys = [file.key for file in catalog.files if file.key is not None]
     return catalog.repo.unavailable(keys) if catalog.repo is not None else {}
+
+
+def _licence(catalog: Catalog) -> str:
+    """Return the licence that a dataset's description states."""
+    with suppress(KeyError, ValueError, TypeError):
+        text = catalog.read([_DESCRIPTION], TEXT_BYTES, TEXT_BYTES)[_DESCRIPTION]
+        return str(parse_json(text.decode(), catalog.dataset_id)["License"])[:_LONGEST]
+    return ""

@@ -11,7 +11,7 @@ import copy
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import repeat
@@ -387,20 +387,22 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         files = [pair for row in self._rows for pair in zip(row.files, row.paths, strict=True)]
         return sum({file.key or path: file.size_bytes or 0 for file, path in files}.values())
 
-    def fetch(self, *, progress: bool = False) -> int:
+    def fetch(self, *, progress: bool | Callable[[int, int], None] = False) -> int:
         """Fetch what of this view the budget holds; return the bytes that came.
 
         Args:
             progress: Whether to show bytes, rate and time left, and at the end why it stopped: all
-                is there, or the disk budget is full.
+                is there, or the disk budget is full. Or what is called instead, with the bytes
+                that are there and those of all.
 
         Raises:
             FetchError: Content did not arrive; the first error, after the other fetches ended.
         """
         if self._engine is None:
             return 0
-        with transferring(self.dataset_id) if progress else nullcontext() as on_progress:
-            return self._engine.fetch(self._contents(), on_progress=on_progress)
+        told = nullcontext(progress if callable(progress) else None)
+        with transferring(self.dataset_id) if progress is True else told as tell:
+            return self._engine.fetch(self._contents(), on_progress=tell)
 
     def evict(self) -> int:
         """Drop what this library fetched for this view and nobody leases; return the bytes."""

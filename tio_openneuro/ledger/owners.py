@@ -3,7 +3,8 @@
 An owner is alive while somebody holds the lock of its file: the process itself, or a child that
 inherited the descriptor and may still write to disk, but not a forked process. The kernel lets go
 of the lock when the last of them ends, however it ends. Never ends a process that is not the orphan
-of a dead owner.
+of a dead owner. Locks are the kernel's own: filelock, which keeps others from a clone while it is
+made, gives no descriptor that a child could inherit.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ headers, empty and repeated headers, ragged and empty lines, commas in place of 
 without their prefix or leading zeros, ids repeated for each session, rows without a folder and
 folders without a row. What holds more than tables do (:mod:`~tio_openneuro.bounds`) is refused
 before it is taken apart. A column is numeric where every value given is a number. What is missing
-is ``nan`` in numeric columns and ``""`` in others, never None, so that rows collate.
+is ``nan`` in numeric columns and ``""`` in others, never None, so that rows collate. Lines and
+cells are split here: to the standard library's ``csv``, and to pandas, a quote that somebody forgot
+holds all cells and lines up to the next one.
 
 Source: BIDS 1.10, "Participants file" and "Sessions file".
 """

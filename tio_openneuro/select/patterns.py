@@ -2,7 +2,9 @@
 
 Pure: works on paths and sizes as the index gives them, touches no file. A glob is matched from
 the dataset's root: ``*`` and ``?`` stay inside one folder, ``**`` crosses folders, brackets hold
-a set of characters. It becomes one regular expression, after a cut by its literal beginning.
+a set of characters. It becomes one regular expression, after a cut by its literal beginning: here,
+since wcmatch, pathspec and Python's ``glob.translate`` make none that says what each wildcard
+stands for, by which the images of layouts other than BIDS are joined.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ IMAGE_EXTENSIONS = (*NIFTI_EXTENSIONS, ".mgz", ".mgh", ".nrrd", ".mha")
 # A header and its magic take 352 bytes. Compressed, one voxel of zeros by nibabel takes 60.
 _SMALLEST_BYTES = {".nii": 352, ".nii.gz": 50}
 _SHOWN = 5
+# Options that are mistaken for an entity where they do not belong, and whose they are.
+_OPTIONS_OF = {"volumes": "Scalar", "combine": "Label", "when_missing": "Label"}
+_OPTIONS_OF |= dict.fromkeys(("unit", "on_missing", "on_multiple", "on_incomplete"), "the dataset")
 
 VolumeChoice = int | slice | Literal["mean"] | None
 
@@ -64,6 +69,10 @@ class ImagePattern:
                 f"{name}() says nothing about the file. Give a glob from the dataset's root,"
                 f" {name}('sub-*/anat/*_T1w.nii.gz'), or BIDS entities, {name}(suffix='T1w')."
             )
+        check_option("required", options["required"], (True, False))
+        for option in entities.keys() & _OPTIONS_OF.keys():
+            given, owner = f"{option}={entities[option]!r}", _OPTIONS_OF[option]
+            raise SelectionError(f"{name} cannot take {given}: it is an option of {owner}.")
         frozen = ((entity_name(name), _frozen(value)) for name, value in entities.items())
         options |= {"entities": tuple(sorted(frozen, key=lambda item: item[0]))}
         for name, value in {"glob": glob, **options}.items():

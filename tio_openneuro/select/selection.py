@@ -10,9 +10,10 @@ into a batch raises here, at construction, and not in the training loop.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tio_openneuro.content import TreeFile
@@ -33,6 +34,7 @@ OnMissing = Literal["skip", "raise"]
 OnMultiple = Literal["raise", "first", "all", "stack"]
 OnIncomplete = Literal["raise", "allow"]
 
+_LOG = logging.getLogger(__name__)
 # Of the paths that a message shows.
 _SHOWN_LENGTH = 200
 _TAKEN = frozenset({"subject_id", "session_id", "dataset_id"})
@@ -81,6 +83,7 @@ def select(
     on_missing: OnMissing = "skip",
     on_multiple: OnMultiple = "raise",
     on_incomplete: OnIncomplete = "raise",
+    says_label: Callable[[TreeFile], bool] = lambda _: False,
 ) -> Selection:
     """Find the files of each unit.
 
@@ -94,6 +97,7 @@ def select(
             natural order, ``"all"`` makes a unit of each combination whose entities agree,
             ``"stack"`` keeps all, for channels.
         on_incomplete: Whether units may differ in their optional images.
+        says_label: With ``images=None``, whether a file whose name tells nothing is a label map.
 
     Raises:
         SelectionError: A pattern matches nothing, a unit has several files for an image, no unit
@@ -106,7 +110,7 @@ def select(
     check_images(images)
     guessed = images is None
     if images is None:
-        images, hits = every_nifti(files, unit)
+        images, hits = every_nifti(files, unit, says_label)
     else:
         hits = {name: find_hits(name, pattern, files) for name, pattern in images.items()}
     apart = never_together(hits)
@@ -133,9 +137,10 @@ def select(
     if lacking and on_missing == "raise":
         noun = "unit" if len(lacking) == 1 else "units"
         reasons = first_few([f"{entry.unit}: {entry.reason}" for entry in lacking], "; ")
-        message = f"{len(lacking)} {noun} of {len(units)} cannot be used: {reasons}."
-        advice = "Pass on_missing='skip' to leave them out."
-        raise SelectionError(f"{message} {advice}", unit=lacking[0].unit)
+        message = f"{len(lacking)} {noun} of {len(units)} cannot be used: {reasons}. Pass"
+        raise SelectionError(
+            f"{message} on_missing='skip' to leave them out.", unit=lacking[0].unit
+        )
     used = {file.path for row in rows for several in row.images.values() for file in several}
     skipped = list({entry.unit: entry for entry in skipped if entry.unit not in used}.values())
     unreached = "" if guessed else _unreached(images, hits, rows, [*skipped, *lacking])
@@ -149,8 +154,19 @@ def select(
         raise SelectionError(f"{message}{unreached} {advice}")
     if on_incomplete == "raise":
         _check_uniform(rows, images)
-    skipped = sorted(skipped + lacking, key=lambda entry: natural_key(entry.unit))
-    return Selection(tuple(rows), tuple(skipped), dict(images))
+    out = sorted(skipped + lacking, key=lambda entry: natural_key(entry.unit))
+    selection = Selection(tuple(rows), tuple(out), dict(images))
+    return _reached(selection) if guessed else selection
+
+
+def _reached(guess: Selection) -> Selection:
+    """Leave out of a guess the images that no unit has, and say what was guessed."""
+    names = {name for row in guess.rows for name, found in row.images.items() if found}
+    images = {name: pattern for name, pattern in guess.images.items() if name in names}
+    labels = ", ".join(name for name, each in images.items() if isinstance(each, Label))
+    _LOG.info("Of %d images, taken for label maps: %s.", len(images), labels or "none")
+    rows = (replace(row, images={n: row.images[n] for n in images}) for row in guess.rows)
+    return replace(guess, rows=tuple(rows), images=images)
 
 
 def check_images(images: object) -> None:

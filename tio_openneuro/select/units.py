@@ -7,19 +7,16 @@ wildcards stand for.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from tio_openneuro.content import TreeFile
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.select.bids import OTHER_PREFIXES, entity_name, vocabulary
+from tio_openneuro.select.bids import OTHER_PREFIXES, BidsPath, entity_name, vocabulary
 from tio_openneuro.select.combinations import Candidate
 from tio_openneuro.select.patterns import NIFTI_EXTENSIONS, Hit, Label, Scalar, is_volume
-
-_LOG = logging.getLogger(__name__)
 
 Unit = Literal["subject", "session", "run"]
 LEVELS = {"subject": 1, "session": 2, "run": 3}
@@ -46,16 +43,23 @@ class Skipped:
     reason: str
 
 
-def every_nifti(files: Sequence[TreeFile], unit: Unit) -> tuple[dict[str, Scalar | Label], Hits]:
-    """Name every NIfTI of raw data and derivatives by its stem, less what names the unit."""
+def every_nifti(
+    files: Sequence[TreeFile], unit: Unit, says_label: Callable[[TreeFile], bool]
+) -> tuple[dict[str, Scalar | Label], Hits]:
+    """Name every NIfTI of raw data and derivatives by its stem, less what names the unit.
+
+    Args:
+        files: The dataset's tree.
+        unit: What one is.
+        says_label: Asked of an image's first file where its name tells nothing.
+    """
     found: list[tuple[str, Hit]] = []
     homes: dict[str, set[str]] = {}
     own = ("sub-", "ses-", "run-") if unit == "run" else ("sub-", "ses-")
     for file in files:
         if is_volume(file.path, NIFTI_EXTENSIONS) and not file.path.startswith(OTHER_PREFIXES):
             hit = Hit(file)
-            tokens = [part for part in hit.parsed.stem.split("_") if not part.startswith(own)]
-            name = "_".join(tokens) or "image"
+            name = "_".join(_words(hit.parsed, own)) or "image"
             found.append((name, hit))
             homes.setdefault(name, set()).add(f"{hit.parsed.scope}/{hit.parsed.pipeline}")
     if not any(hit.parsed.subject for _, hit in found):
@@ -68,21 +72,29 @@ def every_nifti(files: Sequence[TreeFile], unit: Unit) -> tuple[dict[str, Scalar
         pipeline = hit.parsed.pipeline.replace("/", "_")
         longer = f"{pipeline}_{name}" if pipeline and len(homes[name]) > 1 else name
         hits.setdefault(longer, []).append(hit)
-    images = {name: _guess(name, several[0]) for name, several in sorted(hits.items())}
-    labels = [name for name, pattern in images.items() if isinstance(pattern, Label)]
-    _LOG.info("Of %d images, label maps by their names: %s.", len(images), ", ".join(labels) or 0)
+    images = {name: _guess(name, several[0], says_label) for name, several in sorted(hits.items())}
     return images, {name: hits[name] for name in images}
 
 
-def _guess(name: str, hit: Hit) -> Scalar | Label:
-    """Return a pattern of the kind that a file's name speaks for."""
+def _words(parsed: BidsPath, own: tuple[str, ...]) -> Iterator[str]:
+    """Yield the parts of a stem that do not name the unit, of ``sub-01.BA1`` the last word."""
+    for part in parsed.stem.split("_"):
+        unit, _, rest = part.partition(".")
+        if not part.startswith(own):
+            yield part
+        elif rest and unit in {parsed.subject, parsed.session}:
+            yield rest
+
+
+def _guess(name: str, hit: Hit, says_label: Callable[[TreeFile], bool]) -> Scalar | Label:
+    """Return a pattern of the kind that a file's name speaks for, else the file."""
     # What follows an intensity image's suffix tells: T1w_lesion is a lesion, lesion_T1w is none.
     tokens = re.split("[_.]", hit.parsed.stem)
     plain = {word for word in vocabulary().suffixes if not _LABEL_WORDS.search(word)}
     ends = [n for n, token in enumerate(tokens, 1) if token in plain]
     tail = tokens[max(ends, default=0) :]
-    labelled = any(map(_tells_label, tail)) and "prob" not in "".join(tail).lower()
-    kind = Label if labelled else Scalar
+    named = any(map(_tells_label, tail)) or (not ends and says_label(hit.file))
+    kind = Label if named and "prob" not in "".join(tail).lower() else Scalar
     return kind(f"**/*{name}{hit.parsed.extension}", required=False)
 
 

@@ -32,7 +32,7 @@ from tio_openneuro.annex import read_blobs
 from tio_openneuro.bounds import IMAGE_BYTES, parse_json
 from tio_openneuro.content import AnnexKey, ContentFile, ContentRepo, ContentUnit, TreeFile
 from tio_openneuro.disk import Engine
-from tio_openneuro.errors import SelectionError
+from tio_openneuro.errors import SelectionError, TioOpenNeuroError
 from tio_openneuro.ram import available_bytes
 from tio_openneuro.recording import doing
 from tio_openneuro.select import Label, Scalar, decode_text
@@ -302,9 +302,14 @@ class FetchedImage(tio.Image):
         if self._loaded or source is None:
             return
         if source.grid_of is not None:
-            with source.grid_of.opened(leased) as files:
-                whole = partial(read_file, self, files[0], source.grid_of.files[0].path)
-                grid, self.affine = read_grid(files[0]) or whole()
+            path, unit = source.grid_of.files[0].path, source.unit_name
+            try:
+                with source.grid_of.opened(leased) as files:
+                    whole = partial(read_file, self, files[0], f"{path} of {unit}")
+                    grid, self.affine = read_grid(files[0]) or whole()
+            except TioOpenNeuroError as error:
+                taken = f"{unit} lacks {source.selector!r}, whose zeros take the grid of {path}."
+                raise type(error)(f"{error} {taken}", key=error.key, unit=error.unit) from error
             shape = grid.shape if isinstance(grid, torch.Tensor) else grid
             self.set_data(torch.zeros(1, *shape[1:], dtype=torch.uint8))
             return

@@ -37,6 +37,7 @@ _LEAST_ITEM_BYTES = 4
 _NIFTI2_BYTES = 540
 _MOST_DIMENSIONS = 7
 _VECTOR_INTENT = 1007
+_LABEL_INTENT = 1002
 # Between this and nothing SimpleITK may take numbers for unscaled that are scaled.
 _LEAST_SLOPE = 1e-12
 LEAVE_OUT = "Likely it is damaged: leave the unit out."
@@ -258,6 +259,13 @@ class VolumeFile:
         except (struct.error, ValueError, OverflowError):
             return None
 
+    @property
+    def says_label(self) -> bool:
+        """Whether its header is a label map's: by its intent, or by bytes that nothing scales."""
+        header = None if self.nifti and self.nifti.fault else self.nifti
+        kinds = ("u1", "i1") if header and header.scale is None else ()
+        return header is not None and (header.intent == _LABEL_INTENT or header.stored in kinds)
+
     def refuse_fault(self, name: str) -> None:
         """Raise where the file is gone, or its header cannot be believed.
 
@@ -330,7 +338,8 @@ def announce_files(files: Iterable[VolumeFile]) -> None:
     """
     if _listener.get() is None:
         return
-    sizes = [file.size for file in files]
+    # One whose header cannot be believed is refused before it takes any room.
+    sizes = [file.size for file in files if not (file.nifti and file.nifti.fault)]
     known = [size for size in sizes if size is not None]
     if known and len(known) == len(sizes):
         announce_size(sum_sizes(known))
