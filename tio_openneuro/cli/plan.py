@@ -102,6 +102,7 @@ def answer(
         "enough_ram_bytes": most_ram_bytes,
         "peak_ram_bytes": min(ram_bytes, most_ram_bytes),
         "epochs": epochs,
+        "voxels_per_byte": voxels_per_byte,
         "rate_bytes": rate,
         "seconds": told.first.seconds + (epochs - 1) * told.later.seconds,
     }
