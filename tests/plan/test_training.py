@@ -123,6 +123,6 @@ def test_more_disk_is_never_told_to_cost_more() -> None:
 def test_a_unit_above_the_budget_is_named() -> None:
     """The message says which, and the bytes."""
     given = {"epochs": 2, "voxels_per_byte": 1.0, "patch_size": 8, "ram_budget": "1 GB",
-             "remote_rate": None, "rate": 10}  # fmt: skip
+             "remote_rate": None, "unit_s": None, "rate": 10}  # fmt: skip
     with pytest.raises(DiskBudgetError, match=r"hold b: its 2 files need 90 bytes"):
         answer({"a": {"k": 60}, "b": {"k": 60, "l": 30}}, 89, **given)
