@@ -26,6 +26,7 @@ import ledger_cost
 import maps
 import memory
 import peers
+import plan_against_run
 import prepared
 import queueing
 import reading
@@ -57,6 +58,7 @@ BENCHMARKS = {
     "http_fetching": http_fetching,
     "forks": forks,
     "bombs": bombs,
+    "plan_against_run": plan_against_run,
 }
 
 

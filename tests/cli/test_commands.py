@@ -127,18 +127,53 @@ def test_info_counts_from_metadata_alone(
 
 
 def test_plan_foretells_from_metadata_alone(
-    openneuro: LoopbackOpenNeuro, enter: Callable[..., Ended]
+    openneuro: LoopbackOpenNeuro, enter: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    """Bytes and seconds for people and programs; nothing is fetched."""
-    told = enter("plan", "ds900001", *IMAGES, "--disk-budget", "30 kB", "--rate", "10 kB", "--json")
-    record = json.loads(told.stdout)
+    """Bytes and seconds for people and programs, and a picture; nothing is fetched."""
+    asked = ["plan", "ds900001", *IMAGES, "--disk-budget", "50 kB", "--rate", "10 kB"]
+    record = json.loads(enter(*asked, "--json", "--png", str(tmp_path / "a.png")).stdout)
     assert record["units"] == 6
-    assert record["largest_bytes"] <= 30_000 < record["first_epoch_bytes"] == record["epoch_bytes"]
-    assert 0 < record["later_epoch_bytes"] < record["first_epoch_bytes"]
+    assert record["largest_bytes"] <= 50_000 < record["epoch_bytes"] <= record["first_epoch_bytes"]
+    assert 0 < record["later_epoch_bytes"] < record["epoch_bytes"]
     later_s = 9 * record["later_epoch_bytes"] / 10_000
-    assert record["link_busy_s"] == pytest.approx(record["first_epoch_bytes"] / 1e4 + later_s, 0.02)
-    assert "link busy" in enter("plan", "ds900001", *IMAGES).stdout
+    assert record["link_busy_s"] == pytest.approx(record["first_epoch_bytes"] / 1e4 + later_s, 0.1)
+    assert record["later_epoch_held_up_by"] == "link"
+    assert record["curve"][-1]["fetched_bytes"] == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    shown = enter(*asked).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "training waits for the link" in shown
     assert openneuro.total("ds900001").requests == 0
+
+
+def test_plan_reads_a_few_headers_where_it_is_asked_to(
+    openneuro: LoopbackOpenNeuro, enter: Callable[..., Ended], root: Path
+) -> None:
+    """By one request each, of which nothing is kept; they tell the voxels, and so the time."""
+    asked = ["plan", "ds900001", *IMAGES, "--json", "--workers", "1"]
+    guessed, probed = (
+        json.loads(enter(*asked, "--probe", count).stdout)["voxels_per_byte"] for count in "03"
+    )
+    counts = openneuro.counters("ds900001")
+    assert (len(counts), sum(count.requests for count in counts.values())) == (3, 3)
+    assert not list(root.rglob("*.nii.gz"))
+    size_bytes = max(count.bytes for count in counts.values())
+    assert guessed == 1
+    assert probed == pytest.approx(24 * 20 * 16 / size_bytes, 0.05)
+
+
+@pytest.mark.usefixtures("openneuro")
+def test_plan_tells_of_nodes_and_of_the_remote(enter: Callable[..., Ended]) -> None:
+    """Bytes of each node, what the remote gives, and how many nodes use up its rate."""
+    asked = ["plan", "ds900001", *IMAGES, "--ranks", "4", "--nodes", "2", "--rate", "10 kB"]
+    record = json.loads(enter(*asked, "--remote-rate", "30 kB", "--json").stdout)
+    assert len(record["first_epoch_node_bytes"]) == 2
+    assert sum(record["first_epoch_node_bytes"]) == record["first_epoch_bytes"]
+    assert record["saturating_nodes"] == 3
+    assert record["first_epoch_remote_bytes_per_s"] <= 20_000
+    assert "busiest node" in enter(*asked).stdout
+    ended = enter("plan", "ds900001", *IMAGES, "--ranks", "3", "--nodes", "2")
+    assert (ended.returncode, "3 ranks" in ended.stderr) == (2, True)
 
 
 def test_plan_says_what_it_leaves_out_and_why(
@@ -149,7 +184,7 @@ def test_plan_says_what_it_leaves_out_and_why(
     record = json.loads(enter("plan", "ds900001", *IMAGES, *label, "--json").stdout)
     assert (record["units"], record["skipped"]) == (4, 2)
     assert record["skipped_reasons"] == {"no file for 'lesion'": 2}
-    assert "skipped reasons: no file" in enter("plan", "ds900001", *IMAGES, *label).stdout
+    assert "Left out: 2 of 6: no file" in enter("plan", "ds900001", *IMAGES, *label).stdout
     damaged = {f"sub-{n:02}/anat/sub-{n:02}_T1w.nii.gz": b"x" * n for n in range(1, 15)}
     openneuro.publish("ds900013", {**damaged, "sub-20/anat/sub-20_T1w.nii.gz": b"image" * 99})
     for command in ("plan", "info"):

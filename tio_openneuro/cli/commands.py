@@ -122,6 +122,9 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Patches of a batch.")] = 4,
     samples: Annotated[int, typer.Option(min=1, help="Patches of each unit, an epoch.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="The queue's num_workers.")] = 4,
+    unit_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Of a worker for a unit; default: by its voxels.")
+    ] = None,
     patch_size: Annotated[int, typer.Option(min=1, help="Voxels along each axis.")] = 96,
     ram_budget: options.DiskBudget = "auto",
     latency: Annotated[float, typer.Option(min=0, help="Seconds to a file's first byte.")] = 0.1,
@@ -156,6 +159,7 @@ def plan(
         patch_size=patch_size,
         ram_budget=ram_budget,
         remote_rate=None if remote_rate is None else parse_size(options.checked_size(remote_rate)),
+        unit_s=unit_seconds,
         rate=parse_size(rate),
         seed=seed,
         step_s=step,

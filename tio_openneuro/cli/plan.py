@@ -48,6 +48,7 @@ def answer(
     patch_size: int,
     ram_budget: str,
     remote_rate: float | None,
+    unit_s: float | None,
     rate: float,
     **training: Any,  # noqa: ANN401 - what a training has beside
 ) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def answer(
         patch_size: Voxels of a patch along each axis.
         ram_budget: Of each process, as the queue's.
         remote_rate: Bytes per second that the remote gives to all nodes together; None: any.
+        unit_s: Seconds of one worker for a unit; None guesses them from its voxels.
         rate: Bytes per second of each node's link.
         training: The rest of a :class:`~tio_openneuro.plan.Training`.
 
@@ -83,7 +85,7 @@ def answer(
     least_ram_bytes, most_ram_bytes = ram_budgets(work_bytes, patch_bytes, samples, workers)
     asked = Training(
         units=list(units.values()),
-        make_s=[_SECONDS_PER_VOXEL * count for count in voxels],
+        make_s=[unit_s or _SECONDS_PER_VOXEL * count for count in voxels],
         window=choose_window(ram_bytes, patch_bytes),
         rate=min(rate, (remote_rate or rate * nodes) / nodes),
         epochs=min(epochs, 3),
@@ -102,7 +104,10 @@ def answer(
         "enough_ram_bytes": most_ram_bytes,
         "peak_ram_bytes": min(ram_bytes, most_ram_bytes),
         "epochs": epochs,
+        "voxels_per_byte": voxels_per_byte,
         "rate_bytes": rate,
+        "step_s": asked.step_s,
+        "unit_s": sum(asked.make_s) / len(units),
         "seconds": told.first.seconds + (epochs - 1) * told.later.seconds,
     }
     for name, epoch in (("first_epoch", told.first), ("later_epoch", told.later)):
@@ -159,6 +164,10 @@ def show(title: str, record: Mapping[str, Any], console: Console) -> None:
         bounds.add_row(name, *(size[key] for key in keys))
     console.print(bounds)
     busy, whole = _duration(record["link_busy_s"]), _duration(record["seconds"])
+    console.print(
+        f"Taken for given: a link of {size['rate_bytes']} a second, {record['step_s']:g} s for a "
+        f"batch,\n{record['unit_s']:.2f} s of a worker to load and transform a unit"
+    )
     console.print(f"{record['epochs']} epochs: {whole}, of which the link is busy for {busy}")
     if record["saturating_nodes"] is not None:
         console.print(f"{record['saturating_nodes']} nodes use up the remote's rate")
