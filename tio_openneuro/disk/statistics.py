@@ -23,6 +23,15 @@ class DiskStatistics:
         retries: Fetches that were tried again.
         failures: Fetches that failed for good.
         http_files: Files of this process's that came over HTTP; others came through git-annex.
+
+    Example:
+        >>> import tio_openneuro as tno
+        >>> images = {"flair": tno.Scalar("sub-*/anat/*_FLAIR.nii.gz")}
+        >>> with tno.DataladSubjectsDataset("ds004199", images, disk_budget="2 GB") as dataset:
+        ...     _ = dataset[0]
+        ...     found = dataset.statistics()
+        >>> found.fetched_files, found.used_bytes <= found.budget_bytes
+        (1, True)
     """
 
     budget_bytes: int

@@ -81,6 +81,15 @@ class QueueStatistics:
         epoch_patches: Patches of it that were delivered or skipped.
         epoch_total: Patches of it.
         intra_op_threads: Torch's intra-op threads in every fill.
+
+    Example:
+        >>> import torch, torchio as tio, tio_openneuro as tno
+        >>> image = tio.ScalarImage(tensor=torch.zeros(1, 16, 16, 16))
+        >>> dataset = tio.SubjectsDataset([tio.Subject(t1=image)])
+        >>> with tno.BudgetedQueue(dataset, 10, 3, tio.UniformSampler(8)) as queue:
+        ...     patches = list(queue)
+        >>> queue.statistics().patches, queue.statistics().skipped
+        (3, 0)
     """
 
     patches: int
