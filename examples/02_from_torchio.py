@@ -4,7 +4,7 @@ Shows: TorchIO's own dataset and queue over files that were all downloaded first
 DataladSubjectsDataset and BudgetedQueue over the same subjects, fetched as they are needed; one
 training function that cannot tell which it was given.
 Fetches: with the defaults 4 subjects of ds004199 (FLAIR and lesion, 29 MB).
-Takes: an estimated 2 minutes on two cores.
+Takes: an estimated 1 minute on two cores.
 Expected last line: "Equal: ... voxels of 4 subjects, and 4 patches of each in both epochs."
 """
 

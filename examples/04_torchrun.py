@@ -12,7 +12,7 @@ Two machines, a root on each (its own disk), the same command on both:
 A cluster: --root $SLURM_TMPDIR. Nodes without a disk: --root /dev/shm/tio, where the disk budget
 counts as RAM. A network file system (~/.cache often is one) is refused, by name.
 Fetches: with the defaults 85 subjects of ds004199 (FLAIR and lesion, 638 MB), 200 MB at a time.
-Takes: an estimated 15 minutes per epoch with two ranks on two cores.
+Takes: an estimated 2 minutes per epoch with two ranks on two cores.
 Expected last line: "2 ranks: 85 subjects, 43 each; one network; held ... of 200,000,000 B."
 """
 

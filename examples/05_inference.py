@@ -4,7 +4,7 @@ Shows: whole subjects in overlapping patches by TorchIO's GridSampler and GridAg
 subjects being fetched meanwhile, each dropped once it is done; predictions on the images' own
 grids, in a folder that BIDS tools and this library read.
 Fetches: with the defaults 34 subjects of ds004199 (FLAIR, 236 MB), each once, 50 MB at a time.
-Takes: an estimated 3 minutes on two cores, for a network of one layer.
+Takes: an estimated 2 minutes on two cores.
 Expected last line: "Wrote 34 masks to predictions; 0 B of 50,000,000 B still held."
 """
 

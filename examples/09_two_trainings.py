@@ -4,7 +4,7 @@ Shows: tno.concat, one dataset over two; two processes that share a root, so tha
 the other reads; one budget for both. Here they try two learning rates.
 Fetches: with the defaults the T1w images of ds000001 and ds004199 (16 and 170 subjects, 3 GB), of
 which 300 MB at most lie on disk at any instant, for both trainings together.
-Takes: an estimated 60 minutes on two cores.
+Takes: an estimated 6 minutes on two cores.
 Expected last line: "2 trainings, 186 subjects of 2 datasets each; held ... of 300,000,000 B."
 """
 

@@ -3,7 +3,7 @@
 Shows: a checkpoint of network, optimiser and queue, replaced whole or not at all; kill -9 in the
 middle of an epoch; the same patches afterwards, in the same order.
 Fetches: with the defaults 8 subjects of ds004199 (FLAIR and lesion, 58 MB).
-Takes: an estimated 5 minutes on two cores.
+Takes: an estimated 1 minute on two cores.
 Expected last line: "Killed after step 13, resumed from step 12: all ... weights are equal."
 """
 

@@ -4,7 +4,7 @@ Shows: TorchIO's batches are tensors, so that MONAI's networks, losses, metrics 
 inference take them as they are.
 Needs: pip install monai
 Fetches: with the defaults 85 subjects of ds004199 (FLAIR and lesion, 638 MB), 200 MB at a time.
-Takes: an estimated 25 minutes per epoch on two cores.
+Takes: an estimated 7 minutes for five epochs on two cores.
 Expected last line: "Dice of 17 held-out subjects: ...; held ... of 200,000,000 B."
 """
 

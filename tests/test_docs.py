@@ -27,7 +27,7 @@ def test_public_name_has_an_example_that_runs(
 
 
 def test_the_pages_show_every_public_name(tmp_path: Path) -> None:
-    """pdoc makes them without a warning; each name has its anchor and its example there."""
+    """Pdoc makes them without a warning; each name has its anchor and its example there."""
     page = html.unescape(pages.build(tmp_path).read_text())
     for name in tno.__all__:
         assert f'<section id="{name}">' in page

@@ -151,8 +151,9 @@ class SelectionError(TioOpenNeuroError, ValueError):
 
     Example:
         >>> import tio_openneuro as tno
+        >>> images = {"flair": tno.Scalar("sub-*/anat/*_FLIAR.nii.gz")}
         >>> try:
-        ...     tno.DataladSubjectsDataset("ds004199", {"flair": tno.Scalar("sub-*/anat/*_FLIAR.nii.gz")})
+        ...     tno.DataladSubjectsDataset("ds004199", images)
         ... except tno.SelectionError as error:
         ...     print(error)
         No image file matches 'flair' = ... The nearest that exist: sub-*/anat/...FLAIR.nii.gz ...

@@ -43,7 +43,7 @@ class Skipped:
 
     Example:
         >>> import tio_openneuro as tno
-        >>> images = {"roi": tno.Label("sub-*/anat/*_FLAIR_roi.nii.gz"), "t1": tno.Scalar("**/*T1w*")}
+        >>> images = {"flair": tno.Scalar(suffix="FLAIR"), "t1": tno.Scalar(suffix="T1w")}
         >>> with tno.DataladSubjectsDataset("ds004199", images, disk_budget="2 GB") as dataset:
         ...     dataset.skipped[-1].reason
         "no file for 't1'"
