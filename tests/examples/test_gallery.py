@@ -8,7 +8,7 @@ import gallery
 import pytest
 from conftest import SHARED
 from faulty import LoopbackOpenNeuro
-from gallery import EXAMPLES, GALLERY, Example, run, words_of
+from gallery import EXAMPLES, GALLERY, Example, run, run_notebook, shown_last, words_of
 
 PAGE = (EXAMPLES / "README.md").read_text()
 SCRIPTS = sorted(EXAMPLES.glob("[0-9]*.py"))
@@ -20,7 +20,8 @@ HEADS_LABEL = "derivatives/labels/sub-*/anat/*_dseg.nii.gz"
 
 def shown(example: str) -> str:
     """Return what the page says that an example prints."""
-    block = re.search(rf"\({example}\.(?:py|ipynb)\).*?```text\n(.*?)```", PAGE, re.DOTALL)
+    section = rf"\n## {example[:2]} [^#]*\({example}\.(?:py|ipynb)\)[^#]*?```text\n(.*?)```"
+    block = re.search(section, PAGE, re.DOTALL)
     assert block is not None, f"examples/README.md shows nothing of {example}"
     return block[1]
 
@@ -85,3 +86,15 @@ def test_example_trains_on_the_seven_heads(openneuro: LoopbackOpenNeuro, tmp_pat
     printed = run(example.command("--root", tmp_path / "r"), tmp_path)
     assert "Skipped(unit='sub-04', reason=\"no file for 'image'" in printed
     assert printed.splitlines()[-1].endswith("6 subjects used.")
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.filterwarnings("ignore")  # Jupyter's own
+def test_the_notebook_runs_and_its_line_is_renewed(tmp_path: Path) -> None:
+    """Every cell runs in a real kernel; one subject is drawn, the line ends at the last patch."""
+    pytest.importorskip("nbclient")
+    outputs = run_notebook(tmp_path)
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert [output for output in outputs if "image/png" in output.get("data", {})]
+    assert "epoch 2 of 2: patch 22 of 22" in shown_last(outputs)
+    assert words_of(shown_last(outputs)) == words_of(shown("12_notebook"))
