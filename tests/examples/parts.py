@@ -41,5 +41,5 @@ def open_dataset(example: ModuleType, root: Path) -> tno.DataladSubjectsDataset:
 
 def make_queue(dataset: tno.DataladSubjectsDataset) -> tno.BudgetedQueue:
     """Return a queue of two patches of each subject."""
-    sampler = tio.UniformSampler(32)
+    sampler = tio.UniformSampler(16)
     return tno.BudgetedQueue(dataset, 8, PATCHES, sampler, ram_budget="2 GB", seed=0)

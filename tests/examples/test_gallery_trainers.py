@@ -87,6 +87,7 @@ def test_two_ranks_train_what_the_examples_do(tmp_path: Path) -> None:
             assert len(set(one) & set(other)) == len(first["everybody"]) % 2
 
 
+@pytest.mark.slow
 def test_two_machines_train_with_a_root_each(tmp_path: Path) -> None:
     """Two torchruns of two ranks meet; each has its own root, which its ranks share."""
     with socket.socket() as free:
