@@ -1,8 +1,7 @@
 """Train with Lightning: validation, checkpoints, and resuming in the middle of an epoch.
 
-Shows: the queue in a data module, its state in Lightning's checkpoints; whole held-out subjects as
-validation; a second program that goes on where the first was stopped.
-Needs: pip install lightning
+Shows: the queue in a data module, its state in checkpoints; whole held-out subjects as validation;
+a second program that goes on where the first was stopped. Needs: pip install lightning
 Fetches: with the defaults 85 subjects of ds004199 (FLAIR and lesion, 638 MB), 200 MB at a time.
 Takes: an estimated 3 minutes for its two epochs on two cores.
 Expected last line: "Stopped at step 40, resumed: 68 subjects gave all their patches."
@@ -46,9 +45,10 @@ class Data(lightning.LightningDataModule):
             disk_budget=options.disk_budget,
             preprocess=tio.Compose([tio.ToCanonical(), tio.ZNormalization()]),
         )
-        self.train, self.val = self.dataset.split({"train": 0.8, "val": 0.2}).values()
-        sampler = tio.UniformSampler(options.patch_size)
-        self.queue = tno.BudgetedQueue(self.train, sampler=sampler, seed=0)
+        train, self.val = self.dataset.split({"train": 0.8, "val": 0.2}).values()
+        self.queue = tno.BudgetedQueue(
+            train, sampler=tio.UniformSampler(options.patch_size), seed=0
+        )
 
     def train_dataloader(self) -> tio.SubjectsLoader:
         """Return the queue's loader."""
