@@ -17,7 +17,6 @@ import torch
 import torchio as tio
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.nn import functional
 
 import tio_openneuro as tno
 
@@ -46,9 +45,8 @@ class Data(lightning.LightningDataModule):
             preprocess=tio.Compose([tio.ToCanonical(), tio.ZNormalization()]),
         )
         train, self.val = self.dataset.split({"train": 0.8, "val": 0.2}).values()
-        self.queue = tno.BudgetedQueue(
-            train, sampler=tio.UniformSampler(options.patch_size), seed=0
-        )
+        sampler = tio.UniformSampler(options.patch_size)
+        self.queue = tno.BudgetedQueue(train, sampler=sampler, seed=0)
 
     def train_dataloader(self) -> tio.SubjectsLoader:
         """Return the queue's loader."""
@@ -80,7 +78,7 @@ class Segmenter(lightning.LightningModule):
         """Return the loss of a batch of patches."""
         self.seen.update(batch["subject_id"])
         logits = self.network(batch["image"][tio.DATA])
-        return functional.cross_entropy(logits, batch["label"][tio.DATA][:, 0].long())
+        return nn.functional.cross_entropy(logits, batch["label"][tio.DATA][:, 0].long())
 
     def validation_step(self, batch: dict, _number: int) -> None:
         """Log how many voxels of a whole subject are told right."""
