@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import pytest
 from faulty import LoopbackOpenNeuro
+from gallery import publish_stand_ins
 from workers import Nursery
 
 from tio_openneuro.annex.repo import AnnexRepo
@@ -176,3 +177,19 @@ def openneuro(
     _published.reset_counters()
     yield _published
     _published.clear_faults()
+
+
+@pytest.fixture(scope="session")
+def _gallery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackOpenNeuro]:
+    folder = tmp_path_factory.mktemp("gallery")
+    with LoopbackOpenNeuro(folder, set_environment=False) as server:
+        publish_stand_ins(server)
+        yield server
+
+
+@pytest.fixture
+def stand_ins(_gallery: LoopbackOpenNeuro, monkeypatch: pytest.MonkeyPatch) -> LoopbackOpenNeuro:
+    """Return a loopback OpenNeuro with small ``ds004199`` and ``ds000001``, for the examples."""
+    for name, value in _gallery.environment.items():
+        monkeypatch.setenv(name, value)
+    return _gallery

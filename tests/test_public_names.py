@@ -3,6 +3,7 @@
 import pydoc
 import subprocess
 import sys
+from importlib import metadata
 
 import tio_openneuro as tno
 from tio_openneuro import errors
@@ -12,6 +13,11 @@ def test_completion_offers_public_names_alone() -> None:
     """``dir`` gives the public names, also once rooms were imported."""
     assert tno.BudgetedQueue.__module__ == "tio_openneuro.queue.queue"
     assert dir(tno) == sorted(tno.__all__)
+
+
+def test_version_is_the_distributions() -> None:
+    """``__version__`` is what was installed."""
+    assert tno.__version__ == metadata.version("tio-openneuro")
 
 
 def test_help_names_the_public_before_the_internal() -> None:

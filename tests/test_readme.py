@@ -1,4 +1,4 @@
-"""The README's blocks and the examples run as they stand, offline."""
+"""The README's blocks run as they stand, offline; the gallery has tests of its own."""
 
 import re
 import subprocess
@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED
 from faulty import LoopbackOpenNeuro
 
 from tio_openneuro.loopback import Volume
 
-HEADS = SHARED / "heads"
 CHECKOUT = Path(__file__).parent.parent
 README = (CHECKOUT / "README.md").read_text()
 
@@ -66,34 +64,6 @@ def test_readme_example_prints_what_the_readme_says(tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(marked("example"))
     assert "torch.Size([4, 1, 64, 64, 64]) 1 skipped" in run_python([str(script)])
-
-
-@pytest.mark.usefixtures("ds004199")
-def test_example_trains_on_ds004199_by_accession(tmp_path: Path) -> None:
-    """The example's defaults name ds004199; it ends by asserting that the budget held."""
-    printed = run_python(
-        [str(CHECKOUT / "examples/01_train_segmentation.py"), "--root", str(tmp_path / "r"),
-         "--disk-budget", "2 MB", "--ram-budget", "3 GB", "--patch-size", "32", "--epochs", "1",
-         "--patches", "2"]
-    )  # fmt: skip
-    assert "skipped sub-00003" in printed
-    assert re.search(r"epoch 1: loss \d\.\d+, Dice \d\.\d+\n", printed)
-    assert "of 2,000,000 B; 5 subjects used." in printed.splitlines()[-1]
-
-
-@pytest.mark.skipif(not HEADS.is_dir(), reason=f"NOT TESTED ON REAL HEADS: no {HEADS}")
-def test_example_trains_on_the_seven_heads(openneuro: LoopbackOpenNeuro, tmp_path: Path) -> None:
-    """sub-04 has no T1w and is skipped with its reason; the six others are used."""
-    openneuro.publish_folder("ds900007", HEADS)
-    printed = run_python(
-        [str(CHECKOUT / "examples/01_train_segmentation.py"), "--root", str(tmp_path / "r"),
-         "--dataset", "ds900007", "--image", "sub-*/anat/*_T1w.nii.gz",
-         "--label", "derivatives/labels/sub-*/anat/*_dseg.nii.gz",
-         "--spacing", "4", "--disk-budget", "20 MB", "--ram-budget", "3 GB",
-         "--patch-size", "16", "--epochs", "1", "--patches", "2"]
-    )  # fmt: skip
-    assert "skipped sub-04: no file for 'image'" in printed
-    assert printed.splitlines()[-1].endswith("6 subjects used.")
 
 
 @pytest.mark.parametrize("name", ["demo command", "test command"])

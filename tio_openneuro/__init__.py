@@ -1,6 +1,5 @@
 """Train on OpenNeuro MRI datasets that are larger than the disk and the RAM at hand.
 
-=========================  =======================================================================
 DataladSubjectsDataset     TorchIO subjects whose images are fetched on demand, on a disk budget
 Scalar, Label              which files are an image, by pattern or BIDS entities
 concat                     one dataset over several, under one budget
@@ -12,6 +11,17 @@ Skipped                    an entry of ``dataset.skipped``: a unit that was left
 TioOpenNeuroError          base of every error that is raised on purpose; the tree of them, from
                            ContentMismatchError to UnsafeDatasetError, is drawn in ``errors``
 =========================  =======================================================================
+=======
+- `DataladSubjectsDataset`: TorchIO subjects whose images are fetched on demand, on a disk budget
+- `Scalar`, `Label`: which files are an image, by pattern or BIDS entities
+- `concat`: one dataset over several, under one budget
+- `BudgetedQueue`: patches of subjects, made in the background, on a RAM budget
+- `DiskStatistics`: what ``dataset.statistics()`` returns
+- `QueueStatistics`: what ``queue.statistics()`` returns
+- `progress`, `report`: what a queue does, seen live; how its run went, as one HTML file
+- `Skipped`: an entry of ``dataset.skipped``: a unit that was left out, and why
+- `TioOpenNeuroError`: base of every error that is raised on purpose; the tree of them, from
+  `ContentMismatchError` to `UnsafeDatasetError`, is drawn in ``errors``
 
 The packages and modules beside these names are internal.
 """
@@ -36,6 +46,8 @@ from tio_openneuro.errors import (
     TioOpenNeuroError,
     UnsafeDatasetError,
 )
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tio_openneuro.dataset import DataladSubjectsDataset, concat

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 
-def run_ranks(script: str, results: Path, *options: str) -> list[dict]:
+def run_ranks(script: str | Path, results: Path, *options: str) -> list[dict]:
     """Run a script under torchrun with two ranks; return what each wrote."""
     results.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += ["--local-addr", "127.0.0.1", str(Path(__file__).with_name(script)), str(results)]
+    command += ["--local-addr", "127.0.0.1", str(Path(__file__).parent / script), str(results)]
     done = subprocess.run(
         [*command, *options],
         capture_output=True,

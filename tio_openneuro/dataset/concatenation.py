@@ -32,7 +32,17 @@ def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset
         SelectionError: They differ in what a batch, or the budget, needs to be common.
 
     Example:
-        >>> both = concat([first, second])  # doctest: +SKIP
+        >>> import tio_openneuro as tno
+        >>> images = {"t1": tno.Scalar(suffix="T1w")}
+        >>> first = tno.DataladSubjectsDataset("ds000001", images, disk_budget="2 GB")
+        >>> second = tno.DataladSubjectsDataset("ds004199", images, disk_budget="2 GB")
+        >>> both = tno.concat([first, second])
+        >>> len(both) == len(first) + len(second)
+        True
+        >>> both[0]["dataset_id"], both[-1]["dataset_id"]
+        ('ds000001', 'ds004199')
+        >>> first.close(), second.close()
+        (None, None)
     """
     if not datasets:
         raise SelectionError("Cannot concatenate nothing: give at least one dataset.")

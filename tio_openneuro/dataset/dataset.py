@@ -72,7 +72,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
 
     Example:
         >>> import tio_openneuro as tno
-        >>> dataset = tno.DataladSubjectsDataset(          # doctest: +SKIP
+        >>> dataset = tno.DataladSubjectsDataset(
         ...     "ds004199",
         ...     {
         ...         "flair": tno.Scalar("sub-*/anat/*_FLAIR.nii.gz"),
@@ -80,8 +80,11 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         ...     },
         ...     disk_budget="2 GB",
         ... )
-        >>> dataset[0]["flair"].data.shape                 # doctest: +SKIP
-        torch.Size([1, 160, 256, 256])
+        >>> dataset[0]["flair"].data.shape == dataset[0]["lesion"].data.shape  # fetched now
+        True
+        >>> dataset.split({"train": 0.8, "val": 0.2}, stratify="sex").keys()
+        dict_keys(['train', 'val'])
+        >>> dataset.close()
     """
 
     def __init__(

@@ -29,6 +29,15 @@ class DiskStatistics:
         fetching_files: Files that this process fetches now.
         fetch_s: Seconds of this process's fetches, added up; several go on at once.
         evict_s: Seconds in which this process evicted.
+
+    Example:
+        >>> import tio_openneuro as tno
+        >>> images = {"flair": tno.Scalar("sub-*/anat/*_FLAIR.nii.gz")}
+        >>> with tno.DataladSubjectsDataset("ds004199", images, disk_budget="2 GB") as dataset:
+        ...     _ = dataset[0]
+        ...     found = dataset.statistics()
+        >>> found.fetched_files, found.used_bytes <= found.budget_bytes
+        (1, True)
     """
 
     budget_bytes: int

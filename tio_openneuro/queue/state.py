@@ -93,6 +93,15 @@ class QueueStatistics:
         decode_s: The same, for those that decoded it.
         transform_s: Those that transformed it, ``preprocess`` included.
         sample_s: Those that drew patches from it.
+
+    Example:
+        >>> import torch, torchio as tio, tio_openneuro as tno
+        >>> image = tio.ScalarImage(tensor=torch.zeros(1, 16, 16, 16))
+        >>> dataset = tio.SubjectsDataset([tio.Subject(t1=image)])
+        >>> with tno.BudgetedQueue(dataset, 10, 3, tio.UniformSampler(8)) as queue:
+        ...     patches = list(queue)
+        >>> queue.statistics().patches, queue.statistics().skipped
+        (3, 0)
     """
 
     patches: int

@@ -108,7 +108,10 @@ class Scalar(ImagePattern):
         volumes: What to take from a 4D file: an index, a slice, ``"mean"``, or None for all.
 
     Example:
-        >>> Scalar(suffix="FLAIR", acq="T2sel")
+        >>> import tio_openneuro as tno
+        >>> tno.Scalar("sub-*/anat/*_T1w.nii.gz")
+        Scalar('sub-*/anat/*_T1w.nii.gz')
+        >>> tno.Scalar(suffix="FLAIR", acq="T2sel")
         Scalar(acquisition='T2sel', suffix='FLAIR')
     """
 
@@ -151,7 +154,8 @@ class Label(ImagePattern):
         when_missing: ``"zeros"`` gives an empty map to a unit without the label.
 
     Example:
-        >>> Label("derivatives/masks/sub-*/*_desc-Lesion_*.nii.gz", combine="union")
+        >>> import tio_openneuro as tno
+        >>> tno.Label("derivatives/masks/sub-*/*_desc-Lesion_*.nii.gz", combine="union")
         Label('derivatives/masks/sub-*/*_desc-Lesion_*.nii.gz', combine='union')
     """
 

@@ -37,6 +37,13 @@ class Skipped:
     Attributes:
         unit: Name of the unit, or path of the file.
         reason: Why, in words.
+
+    Example:
+        >>> import tio_openneuro as tno
+        >>> images = {"flair": tno.Scalar(suffix="FLAIR"), "t1": tno.Scalar(suffix="T1w")}
+        >>> with tno.DataladSubjectsDataset("ds004199", images, disk_budget="2 GB") as dataset:
+        ...     dataset.skipped[-1].reason
+        "no file for 't1'"
     """
 
     unit: str
