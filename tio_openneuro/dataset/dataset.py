@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, SupportsIndex, cast, overload
@@ -23,7 +23,7 @@ import torchio as tio
 
 from tio_openneuro.content import AnnexKey, ContentUnit
 from tio_openneuro.dataset.batches import batches
-from tio_openneuro.dataset.rows import SubjectRow, build_rows
+from tio_openneuro.dataset.rows import Origin, SubjectRow, build_rows
 from tio_openneuro.dataset.views import SplitViews, Transform, find_rows
 from tio_openneuro.disk import DiskStatistics, Engine
 from tio_openneuro.errors import SelectionError
@@ -159,8 +159,9 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         )
         self.dataset_id = catalog.dataset_id
         self.version = catalog.commit
-        # None where there are several, each with files of its own.
-        self._folder: Path | None = catalog.folder
+        self._origins: tuple[Origin, ...] = (
+            Origin(catalog.dataset_id, catalog.commit, catalog.folder),
+        )
         self.preprocess = preprocess
         try:
             self._rows, self.skipped = build_rows(
@@ -188,9 +189,10 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             budget = f"; disk budget {format_size(budget_bytes)}{stated}"
         parts = (pair for row in self._rows for pair in row.subject.items())
         taken = {name: image for name, image in parts if isinstance(image, tio.Image)}
+        commits = "+".join(origin.commit[:8] or "no commit" for origin in self._origins)
         names = ", ".join(n + " (label)" * isinstance(i, tio.LabelMap) for n, i in taken.items())
         return (
-            f"{type(self).__name__}({self.dataset_id!r} at {self.version[:8] or 'no commit'}: "
+            f"{type(self).__name__}({self.dataset_id!r} at {commits}: "
             f"{len(self)} subjects; images: {names}; {format_size(self.nbytes)}{budget})"
         )
 
@@ -311,7 +313,13 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         return [row.content for row in self._rows]
 
     def sample(self, seed: int) -> tio.Subject:
-        """Return one subject, drawn uniformly by that seed."""
+        """Return one subject, drawn uniformly by that seed.
+
+        Raises:
+            SelectionError: There is none.
+        """
+        if not self._rows:
+            raise SelectionError(f"Cannot draw a subject of {self.dataset_id}: this view has none.")
         generator = torch.Generator().manual_seed(seed)
         return self[int(torch.randint(len(self), (1,), generator=generator))]
 
@@ -344,16 +352,20 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             path: Posix, from the dataset's root.
 
         Raises:
-            SelectionError: There is no such file at this version, or it is annexed; or this is a
-                :func:`concat` of several datasets.
+            SelectionError: There is no such file at this version, or it is annexed; or several
+                parts of a :func:`concat` have one.
         """
-        if self._folder is None:
+        found = []
+        for _, commit, folder in self._origins:
+            with suppress(SelectionError) if self._origins[1:] else nullcontext():
+                found.append(read_file(folder, commit, path))
+        if len(found) != 1:
             raise SelectionError(
-                f"Cannot read {path!r} of {self.dataset_id}: these are several datasets, and each "
-                f"has files of its own. Call read() of the one that you mean, as it was given to "
-                f"tno.concat."
+                f"Cannot read {path!r} of {self.dataset_id}: these are {len(self._origins)} "
+                f"datasets, of which {len(found) or 'none'} have such a file. Call read() of the "
+                f"one that you mean, as it was given to tno.concat."
             )
-        return read_file(self._folder, self.version, path)
+        return found[0]
 
     # -- content -----------------------------------------------------------------------------
 
