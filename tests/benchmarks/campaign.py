@@ -4,8 +4,9 @@ Real git-annex on the loopback OpenNeuro, by both ways of fetching. Each attempt
 own, an observer in a process of its own, and a user who works with git-annex in the same clone.
 The observer looks twice and counts what both looks saw, the smaller size of each file: that was
 certainly there at one instant between them, so that more than the budget is proof. Files are told
-by inode; those that the user fetched are the user's from the beginning of their ``git annex get``
-on, and are not counted. ``--runs 1`` makes each attempt once (the test of ``tests/disk``).
+by inode. The user's git-annex works with another umask, so that each file tells from its first byte
+who made it, and theirs are not counted: it also says "success" where ours was there first.
+``--runs 1`` makes each attempt once (the test of ``tests/disk``).
 """
 
 import contextlib
@@ -68,7 +69,8 @@ def scan():
                         stack.append(entry.path)
                 elif content.match(entry.path) and not entry.name.endswith('.lck'):
                     info = entry.stat(follow_symlinks=False)
-                    found[info.st_ino] = (info.st_size, entry.path)
+                    if info.st_mode & 0o044:
+                        found[info.st_ino] = info.st_size
             except OSError:
                 pass
     return found
@@ -76,7 +78,7 @@ before, told = scan(), None
 print('ready', flush=True)
 while True:
     time_s, now = time.time(), scan()
-    both = {i: (min(s, now[i][0]), p) for i, (s, p) in before.items() if i in now}
+    both = {i: min(size, now[i]) for i, size in before.items() if i in now}
     if both != told:
         print(json.dumps([time_s, list(both.items())]), flush=True)
         told = both
@@ -110,12 +112,8 @@ class Watch:
         peak = 0
         for time_s, files in self.looks:
             users = {file.inode for file in theirs if file.since_s <= time_s}
-            peak = max(peak, sum(size for inode, (size, _) in files if inode not in users))
+            peak = max(peak, sum(size for inode, size in files if inode not in users))
         return peak
-
-    def paths_of(self, inode: int) -> set[str]:
-        """Return the paths under which a file was seen."""
-        return {path for _, files in self.looks for number, (_, path) in files if number == inode}
 
 
 @dataclass(frozen=True)
@@ -334,39 +332,30 @@ class Scene:
         )
         return done.stdout
 
-    def user_begins_to_get(self, number: int) -> subprocess.Popen[str]:
+    def user_begins_to_get(self, number: int) -> subprocess.Popen[bytes]:
         """Start the user's own ``git annex get`` of a unit."""
         text = self.units[number].files[0].key.text
         command = ["git", "annex", "get", "--json", "--from", "s3-PUBLIC", "--key", text]
-        self.began_s = time.time()
         return subprocess.Popen(
             command,
             cwd=self.repo.path,
             env=child_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
+            umask=0o077,
         )
 
-    def user_has_got(self, number: int, process: subprocess.Popen[str], seen: Watch | None) -> None:
-        """Keep whose file it is: theirs where their git-annex says that it brought it.
-
-        Args:
-            number: Of the unit.
-            process: Their ``git annex get``.
-            seen: What was seen by another way than git-annex, which puts a file there of its own.
-        """
-        said = process.communicate()[0]
+    def user_has_got(self, number: int, process: subprocess.Popen[bytes]) -> bool:
+        """Keep whose file it is: theirs where their git-annex made it, and not one of ours."""
+        process.communicate()
         path = self.repo.locate(self.units[number].files[0].key)
-        if path is None or '"success":true' not in said:
-            return
-        inode = path.stat().st_ino
-        names = {Path(name) for name in seen.paths_of(inode)} if seen else set()
-        if not names or any(name.name == path.name and name.parent.name == "tmp" for name in names):
-            self.theirs.append(Theirs(path, inode, self.began_s, digest(path)))
+        if path is None or path.stat().st_mode & 0o044:
+            return False
+        self.theirs.append(Theirs(path, path.stat().st_ino, time.time(), digest(path)))
+        return True
 
     def user_gets(self, number: int) -> None:
-        self.user_has_got(number, self.user_begins_to_get(number), None)
+        assert self.user_has_got(number, self.user_begins_to_get(number))
 
     def user_drops(self, number: int) -> bool:
         """Drop as the user does, and return whether nothing is there then."""
@@ -562,13 +551,13 @@ def _(scene: Scene) -> None:
 def _(scene: Scene) -> None:
     scene.server.set_latency(scene.random.choice((0, 0.05, 0.2)))
     begins = scene.random.uniform(0, 0.3)
-    with Watch(scene.folder, scene.folder.with_suffix(".race")) as watch, scene.engine() as engine:
+    with scene.engine() as engine:
         theirs = scene.user_begins_to_get(0)
         with contextlib.suppress(subprocess.TimeoutExpired):
             theirs.wait(begins)
         use(engine, scene.units[:1])
         theirs.wait(60)
-    scene.user_has_got(0, theirs, watch if scene.way == "http" else None)
+    scene.user_has_got(0, theirs)
     scene.server.set_latency(0)
     scene.fill(1, 2, 3, 4)
 
@@ -579,10 +568,7 @@ def _(scene: Scene) -> None:
         scene.wait_until_held(worker)
         for number in range(3):
             if scene.user_drops(number):
-                with Watch(scene.folder, scene.folder.with_suffix(".race")) as watch:
-                    theirs = scene.user_begins_to_get(number)
-                    theirs.wait(60)
-                scene.user_has_got(number, theirs, watch if scene.way == "http" else None)
+                scene.user_has_got(number, scene.user_begins_to_get(number))
         assert worker.result() > 0
     # The training may have ended before it came to that file.
     scene.allowed = "replaced by a file that is not this library's"

@@ -17,6 +17,7 @@ import torchio as tio
 from conftest import heads
 from faulty import LoopbackOpenNeuro
 from hostile import (
+    Repository,
     Tampered,
     branch_log,
     enable_public,
@@ -410,6 +411,17 @@ class TestTrees:
 
 class TestBombs:
     """Files that are small, and would not be once they are decoded."""
+
+    def test_tags_without_end_are_refused_before_they_are_cloned(self, tmp_path: Path) -> None:
+        """Git would hold them all in RAM, twenty times over; so they are listed first."""
+        made = Repository(tmp_path / "tags")
+        made.branch("main", {"dataset_description.json": b"{}"})
+        made.branch("git-annex", {"uuid.log": b""})
+        commit = made.git("rev-parse", "main")
+        tags = (f"{commit} refs/tags/{'t' * 60}{number:07}\n" for number in range(200_000))
+        (made.path / "packed-refs").write_text("".join(tags))
+        with pytest.raises(UnsafeDatasetError, match=r"'git ls-remote' writes in .*tags-.* bytes"):
+            tno.DataladSubjectsDataset(f"file://{made.path}", T1, root=tmp_path / "root")
 
     @pytest.fixture
     def bombs(self, openneuro: LoopbackOpenNeuro) -> str:

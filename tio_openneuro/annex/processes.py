@@ -294,7 +294,7 @@ def run(arguments: Sequence[str], **how: Any) -> bytes:  # noqa: ANN401 - as tha
     """
     with reading(arguments, **how) as output:
         said = output.read(OUTPUT_BYTES + 1)
-        where = f"what '{' '.join(arguments[:6])}' writes in {how.get('cwd')}"
+        where = f"what '{' '.join(arguments[:2])}' writes in {how.get('cwd')}"
         refuse_above(OUTPUT_BYTES, len(said), where, "bytes")
     return said
 

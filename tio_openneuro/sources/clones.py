@@ -102,7 +102,9 @@ def fetch(clone: Path, *, title: str, version: str) -> None:
     before = _refs(clone)
     asked = ["git", "-c", "gc.auto=0", "fetch", "--quiet", "--no-recurse-submodules"]
     refs = ("+refs/heads/*:refs/remotes/origin/*", "+refs/tags/*:refs/tags/*")
-    _reach([*asked, "--prune", "origin", *refs], clone, f"fetch new versions of {title}")
+    act = f"fetch new versions of {title}"
+    _reach(["git", "ls-remote", "origin"], clone, act)
+    _reach([*asked, "--prune", "origin", *refs], clone, act)
     refuse_bombs(clone)
     now = _refs(clone)
     for ref, old in before.items():
@@ -145,9 +147,10 @@ def remove(clone: Path) -> None:
 
 
 def _clone(url: str, clone: Path, title: str) -> None:
-    run(["git", "--version"])
-    command = [sys.executable, "-c", _DATALAD, url, str(clone), *_NO_CHECKOUT]
-    _reach(command, clone.parent, f"clone {title} ({hide_password(url)})")
+    act = f"clone {title} ({hide_password(url)})"
+    # A million tags cost git 1.4 GB to clone; listed first, they end at the bound on output.
+    _reach(["git", "ls-remote", "--", url], clone.parent, act)
+    _reach([sys.executable, "-c", _DATALAD, url, str(clone), *_NO_CHECKOUT], clone.parent, act)
 
 
 def _reach(command: list[str], folder: Path, act: str) -> None:
