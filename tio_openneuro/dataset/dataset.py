@@ -26,7 +26,7 @@ from tio_openneuro.dataset.batches import batches
 from tio_openneuro.dataset.rows import Origin, SubjectRow, build_rows
 from tio_openneuro.dataset.views import SplitViews, Transform, find_rows
 from tio_openneuro.disk import DiskStatistics, Engine
-from tio_openneuro.errors import SelectionError
+from tio_openneuro.errors import LedgerError, SelectionError
 from tio_openneuro.prepared import Preparation
 from tio_openneuro.ram import available_bytes, read_budget
 from tio_openneuro.select import (
@@ -270,13 +270,10 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         return self._preparation if ours else None
 
     def __iter__(self) -> Iterator[tio.Subject]:
-        """Yield every subject in order, fetching ahead."""
-        self.prefetch_indices(range(len(self)))
-        try:
+        """Yield every subject in order, fetching ahead; end where this is closed meanwhile."""
+        with self.fetching_ahead(range(len(self))):
             for index in range(len(self)):
                 yield self[index]
-        finally:
-            self.prefetch_indices(())
 
     def _load(self, subject: tio.Subject, row: SubjectRow) -> None:
         """Load a subject's images while its content is leased."""
@@ -402,6 +399,18 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             units = [self._rows[index].content for index in indices]
             later = [self._rows[index].content for index in likely_later]
             self._engine.prefetch(units, again=later)
+
+    @contextmanager
+    def fetching_ahead(self, indices: Sequence[int]) -> Iterator[None]:
+        """Fetch these units ahead while the block runs, which ends where this is closed."""
+        self.prefetch_indices(indices)
+        try:
+            yield
+        except LedgerError:
+            if self._engine is None or not self._engine.closed:
+                raise
+        finally:
+            self.prefetch_indices(())
 
     def release_index(self, index: int, *, drop: bool) -> None:
         """Let a unit's content go: at once, or when its room is needed."""
