@@ -242,7 +242,9 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         if self._preparation is None:
             return subject
         load_s = time.monotonic() - began_s
-        return self._preparation.prepare(row.subject, subject, row.content, load_s=load_s)
+        prepared = self._preparation.prepare(row.subject, subject, row.content, load_s=load_s)
+        del subject
+        return self._make(row) if prepared is None else prepared
 
     @contextmanager
     def opened(self, index: int) -> Iterator[tio.Subject | None]:
