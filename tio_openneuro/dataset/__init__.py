@@ -7,5 +7,6 @@ an image is asked for.
 from tio_openneuro.dataset.batches import subject_bytes
 from tio_openneuro.dataset.concatenation import concat
 from tio_openneuro.dataset.dataset import DataladSubjectsDataset
+from tio_openneuro.dataset.rows import Origin
 
-__all__ = ["DataladSubjectsDataset", "concat", "subject_bytes"]
+__all__ = ["DataladSubjectsDataset", "Origin", "concat", "subject_bytes"]

@@ -44,8 +44,7 @@ def batches(
 def _lists(
     dataset: DataladSubjectsDataset, indices: list[int], count: int | None, most_bytes: int
 ) -> Iterator[list[tio.Subject]]:
-    dataset.prefetch_indices(indices)
-    try:
+    with dataset.fetching_ahead(indices):
         held: list[tio.Subject] = []
         held_bytes = 0
         for index in indices:
@@ -70,8 +69,6 @@ def _lists(
             held_bytes += size_bytes
         if held:
             yield held
-    finally:
-        dataset.prefetch_indices([])
 
 
 def subject_bytes(subject: tio.Subject) -> int:

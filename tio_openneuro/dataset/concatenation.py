@@ -11,7 +11,7 @@ from typing import Any, cast
 import torchio as tio
 
 from tio_openneuro.dataset.dataset import DataladSubjectsDataset
-from tio_openneuro.dataset.rows import SubjectRow
+from tio_openneuro.dataset.rows import Origin, SubjectRow
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.torchio_seams import FetchedImage, identify, transform_of
@@ -49,16 +49,23 @@ def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset
     first = datasets[0]
     for other in datasets[1:]:
         _check_alike(first, other)
+    origins: dict[tuple[str, str], Origin] = {}
+    for origin in (origin for dataset in datasets for origin in dataset.parts):
+        same = origins.setdefault(origin[:2], origin)
+        if same != origin and not origin.commit:
+            raise SelectionError(
+                f"Cannot concatenate {same.folder} and {origin.folder}: their units would bear the "
+                f"same names, since both are {origin.dataset_id!r} and have no commit. Rename one."
+            )
     engine = next((one._engine for one in datasets if one._engine is not None), None)  # noqa: SLF001
     rows = [row for dataset in datasets for row in dataset._rows]  # noqa: SLF001
     missing = _missing_values(rows)
     result = first._with_rows([_adapted(row, engine, missing) for row in rows])  # noqa: SLF001
     result._engine = engine  # noqa: SLF001
     result.skipped = [skip for dataset in datasets for skip in dataset.skipped]
-    result.dataset_id = "+".join(dict.fromkeys(dataset.dataset_id for dataset in datasets))
-    result.version = "+".join(dict.fromkeys(dataset.version for dataset in datasets))
-    parts = {(part.folder, part.commit): part for dataset in datasets for part in dataset.parts}
-    result.parts = list(parts.values())
+    result.parts = tuple(origins.values())
+    result.dataset_id = "+".join(dict.fromkeys(origin.dataset_id for origin in result.parts))
+    result.version = "+".join(dict.fromkeys(origin.commit for origin in result.parts))
     return result
 
 

@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -24,11 +24,11 @@ import torchio as tio
 
 from tio_openneuro.content import AnnexKey, ContentUnit
 from tio_openneuro.dataset.batches import batches
-from tio_openneuro.dataset.rows import SubjectRow, build_rows
+from tio_openneuro.dataset.rows import Origin, SubjectRow, build_rows
 from tio_openneuro.dataset.views import SplitViews, Transform, find_rows
 from tio_openneuro.disk import DiskStatistics, Engine
 from tio_openneuro.display import showing, transferring
-from tio_openneuro.errors import SelectionError
+from tio_openneuro.errors import LedgerError, SelectionError
 from tio_openneuro.prepared import Preparation
 from tio_openneuro.ram import available_bytes, read_budget
 from tio_openneuro.recording import doing
@@ -167,7 +167,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         self.dataset_id = catalog.dataset_id
         self.version = catalog.commit
         # As many as were concatenated, each with small files of its own.
-        self.parts = [replace(catalog, files=())]
+        origin = catalog.dataset_id, catalog.commit, catalog.folder, catalog.version
+        self.parts: tuple[Origin, ...] = (Origin(*origin),)
         self._preparation: Preparation | None = None
         try:
             self._rows, self.skipped = build_rows(
@@ -195,9 +196,10 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             budget = f"; disk budget {format_size(budget_bytes)}{stated}"
         parts = (pair for row in self._rows for pair in row.subject.items())
         taken = {name: image for name, image in parts if isinstance(image, tio.Image)}
+        commits = "+".join(origin.commit[:8] or "no commit" for origin in self.parts)
         names = ", ".join(n + " (label)" * isinstance(i, tio.LabelMap) for n, i in taken.items())
         return (
-            f"{type(self).__name__}({self.dataset_id!r} at {self.version[:8] or 'no commit'}: "
+            f"{type(self).__name__}({self.dataset_id!r} at {commits}: "
             f"{len(self)} subjects; images: {names}; {format_size(self.nbytes)}{budget})"
         )
 
@@ -247,7 +249,9 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         if self._preparation is None:
             return subject
         load_s = time.monotonic() - began_s
-        return self._preparation.prepare(row.subject, subject, row.content, load_s=load_s)
+        prepared = self._preparation.prepare(row.subject, subject, row.content, load_s=load_s)
+        del subject
+        return self._make(row) if prepared is None else prepared
 
     @contextmanager
     def opened(self, index: int) -> Iterator[tio.Subject | None]:
@@ -275,13 +279,10 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         return self._preparation if ours else None
 
     def __iter__(self) -> Iterator[tio.Subject]:
-        """Yield every subject in order, fetching ahead."""
-        self.prefetch_indices(range(len(self)))
-        try:
+        """Yield every subject in order, fetching ahead; end where this is closed meanwhile."""
+        with self.fetching_ahead(range(len(self))):
             for index in range(len(self)):
                 yield self[index]
-        finally:
-            self.prefetch_indices(())
 
     def _load(self, subject: tio.Subject, row: SubjectRow) -> None:
         """Load a subject's images while its content is leased."""
@@ -338,7 +339,13 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         return [row.content for row in self._rows]
 
     def sample(self, seed: int) -> tio.Subject:
-        """Return one subject, drawn uniformly by that seed."""
+        """Return one subject, drawn uniformly by that seed.
+
+        Raises:
+            SelectionError: There is none.
+        """
+        if not self._rows:
+            raise SelectionError(f"Cannot draw a subject of {self.dataset_id}: this view has none.")
         generator = torch.Generator().manual_seed(seed)
         return self[int(torch.randint(len(self), (1,), generator=generator))]
 
@@ -371,16 +378,20 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             path: Posix, from the dataset's root.
 
         Raises:
-            SelectionError: There is no such file at this version, or it is annexed; or this is a
-                :func:`concat` of several datasets.
+            SelectionError: There is no such file at this version, or it is annexed; or several
+                parts of a :func:`concat` have one.
         """
-        if len(self.parts) > 1:
+        found = []
+        for _, commit, folder, _ in self.parts:
+            with suppress(SelectionError) if self.parts[1:] else nullcontext():
+                found.append(read_file(folder, commit, path))
+        if len(found) != 1:
             raise SelectionError(
-                f"Cannot read {path!r} of {self.dataset_id}: these are several datasets, and each "
-                f"has files of its own. Call read() of the one that you mean, as it was given to "
-                f"tno.concat."
+                f"Cannot read {path!r} of {self.dataset_id}: these are {len(self.parts)} "
+                f"datasets, of which {len(found) or 'none'} have such a file. Call read() of the "
+                f"one that you mean, as it was given to tno.concat."
             )
-        return read_file(self.parts[0].folder, self.version, path)
+        return found[0]
 
     # -- content -----------------------------------------------------------------------------
 
@@ -430,6 +441,18 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             units = [self._rows[index].content for index in indices]
             later = [self._rows[index].content for index in likely_later]
             self._engine.prefetch(units, again=later)
+
+    @contextmanager
+    def fetching_ahead(self, indices: Sequence[int]) -> Iterator[None]:
+        """Fetch these units ahead while the block runs, which ends where this is closed."""
+        self.prefetch_indices(indices)
+        try:
+            yield
+        except LedgerError:
+            if self._engine is None or not self._engine.closed:
+                raise
+        finally:
+            self.prefetch_indices(())
 
     def release_index(self, index: int, *, drop: bool) -> None:
         """Let a unit's content go: at once, or when its room is needed."""

@@ -6,9 +6,10 @@ Touches git objects only, never image content.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torchio as tio
 
@@ -39,6 +40,15 @@ from tio_openneuro.torchio_seams import (
 _SHOWN = 5
 
 
+class Origin(NamedTuple):
+    """What a unit was selected from: a dataset, its commit, and where both are."""
+
+    dataset_id: str
+    commit: str
+    folder: Path
+    version: str = ""
+
+
 @dataclass(frozen=True)
 class SubjectRow:
     """One unit, ready to be leased and loaded.
@@ -48,7 +58,9 @@ class SubjectRow:
         content: Its annexed files, each once.
         files: All its files.
         paths: Where they lie in a plain folder.
-        keys: Annex keys of its intensity images.
+        keys: Annex keys of its intensity images, less those of a template: one file that all
+            units of the dataset have ties nobody, in no view.
+        origin: Where it is from.
     """
 
     subject: tio.Subject
@@ -56,6 +68,7 @@ class SubjectRow:
     files: tuple[TreeFile, ...]
     paths: tuple[Path, ...]
     keys: frozenset[AnnexKey]
+    origin: Origin
 
 
 def build_rows(
@@ -120,6 +133,9 @@ class _Builder:
         self._catalog = catalog
         self._images = selection.images
         self._engine = engine
+        self._origin = Origin(catalog.dataset_id, catalog.commit, catalog.folder, catalog.version)
+        uses = Counter(path for row in selection.rows for path in {f.path for f in _files_of(row)})
+        self._templates = {path for path, count in uses.items() if count == len(selection.rows) > 1}
         paths = [file.path for file in catalog.files]
         self._participants = Participants.read(catalog.read, paths, catalog.dataset_id)
         columns, units = len(self._participants.columns), len(selection.rows)
@@ -153,8 +169,9 @@ class _Builder:
                 for source in sources.values()
                 if isinstance(source.selector, Scalar)
                 for file in source.files
-                if file.key is not None
+                if file.key is not None and file.path not in self._templates
             ),
+            self._origin,
         )
 
     def _sources(self, row: SelectedUnit) -> dict[str, ImageFiles]:

@@ -2,26 +2,28 @@
 
 Units of one participant, units that share the annex key of an intensity image, and units with one
 value of the user's own group form a group, which is never divided. Where every group is one unit,
-folds are scikit-learn's. Else each part gets a whole number of units of each class, rounded from
-its exact share so that no cell, row or column of that table is off by one; groups, the largest
+folds are scikit-learn's. Else each part gets the whole number of units that is nearest to its
+share, over all parts at once, and of each class one less than a whole unit off; groups, the largest
 first, go where the most of their units are still wanted, and are then moved and exchanged while
-that brings the parts closer to the table. All draws come from the seed, alike on every machine.
-Saved parts are bound to the commit that they were made of.
+that brings the parts closer to those numbers. All draws come from the seed, alike on every machine.
+The cost grows with the number of units, however many values a column has. Saved parts name each
+unit with its dataset and commit.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import operator
 import os
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations, product
-from math import ceil, floor, isclose, isnan
+from math import floor, isclose, isnan
 from pathlib import Path
 
 from tio_openneuro.content import AnnexKey
@@ -31,7 +33,12 @@ _LOG = logging.getLogger(__name__)
 _MOST_CLASSES = 10
 _FEWEST_FOLDS = 2
 _MOST_EXCHANGES = 2_000
-_FORMAT = 1
+# Of one part, the smallest, which fill gaps best: more would cost their square each time.
+_MOST_ALIKE = 50
+# A class of fewer units than one in so many is rare.
+_RARE = 50
+_SIZE = -1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +59,6 @@ class SplitUnit:
 def find_groups(units: Sequence[SplitUnit]) -> list[tuple[int, ...]]:
     """Return the groups of units that must stay together, as sorted indices.
 
-    A key that three participants or more have, and all of them (an atlas), joins nothing.
-
     Returns:
         The groups, in the order of their first unit.
     """
@@ -65,16 +70,10 @@ def find_groups(units: Sequence[SplitUnit]) -> list[tuple[int, ...]]:
             index = parents[index]
         return index
 
-    participants = {unit.participant for unit in units}
-    holders: dict[AnnexKey, set[str]] = {}
-    for unit in units:
-        for key in unit.keys:
-            holders.setdefault(key, set()).add(unit.participant)
-    common = {k for k, who in holders.items() if len(who) == len(participants) > 2}  # noqa: PLR2004
     first: dict[tuple[str, Hashable], int] = {}
     for index, unit in enumerate(units):
         marks: list[tuple[str, Hashable]] = [("participant", unit.participant)]
-        marks += [("key", key) for key in unit.keys - common]
+        marks += [("key", key) for key in unit.keys]
         if not _is_missing(unit.group):
             marks.append(("group", unit.group))
         for mark in marks:
@@ -98,33 +97,34 @@ def split(
         units: The units.
         parts: Name and share of each part; shares are positive and sum to 1.
         stratify: A value per unit, whose proportions each part keeps. Numbers of more than ten
-            different values are taken by quartile; a missing value is a class of its own.
-        seed: Decides the draw.
+            different values, also as text, are taken by quartile; a missing value is a class of
+            its own. Of more than ten classes those with less than 1/50 of the units are one.
+        seed: Decides the draw; any integer.
 
     Returns:
-        Sorted indices of units by part; every unit is in one.
+        Sorted indices of units by part; every unit is in one. Sizes are the nearest whole numbers
+        over all parts, where groups allow; a share of half a unit or more is never empty.
 
     Raises:
-        SplitError: The shares do not sum to 1, or a part would be empty.
+        SplitError: The shares do not sum to 1, there are fewer groups than parts, or a part's
+            share is less than half a unit.
     """
     shares = list(parts.values())
     if not shares or min(shares) <= 0 or not isclose(sum(shares), 1, abs_tol=1e-6):
         raise SplitError(f"Cannot split by {dict(parts)}: shares must be positive and sum to 1.")
     groups = _groups(units, len(parts), "parts")
-    exact = [Fraction(share).limit_denominator(1_000_000) for share in shares]
-    total = sum(exact)
-    exact = [share / total for share in exact]
-    assigned = _assign(groups, _classes(stratify, len(units)), exact, seed)
-    found = {name: assigned[n] for n, name in enumerate(parts)}
-    empty = [name for name, indices in found.items() if not indices]
-    if empty:
-        largest = max(len(group) for group in groups)
-        raise SplitError(
-            f"Cannot split {len(units)} units: {empty[0]!r} with a share of {parts[empty[0]]}"
-            f" would get none. They form {len(groups)} groups that stay together, the largest"
-            f" of {largest} units. Give {empty[0]!r} a larger share."
-        )
-    return found
+    fractions = [Fraction(share).limit_denominator(1_000_000) for share in shares]
+    exact = [len(units) * share / sum(fractions) for share in fractions]
+    sizes = _apportion(exact, len(units), [int(2 * size >= 1) for size in exact])
+    for name, size in zip(parts, sizes, strict=True):
+        if not size:
+            raise SplitError(
+                f"Cannot split {len(units)} units: {name!r} with a share of {parts[name]} would"
+                f" get none, which is nearer to {parts[name] * len(units):.3g} than one is. Give"
+                f" {name!r} a larger share."
+            )
+    assigned = _assign(groups, _classes(stratify, len(units)), exact, sizes, seed)
+    return dict(zip(parts, assigned, strict=True))
 
 
 def k_fold(
@@ -140,7 +140,7 @@ def k_fold(
         units: The units.
         folds: Number of folds, 2 or more.
         stratify: As for :func:`split`.
-        seed: Decides the draw.
+        seed: Decides the draw; any integer.
 
     Returns:
         Sorted indices of units for training and for validation, fold by fold. Sizes of folds
@@ -156,64 +156,80 @@ def k_fold(
     if len(groups) == len(units) and min(Counter(classes).values()) >= folds:
         validation = _singles(classes, folds, seed)
     else:
-        validation = _assign(groups, classes, [Fraction(1, folds)] * folds, seed)
+        exact = [Fraction(len(units), folds)] * folds
+        sizes = _apportion(exact, len(units), [0] * folds)
+        validation = _assign(groups, classes, exact, sizes, seed)
     everything = set(range(len(units)))
     return [(tuple(sorted(everything - set(fold))), fold) for fold in validation]
 
 
-def save_split(
-    path: str | os.PathLike[str], parts: Mapping[str, Sequence[str]], *, commit: str
-) -> None:
-    """Write a split as JSON, whole or not at all.
+def save_split(path: str | os.PathLike[str], parts: Mapping[str, Sequence[str]]) -> None:
+    """Write a split as JSON, whole or not at all, for whom the umask lets read.
 
     Args:
         path: The file.
-        parts: Names of the units of each part.
-        commit: The dataset's commit; with several datasets, all of them as one text.
+        parts: Names of the units of each part, as ``dataset@commit/unit``.
     """
-    content = {"format": _FORMAT, "commit": commit, "parts": {n: list(u) for n, u in parts.items()}}
+    content = {"format": _FORMAT, "parts": {name: list(units) for name, units in parts.items()}}
     target = Path(path)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=target.parent, prefix=target.name, suffix=".tmp", delete=False
-    ) as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-    Path(file.name).replace(target)
+    written = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        written.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        written.replace(target)
+    finally:
+        written.unlink(missing_ok=True)
 
 
-def read_split(
-    path: str | os.PathLike[str], units: Sequence[str], *, commit: str
-) -> dict[str, tuple[int, ...]]:
+def read_split(path: str | os.PathLike[str], units: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Read a split that was saved.
 
     Args:
         path: The file.
-        units: Names of the dataset's units.
-        commit: The dataset's commit, which must be the split's.
+        units: Names of the dataset's units, as ``dataset@commit/unit``; one that it has several
+            times (drawn with replacement) is found as often.
 
     Returns:
         Indices of units by part, in the order saved.
 
     Raises:
-        SplitError: The file is no split, is of another commit, or names units that are not there.
+        SplitError: The file is no split, has a unit in two parts, or names units that are not
+            there, such as those of another commit.
     """
+    homes: dict[str, list[str]] = {}
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        saved, parts = content["commit"], dict(content["parts"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SplitError(f"{path} holds no split: {error}. Save one with save_split.") from error
-    if saved != commit:
+        for part, names in content["parts"].items():
+            for name in names:
+                homes.setdefault(name, []).append(part)
+        named = content["format"] == _FORMAT and all("/" in name for name in homes)
+        why = "" if named else "its format is another one"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = repr(error)
+    if why:
         raise SplitError(
-            f"Cannot use the split in {path}: it was made of commit {saved}, the dataset is at"
-            f" {commit}. Open the dataset with version={saved!r}, or make a new split."
+            f"{path} holds no split of format {_FORMAT}: {why}. Make the split again, and save it"
+            " with save_split."
         )
-    index = {name: number for number, name in enumerate(units)}
-    unknown = [name for names in parts.values() for name in names if name not in index]
+    places: dict[str, list[int]] = {}
+    for number, unit in enumerate(units):
+        places.setdefault(unit, []).append(number)
+    unknown = [name for name in homes if name not in places]
     if unknown:
+        here = ", ".join(sorted({unit.partition("/")[0] for unit in units})) or "nothing"
         raise SplitError(
             f"Cannot use the split in {path}: {len(unknown)} of its units are not selected, the"
-            f" first {unknown[0]}. Select the images that it was made with."
+            f" first {unknown[0]}; the dataset has units of {here}. Open that version, select the"
+            " images that it was made with, or make a new split."
         )
-    return {part: tuple(index[name] for name in names) for part, names in parts.items()}
+    for name, parts in homes.items():
+        if len(set(parts)) > 1 or len(parts) > len(places[name]):
+            raise SplitError(
+                f"Cannot use the split in {path}: {name} is in it {len(parts)} times, in"
+                f" {' and '.join(dict.fromkeys(parts))}, and {len(places[name])} times in the"
+                " dataset. Make the split again, and save it with save_split."
+            )
+    left = {name: iter(numbers) for name, numbers in places.items()}
+    return {part: tuple(next(left[n]) for n in names) for part, names in content["parts"].items()}
 
 
 def _groups(units: Sequence[SplitUnit], wanted: int, what: str) -> list[tuple[int, ...]]:
@@ -240,16 +256,26 @@ def _classes(values: Sequence[object] | None, count: int) -> list[int]:
     """Return each unit's class as a number; many-valued numbers are taken by quartile."""
     if values is None:
         return [0] * count
-    if len(values) != count:
-        raise SplitError(f"stratify has {len(values)} values for {count} units.")
-    numbers = sorted(v for v in values if isinstance(v, int | float) and not _is_missing(v))
+    read = [_number(value) for value in values]
+    numbers = sorted(number for number in read if number is not None)
     if len(set(numbers)) > _MOST_CLASSES:
         cuts = [numbers[len(numbers) * quarter // 4] for quarter in (1, 2, 3)]
-        quartiles: dict[object, int] = {n: sum(n >= cut for cut in cuts) for n in numbers}
-        values = [quartiles.get(value, value) for value in values]
+        pairs = zip(read, values, strict=True)
+        values = [v if n is None else sum(n >= cut for cut in cuts) for n, v in pairs]
     names = [str(value) for value in values]
+    sizes = Counter(names)
+    if len(sizes) > _MOST_CLASSES:
+        names = [name if sizes[name] * _RARE >= count else "\n" for name in names]
     order = {name: number for number, name in enumerate(sorted(set(names)))}
     return [order[name] for name in names]
+
+
+def _number(value: object) -> float | None:
+    """Return the number that a value is, also as text, or None."""
+    with suppress(ValueError):
+        if isinstance(value, int | float | str) and not isnan(number := float(value)):
+            return number
+    return None
 
 
 def _is_missing(value: object) -> bool:
@@ -261,116 +287,139 @@ def _singles(classes: Sequence[int], folds: int, seed: int) -> list[tuple[int, .
     """Return scikit-learn's stratified folds of units that stand alone."""
     from sklearn.model_selection import StratifiedKFold
 
-    folder = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    state = operator.index(seed)
+    if not 0 <= state < 2**32:  # What it takes; the same seed still gives the same folds.
+        state = random.Random(state).getrandbits(32)  # noqa: S311 - no secret
+    folder = StratifiedKFold(folds, shuffle=True, random_state=state)
     return [tuple(map(int, fold)) for _, fold in folder.split([[0]] * len(classes), classes)]
 
 
+# The kinds of units of a group with their numbers, and all of them as the kind _SIZE.
+_Counts = tuple[tuple[int, int], ...]
+
+
 def _assign(
-    groups: Sequence[tuple[int, ...]], classes: Sequence[int], shares: Sequence[Fraction], seed: int
+    groups: Sequence[tuple[int, ...]],
+    classes: Sequence[int],
+    exact: Sequence[Fraction],
+    sizes: Sequence[int],
+    seed: int,
 ) -> list[tuple[int, ...]]:
-    """Give each group to a part, so that classes and sizes come close to their shares."""
-    kinds = max(classes) + 1
-    totals = Counter(classes)
-    table = _round([[totals[kind] * share for share in shares] for kind in range(kinds)])
-    wanted = [tuple(row[part] for row in table) for part in range(len(shares))]
-    counts = [tuple(map(Counter(classes[i] for i in g).__getitem__, range(kinds))) for g in groups]
+    """Give each group to a part, so that sizes and classes come close; no part stays empty."""
+    totals = [number for _, number in sorted(Counter(classes).items())]
+    table = _round(totals, [share / len(classes) for share in exact], sizes)
+    columns = zip(sizes, zip(*table, strict=True), strict=True)
+    wanted = [{_SIZE: size, **dict(enumerate(column))} for size, column in columns]
+    counts: list[_Counts] = [
+        ((_SIZE, len(group)), *sorted(Counter(classes[index] for index in group).items()))
+        for group in groups
+    ]
     order = list(range(len(groups)))
-    random.Random(seed).shuffle(order)  # noqa: S311 - no secret
+    random.Random(operator.index(seed)).shuffle(order)  # noqa: S311 - no secret
     order.sort(key=lambda group: -len(groups[group]))
-    held: list[list[int]] = [[] for _ in shares]
-    for group in order:
-        falls = [_less(_cost(_less(missing, counts[group])), _cost(missing)) for missing in wanted]
-        part = min(range(len(shares)), key=lambda n: (*reversed(falls[n]), n))
+    held: list[list[int]] = [[] for _ in sizes]
+    for number, group in enumerate(order):
+        empty = [part for part, own in enumerate(held) if not own]
+        free = empty if len(order) - number <= len(empty) else range(len(sizes))
+        part = min(free, key=lambda n: (*_growth(counts[group], wanted[n], 2)[::-1], n))
         held[part].append(group)
-        wanted[part] = _less(wanted[part], counts[group])
-    _improve(held, counts, wanted)
+        for kind, count in counts[group]:
+            wanted[part][kind] -= count
+    if any(number for missing in wanted for number in missing.values()):
+        _improve(held, counts, wanted)
     return [tuple(sorted(index for group in part for index in groups[group])) for part in held]
 
 
-_Counts = tuple[int, ...]
+def _improve(
+    held: list[list[int]], counts: Sequence[_Counts], wanted: Sequence[dict[int, int]]
+) -> None:
+    """Move and exchange groups between parts, the best first, while it lowers the squares.
 
-
-def _cost(missing: _Counts) -> _Counts:
-    """Return how far a part that misses these numbers of each class is from its size and classes.
-
-    Sizes go before classes where costs are compared.
+    Sizes go before classes. Groups with the same numbers are alike, so one of each kind per part
+    is tried.
     """
-    return sum(missing) ** 2, sum(number**2 for number in missing)
-
-
-def _plus(counts: _Counts, more: _Counts) -> _Counts:
-    return tuple(a + b for a, b in zip(counts, more, strict=True))
-
-
-def _less(counts: _Counts, fewer: _Counts) -> _Counts:
-    return tuple(a - b for a, b in zip(counts, fewer, strict=True))
-
-
-def _improve(held: list[list[int]], counts: Sequence[_Counts], wanted: list[_Counts]) -> None:
-    """Move and exchange groups between parts, the best first, while it lowers the cost.
-
-    Groups with the same numbers are alike, so one of each kind per part is tried; an empty group
-    stands for a move.
-    """
-    nothing = (0,) * len(wanted[0])
     for _ in range(_MOST_EXCHANGES):
-        kinds = [sorted({counts[group] for group in part} | {nothing}) for part in held]
-        best: tuple[_Counts, int, int, _Counts, _Counts] = ((0, 0), -1, -1, nothing, nothing)
+        kinds = [sorted({counts[group] for group in part})[:_MOST_ALIKE] for part in held]
+        best: tuple[tuple[int, int], int, int, _Counts, _Counts] = ((0, 0), -1, -1, (), ())
         for a, b in combinations(range(len(held)), 2):
-            before = _plus(_cost(wanted[a]), _cost(wanted[b]))
-            for given, taken in product(kinds[a], kinds[b]):
-                moved = _less(given, taken)
-                after = _plus(_cost(_plus(wanted[a], moved)), _cost(_less(wanted[b], moved)))
-                best = min(best, (_less(after, before), a, b, given, taken))
+            pull = {kind: wanted[b][kind] - wanted[a][kind] for kind in wanted[a]}
+            # Nothing for something is a move, which leaves no part empty.
+            gifts = [*kinds[a], ()] if len(held[b]) > 1 else kinds[a]
+            for given, taken in product(gifts, [*kinds[b], ()] if len(held[a]) > 1 else kinds[b]):
+                moved = {_SIZE: 0, **dict(given)}
+                for kind, number in taken:
+                    moved[kind] = moved.get(kind, 0) - number
+                best = min(best, (_growth(tuple(moved.items()), pull), a, b, given, taken))
         _, a, b, given, taken = best
         if a < 0:
             return
         for source, target, count in ((a, b, given), (b, a, taken)):
-            if count != nothing:
+            if count:
                 group = next(g for g in held[source] if counts[g] == count)
                 held[source].remove(group)
                 held[target].append(group)
-                wanted[source] = _plus(wanted[source], count)
-                wanted[target] = _less(wanted[target], count)
+            for kind, number in count:
+                wanted[source][kind] += number
+                wanted[target][kind] -= number
 
 
-def _round(exact: Sequence[Sequence[Fraction]]) -> list[list[int]]:
-    """Round a table whose rows sum to integers, keeping each row's sum.
+def _growth(moved: _Counts, pull: Mapping[int, int], times: int = 1) -> tuple[int, int]:
+    """Return how the squares of what parts miss grow by a move, in size and in classes."""
+    size, *kinds = (number * (number - times * pull[kind]) for kind, number in moved)
+    return size, sum(kinds)
 
-    Every entry, and every column's sum, becomes its floor or its ceiling. Entries with a fraction
-    are taken along closed paths that turn at each entry, up and down in turn, until none is left.
 
-    Source: L. H. Cox, "A constructive procedure for unbiased controlled rounding", JASA 1987.
+def _apportion(exact: Sequence[Fraction], total: int, least: Sequence[int]) -> list[int]:
+    """Return the whole numbers of that sum which are nearest to exact ones; ties go to the small.
+
+    Source: largest remainders (Hamilton's method).
     """
-    table = [list(row) for row in exact]
-    sums = [sum(column, Fraction(0)) for column in zip(*table, strict=True)]
-    table.append([ceil(total) - total for total in sums])
-    while path := _closed_path(table):
-        up, down = path[0::2], path[1::2]
-        room = [ceil(table[i][j]) - table[i][j] for i, j in up]
-        room += [table[i][j] - floor(table[i][j]) for i, j in down]
-        step = min(room)
-        for i, j in up:
-            table[i][j] += step
-        for i, j in down:
-            table[i][j] -= step
-    return [[int(value) for value in row] for row in table[:-1]]
+    found = [max(floor(value), low) for value, low in zip(exact, least, strict=True)]
+    parts = range(len(found))
+    while sum(found) < total:
+        found[max(parts, key=lambda n: (exact[n] - found[n], -exact[n], n))] += 1
+    while sum(found) > total:
+        found[max(parts, key=lambda n: (found[n] > least[n], found[n] - exact[n]))] -= 1
+    return found
 
 
-def _closed_path(table: Sequence[Sequence[Fraction]]) -> list[tuple[int, int]]:
-    """Return entries with a fraction, alternately in one row and in one column; none if none."""
-    open_entries = [
-        (i, j)
-        for i, row in enumerate(table)
-        for j, value in enumerate(row)
-        if value.denominator > 1
+def _round(
+    totals: Sequence[int], shares: Sequence[Fraction], sizes: Sequence[int]
+) -> list[list[int]]:
+    """Return whole numbers of each class in each part, less than one off where sizes allow.
+
+    Rows are rounded each for itself. Then a unit at a time goes from a part with too many to one
+    with too few, by a path through rows that were rounded up in one part and down in the next.
+    """
+    exact = [[total * share for share in shares] for total in totals]
+    table = [_apportion(row, n, [0] * len(row)) for row, n in zip(exact, totals, strict=True)]
+    while any(
+        off := [sum(col) - n for col, n in zip(zip(*table, strict=True), sizes, strict=True)]
+    ):
+        for kind, source, target in _path(table, exact, off):
+            table[kind][source] -= 1
+            table[kind][target] += 1
+    return table
+
+
+def _path(
+    table: Sequence[Sequence[int]], exact: Sequence[Sequence[Fraction]], off: Sequence[int]
+) -> list[tuple[int, int, int]]:
+    """Return moves (row, from part, to part) that even out two parts, the fewest there are."""
+    came: dict[int, list[tuple[int, int, int]]] = {n: [] for n, much in enumerate(off) if much > 0}
+    reached = list(came)
+    for a in reached:
+        if off[a] < 0:
+            return came[a]
+        for b in set(range(len(off))) - set(came):
+            for kind, (row, wish) in enumerate(zip(table, exact, strict=True)):
+                if row[a] > wish[a] and row[b] < wish[b]:
+                    came[b] = [*came[a], (kind, a, b)]
+                    reached.append(b)
+                    break
+    # None: a size was rounded up to one unit, at the cost of the others.
+    a, b = off.index(max(off)), off.index(min(off))
+    over = [
+        (row[a] > 0, row[a] - w[a] - row[b] + w[b]) for row, w in zip(table, exact, strict=True)
     ]
-    path = open_entries[:1]
-    while path:
-        along = len(path) % 2  # 1: the next lies in the row of the last, 0: in its column
-        last = path[-1]
-        path.append(next(e for e in open_entries if e != last and e[1 - along] == last[1 - along]))
-        for start in range(len(path) - 2):
-            if (len(path) - start) % 2 == 0 and path[-1][along] == path[start][along]:
-                return path[start:]
-    return []
+    return [(over.index(max(over)), a, b)]

@@ -56,15 +56,16 @@ class SplitViews:
         return [1 / (len(counts) * counts[value]) if counts[value] else 0.0 for value in values]
 
     def _column(self, column: str) -> list[Any]:
-        try:
-            return [row.subject[column] for row in self._rows]
-        except KeyError as error:
-            images = self._rows[0].subject.get_images_names()
-            known = sorted(name for name in self._rows[0].subject if name not in images)
-            raise SelectionError(
-                f"Cannot read column {column!r} of {self.dataset_id}: its {len(self._rows)} units "
-                f"carry {', '.join(known)}. Check the spelling in participants.tsv."
-            ) from error
+        """Return each unit's value; refuse what is no column, such as an image or a list."""
+        for row in self._rows:
+            images = row.subject.get_images_names()
+            known = sorted(name for name in row.subject if name not in images)
+            if column not in known:
+                raise SelectionError(
+                    f"Cannot read column {column!r} of {self.dataset_id}: its {len(self._rows)} "
+                    f"units carry {', '.join(known)}. Give the name of one of them."
+                )
+        return [row.subject[column] for row in self._rows]
 
     def split(
         self,
@@ -92,14 +93,13 @@ class SplitViews:
         return self._named_views(indices, transforms)
 
     def save_split(self, path: str | os.PathLike[str], parts: Mapping[str, SplitViews]) -> None:
-        """Write which units are in which part, as JSON with the dataset's commit.
+        """Write which units are in which part, as JSON, each with its dataset and commit.
 
         Args:
             path: The file; written whole or not at all.
             parts: What :meth:`split` returned.
         """
-        names = {name: [row.content.name for row in view._rows] for name, view in parts.items()}  # noqa: SLF001 - itself
-        save_split(path, names, commit=self.version)
+        save_split(path, {name: view._unit_names() for name, view in parts.items()})  # noqa: SLF001 - itself
 
     def read_split(
         self,
@@ -112,8 +112,11 @@ class SplitViews:
         Raises:
             SplitError: The file is no split, or one of another commit or selection.
         """
-        names = [row.content.name for row in self._rows]
-        return self._named_views(read_split(path, names, commit=self.version), transforms)
+        return self._named_views(read_split(path, self._unit_names()), transforms)
+
+    def _unit_names(self) -> list[str]:
+        """Return names that no other unit bears, also in a concatenation."""
+        return [f"{r.origin.dataset_id}@{r.origin.commit}/{r.content.name}" for r in self._rows]
 
     def k_fold(
         self,

@@ -220,6 +220,11 @@ class Engine:
         leases = self._here()
         return leases.drop([leases.store.content_of(unit.prepared)], reason)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
     def prefetch(self, units: Sequence[ContentUnit], *, again: Sequence[ContentUnit] = ()) -> None:
         """Make this the known order from now on, and fetch ahead along it; return at once.
 
@@ -234,8 +239,8 @@ class Engine:
         try:
             self._here().look_ahead.replace(units, again)
         except LedgerError:
-            # What is closed, or closes meanwhile, looks ahead to nothing anyway.
-            if units or not self._closed:
+            # What is closed, or whose root was removed, looks ahead to nothing anyway.
+            if units:
                 raise
 
     def release(self, unit: ContentUnit, *, drop: bool) -> None:

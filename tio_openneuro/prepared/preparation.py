@@ -23,6 +23,7 @@ from torchio.constants import AFFINE, DATA, PATH, STEM
 
 from tio_openneuro.content import ContentFile, ContentUnit
 from tio_openneuro.disk import Engine, PreparedRepo
+from tio_openneuro.errors import SelectionError
 from tio_openneuro.prepared.file import (
     DAMAGED,
     FORMAT,
@@ -39,6 +40,7 @@ from tio_openneuro.torchio_seams import (
     Metadata,
     UnpinnedError,
     drawing_from,
+    identify_items,
     is_loaded,
     pin,
     refuse_random,
@@ -79,6 +81,9 @@ class Preparation:
         self._versions = [version(library) for library in _LIBRARIES]
         self._repo: PreparedRepo | None = None
         self._sound: dict[str, tuple[tuple[int, ...], SoundChunks | None]] = {}
+        # What the first result consists of, until it was made again.
+        self._told: dict[str, dict[str, list[str]]] = {}
+        self._repeats = False
         if engine is None:
             return
         try:
@@ -227,8 +232,11 @@ class Preparation:
 
     def prepare(
         self, template: tio.Subject, subject: tio.Subject, content: ContentUnit, *, load_s: float
-    ) -> tio.Subject:
+    ) -> tio.Subject | None:
         """Preprocess a loaded subject, and keep the result where there is room.
+
+        The first one is made twice from two seeds, to find what is random in disguise; its first
+        result is gone before it is loaded again.
 
         Draws of the caller's thread are left alone, so that what follows is the same whether or
         not the result was there; so are torch's threads, on whose number results depend.
@@ -238,10 +246,24 @@ class Preparation:
             subject: It, loaded; may be changed.
             content: Under its name now; not leased by this thread.
             load_s: Seconds that loading took.
+
+        Returns:
+            None where it has to be made again, from a subject that is loaded anew.
+
+        Raises:
+            SelectionError: It came out otherwise the second time.
         """
         began_s = time.monotonic()
-        with drawing_from(0), _one_thread():
+        told = self._told.pop(content.name, None)
+        again = not self._repeats and told is None
+        with drawing_from(int(again)), _one_thread():
             prepared = transform_in_place(self.transform, subject)
+        if told is not None or again:
+            found = identify_items([prepared])
+            if again:
+                self._told[content.name] = found
+                return None
+            self._require_same(content.name, told or {}, found)
         for image in prepared.get_images(intensity_only=False):
             # As it will be read back: results of what follows depend on the layout, too.
             voxels, affine = image.data.contiguous(), np.ascontiguousarray(image.affine)
@@ -255,6 +277,20 @@ class Preparation:
             if data is not None:
                 self._engine.keep_prepared(content, data, seconds)
         return prepared
+
+    def _require_same(
+        self, name: str, told: dict[str, list[str]], found: dict[str, list[str]]
+    ) -> None:
+        differing = [item for item in told | found if told.get(item) != found.get(item)]
+        if differing:
+            raise SelectionError(
+                f"Cannot use {type(self.transform).__name__} as preprocess: {name} came out "
+                f"otherwise the second time, in {', '.join(differing)}, and preprocess is done "
+                f"once for all epochs. It draws at random, reads the clock, or keeps something "
+                f"from one call to the next. Give what is random as transform, which is done each "
+                f"time."
+            )
+        self._repeats = True
 
     def _pack(
         self, before: tio.Subject, after: tio.Subject, content: ContentUnit, volume: ContentFile

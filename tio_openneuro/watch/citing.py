@@ -11,15 +11,16 @@ from contextlib import suppress
 from typing import Any
 
 from tio_openneuro.bounds import parse_json
+from tio_openneuro.dataset import Origin
 from tio_openneuro.errors import TioOpenNeuroError
-from tio_openneuro.sources import Catalog, read_file
+from tio_openneuro.sources import read_file
 
 _LONGEST = 2000
 _MOST = 100
 _NOTHING = {"", "n/a", "none", "todo"}
 
 
-def describe(part: Catalog) -> Iterator[tuple[str, str]]:
+def describe(part: Origin) -> Iterator[tuple[str, str]]:
     """Tell name, version, licence and citation of a dataset, and what its authors ask for.
 
     Source: BIDS 1.10, "dataset_description.json"; OpenNeuro's "How to cite".
