@@ -23,7 +23,7 @@ import torchio as tio
 
 from tio_openneuro.content import AnnexKey, ContentUnit
 from tio_openneuro.dataset.batches import batches
-from tio_openneuro.dataset.rows import SubjectRow, build_rows
+from tio_openneuro.dataset.rows import Rows, SubjectRow, Subjects, build_rows
 from tio_openneuro.dataset.views import SplitViews, Transform, find_rows
 from tio_openneuro.disk import DiskStatistics, Engine
 from tio_openneuro.errors import SelectionError
@@ -167,9 +167,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
                 catalog, selection, self._engine, on_missing=on_missing
             )
             self._prepare(preprocess_id)
-            super().__init__(
-                [row.subject for row in self._rows], transform, load_getitem=load_getitem
-            )
+            super().__init__([self._rows[0].subject], transform, load_getitem=load_getitem)
+            share_subjects(self, Subjects(self._rows))
             if self._engine is not None:
                 self._engine.require(max(self._contents(), key=lambda unit: unit.size_bytes))
                 budget_bytes, stated = self._engine.binding()
@@ -186,9 +185,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         if self._engine is not None:
             budget_bytes, stated = self._engine.binding()
             budget = f"; disk budget {format_size(budget_bytes)}{stated}"
-        parts = (pair for row in self._rows for pair in row.subject.items())
-        taken = {name: image for name, image in parts if isinstance(image, tio.Image)}
-        names = ", ".join(n + " (label)" * isinstance(i, tio.LabelMap) for n, i in taken.items())
+        taken = {n: source.selector for row in self._rows for n, source in row.sources.items()}
+        names = ", ".join(n + " (label)" * isinstance(s, Label) for n, s in taken.items())
         return (
             f"{type(self).__name__}({self.dataset_id!r} at {self.version[:8] or 'no commit'}: "
             f"{len(self)} subjects; images: {names}; {format_size(self.nbytes)}{budget})"
@@ -233,7 +231,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
 
     def _make(self, row: SubjectRow) -> tio.Subject:
         """Return a subject from its files, preprocessed."""
-        subject = copy.deepcopy(row.subject)
+        subject = row.subject
         began_s = time.monotonic()
         if self.load_getitem or self._preparation is not None:
             self._load(subject, row)
@@ -303,8 +301,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
     def _with_rows(self, rows: list[SubjectRow]) -> Self:
         """Return a copy that has other rows, and shares the engine."""
         view = copy.copy(self)
-        view._rows = rows  # noqa: SLF001 - itself
-        share_subjects(view, [row.subject for row in rows])
+        view._rows = Rows(rows)  # noqa: SLF001 - itself
+        share_subjects(view, Subjects(view._rows))  # noqa: SLF001 - itself
         return view
 
     def _contents(self) -> list[ContentUnit]:

@@ -5,15 +5,20 @@ Touches git objects only, never image content.
 
 from __future__ import annotations
 
+import io
+import pickle
 import warnings
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torchio as tio
 
 from tio_openneuro.bounds import CELLS, refuse_above
-from tio_openneuro.content import AnnexKey, ContentUnit, TreeFile
+from tio_openneuro.content import AnnexKey, ContentFile, ContentRepo, ContentUnit, TreeFile
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.select import (
@@ -33,6 +38,7 @@ from tio_openneuro.torchio_seams import (
     FetchedSubject,
     ImageFiles,
     Metadata,
+    ReadSidecars,
     reserved_names,
 )
 
@@ -40,27 +46,164 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What the rows of one dataset share.
+
+    Attributes:
+        dataset_id: Of the dataset.
+        folder: The clone, or the plain BIDS folder.
+        repo: Gives the annexed content; None in a plain folder.
+        engine: Leases it; None in a plain folder.
+        images: The selector of each image, in order.
+        columns: Attribute of each column of participants.tsv.
+        sidecars: What was read of the sidecars, and what was told.
+    """
+
+    dataset_id: str
+    folder: Path
+    repo: ContentRepo | None
+    engine: Engine | None
+    images: Mapping[str, Scalar | Label]
+    columns: tuple[str, ...]
+    sidecars: ReadSidecars = field(default_factory=ReadSidecars)
+
+
+@dataclass(frozen=True, slots=True)
 class SubjectRow:
     """One unit, ready to be leased and loaded.
 
     Attributes:
-        subject: The unloaded subject; copied before it is loaded.
         content: Its annexed files, each once.
-        files: All its files.
-        paths: Where they lie in a plain folder.
-        keys: Annex keys of its intensity images.
+        origin: What it shares with others.
+        subject_id: With its prefix.
+        session_id: Likewise; or empty.
+        images: Files of each image of the origin, none where it lacks.
+        sidecars: Of each image that has files: those of the image, and the path of its events.
+        values: Of each column of the origin.
     """
 
-    subject: tio.Subject
     content: ContentUnit
-    files: tuple[TreeFile, ...]
-    paths: tuple[Path, ...]
-    keys: frozenset[AnnexKey]
+    origin: Origin
+    subject_id: str
+    session_id: str
+    images: tuple[tuple[TreeFile, ...], ...]
+    sidecars: tuple[tuple[tuple[TreeFile, ...], str], ...]
+    values: tuple[Any, ...]
+
+    @property
+    def subject(self) -> tio.Subject:
+        """The unloaded subject, a new one each time."""
+        sidecars = dict(zip(compress(self.origin.images, self.images), self.sidecars, strict=True))
+        images: dict[str, Any] = {}
+        for name, source in self.sources.items():
+            files, events = sidecars.get(name, ((), ""))
+            known = {"events": events} if events else {}
+            kind = FetchedLabelMap if isinstance(source.selector, Label) else FetchedScalarImage
+            metadata = Metadata(known, (source.folder, files, self.origin.sidecars))
+            images[name] = kind.of(source, metadata)
+        return FetchedSubject(**images, **self.attributes)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the subject holds beside its images."""
+        return {
+            "subject_id": self.subject_id,
+            "session_id": self.session_id,
+            "dataset_id": self.origin.dataset_id,
+            **dict(zip(self.origin.columns, self.values, strict=True)),
+        }
+
+    @property
+    def sources(self) -> dict[str, ImageFiles]:
+        """Where each image comes from, those included that are made of zeros."""
+        origin, found = self.origin, {}
+        for (name, selector), files in zip(origin.images.items(), self.images, strict=True):
+            place = (origin.folder, origin.repo, origin.engine, self.content.name)
+            found[name] = ImageFiles(files, *place, selector)
+        # Not from a label where an image is there; a unit without any file is no row.
+        full = [each for each in found.values() if each.files]
+        grid = min(full, key=lambda each: isinstance(each.selector, Label), default=None)
+        for name, each in found.items():
+            if not each.files and getattr(each.selector, "when_missing", None) == "zeros":
+                found[name] = replace(each, grid_of=grid)
+        return {name: each for name, each in found.items() if each.files or each.grid_of}
+
+    @property
+    def files(self) -> tuple[TreeFile, ...]:
+        """All its files."""
+        return tuple(file for files in self.images for file in files)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Where its files lie in a plain folder."""
+        return tuple(self.origin.folder / file.path for file in self.files)
+
+    @property
+    def keys(self) -> frozenset[AnnexKey]:
+        """Annex keys of its intensity images."""
+        pairs = zip(self.origin.images.values(), self.images, strict=True)
+        scalars = (files for selector, files in pairs if isinstance(selector, Scalar))
+        return frozenset(file.key for files in scalars for file in files if file.key is not None)
+
+
+class Rows(list[SubjectRow]):
+    """The rows of a dataset; pickled in a third of the room, each file's name alone taking some."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled packed, beside the engines and clones, which are the dataset's too."""
+        buffer, shared = io.BytesIO(), dict[int, object]()
+        _Packer(buffer, shared).dump(list(self))
+        return _unpack, (zlib.compress(buffer.getbuffer(), 1), shared)
+
+
+class _Packer(pickle.Pickler):
+    """Pickle what rows are made of, and leave out what they share."""
+
+    _OWN = frozenset({SubjectRow, ContentUnit, ContentFile, TreeFile, AnnexKey})
+    _PLAIN = _OWN | {list, tuple, str, int, float, type(None), type}
+
+    def __init__(self, buffer: io.BytesIO, shared: dict[int, object]) -> None:
+        super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
+        self._shared = shared
+
+    def persistent_id(self, value: object) -> int | None:
+        """Return what something shared is called in the pickle."""
+        if type(value) in self._PLAIN:
+            return None
+        self._shared[id(value)] = value
+        return id(value)
+
+
+def _unpack(packed: bytes, shared: dict[int, object]) -> Rows:
+    unpacker = pickle.Unpickler(io.BytesIO(zlib.decompress(packed)))  # noqa: S301 - own
+    unpacker.persistent_load = shared.__getitem__  # type: ignore[method-assign]
+    return Rows(unpacker.load())
+
+
+class Subjects(Sequence[tio.Subject]):
+    """Unloaded subjects, each built when it is asked for; what is changed in one is lost."""
+
+    def __init__(self, rows: Rows) -> None:
+        """Build none.
+
+        Args:
+            rows: Of which each is one subject.
+        """
+        self._rows = rows
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - as a list's
+        """Build one, or a list of several."""
+        found = self._rows[index]
+        return [row.subject for row in found] if isinstance(found, list) else found.subject
 
 
 def build_rows(
     catalog: Catalog, selection: Selection, engine: Engine | None, *, on_missing: str
-) -> tuple[list[SubjectRow], list[Skipped]]:
+) -> tuple[Rows, list[Skipped]]:
     """Return a row for each unit that can be had, and what was skipped with its reason.
 
     Raises:
@@ -84,7 +227,7 @@ def build_rows(
             f"may lack."
         )
     builder = _Builder(catalog, selection, engine)
-    return [builder.row(row) for row in rows], skipped
+    return Rows(map(builder.row, rows)), skipped
 
 
 def _available(catalog: Catalog, selection: Selection) -> tuple[list[SelectedUnit], list[Skipped]]:
@@ -119,7 +262,6 @@ class _Builder:
     def __init__(self, catalog: Catalog, selection: Selection, engine: Engine | None) -> None:
         self._catalog = catalog
         self._images = selection.images
-        self._engine = engine
         paths = [file.path for file in catalog.files]
         self._participants = Participants.read(catalog.read, paths, catalog.dataset_id)
         columns, units = len(self._participants.columns), len(selection.rows)
@@ -129,63 +271,36 @@ class _Builder:
         self._texts = {file.path: file for file in texts if file.path.endswith(".json")}
         self._sidecars = Sidecars(self._texts)
         self._events = Sidecars(paths, "_events.tsv")
-        self._told: list[str] = []
-        self._names = self._column_names()
-
-    def row(self, row: SelectedUnit) -> SubjectRow:
-        sources = self._sources(row)
-        attributes: dict[str, Any] = {name: self._image(source) for name, source in sources.items()}
-        attributes["subject_id"] = row.subject_id
-        attributes["session_id"] = row.session_id
-        attributes["dataset_id"] = self._catalog.dataset_id
-        for column, value in self._participants.row(row.subject_id, row.session_id).items():
-            if column in self._names:
-                attributes[self._names[column]] = value
-        content = tuple(file for source in sources.values() for file in source.content)
-        files = _files_of(row)
-        return SubjectRow(
-            FetchedSubject(**attributes),
-            ContentUnit(row.unit, tuple({file.key: file for file in content}.values())),
-            files,
-            tuple(self._catalog.folder / file.path for file in files),
-            frozenset(
-                file.key
-                for source in sources.values()
-                if isinstance(source.selector, Scalar)
-                for file in source.files
-                if file.key is not None
-            ),
+        names = self._column_names()
+        self._columns = tuple(names)
+        self._origin = Origin(
+            catalog.dataset_id,
+            catalog.folder,
+            catalog.repo,
+            engine,
+            dict(selection.images),
+            tuple(names.values()),
         )
 
-    def _sources(self, row: SelectedUnit) -> dict[str, ImageFiles]:
-        catalog, engine = self._catalog, self._engine
+    def row(self, row: SelectedUnit) -> SubjectRow:
+        images = tuple(row.images.get(name, ()) for name in self._origin.images)
+        values = self._participants.row(row.subject_id, row.session_id)
+        made = SubjectRow(
+            ContentUnit(row.unit, ()),
+            self._origin,
+            row.subject_id,
+            row.session_id,
+            images,
+            tuple(self._sidecars_of(files[0].path) for files in images if files),
+            tuple(values[column] for column in self._columns),
+        )
+        content = {file.key: file for each in made.sources.values() for file in each.content}
+        return replace(made, content=replace(made.content, files=tuple(content.values())))
 
-        def source(selector: Scalar | Label, files: tuple[TreeFile, ...]) -> ImageFiles:
-            return ImageFiles(files, catalog.folder, catalog.repo, engine, row.unit, selector)
-
-        sources = {
-            name: source(selector, row.images[name])
-            for name, selector in self._images.items()
-            if row.images.get(name)
-        }
-        # Not from a label where an image is there; a unit without any file is no row.
-        by_kind = sorted(sources.values(), key=lambda source: isinstance(source.selector, Label))
-        for name, selector in self._images.items():
-            zeros = isinstance(selector, Label) and selector.when_missing == "zeros"
-            if name not in sources and zeros:
-                sources[name] = replace(source(selector, ()), grid_of=by_kind[0])
-        return {name: sources[name] for name in self._images if name in sources}
-
-    def _image(self, source: ImageFiles) -> tio.Image:
-        fields: dict[str, Any] = {}
-        sidecars: list[TreeFile] = []
-        for file in source.files[:1]:
-            sidecars = [self._texts[path] for path in self._sidecars.find(file.path)]
-            events = self._events.find(file.path, "events")
-            if events:
-                fields["events"] = events[-1]
-        kind = FetchedLabelMap if isinstance(source.selector, Label) else FetchedScalarImage
-        return kind.of(source, Metadata(fields, (source.folder, sidecars, self._told)))
+    def _sidecars_of(self, path: str) -> tuple[tuple[TreeFile, ...], str]:
+        events = self._events.find(path, "events")
+        texts = tuple(self._texts[found] for found in self._sidecars.find(path))
+        return texts, events[-1] if events else ""
 
     def _column_names(self) -> dict[str, str]:
         """Return the attribute of each column: its own name, unless a subject has that already."""
