@@ -5,8 +5,7 @@ Touches git objects only, never image content.
 
 from __future__ import annotations
 
-import io
-import pickle
+import json
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -128,6 +127,12 @@ class SubjectRow:
                 found[name] = replace(each, grid_of=grid)
         return {name: each for name, each in found.items() if each.files or each.grid_of}
 
+    def filled(self, prepared: ContentFile | None = None) -> SubjectRow:
+        """Return the row with its annexed files, and that prepared volume, as its content."""
+        files = {file.key: file for source in self.sources.values() for file in source.content}
+        content = ContentUnit(self.content.name, tuple(files.values()), prepared)
+        return replace(self, content=content)
+
     @property
     def files(self) -> tuple[TreeFile, ...]:
         """All its files."""
@@ -147,37 +152,60 @@ class SubjectRow:
 
 
 class Rows(list[SubjectRow]):
-    """The rows of a dataset; pickled in a third of the room, each file's name alone taking some."""
+    """The rows of a dataset, which a pickle holds as compressed text."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be pickled packed, beside the engines and clones, which are the dataset's too."""
-        buffer, shared = io.BytesIO(), dict[int, object]()
-        _Packer(buffer, shared).dump(list(self))
-        return _unpack, (zlib.compress(buffer.getbuffer(), 1), shared)
+        """Be pickled as text, beside the engines and clones, which are the dataset's too."""
+        files: dict[TreeFile, int] = {}
+        shared: dict[int, object] = {}
+
+        def numbers(several: tuple[TreeFile, ...]) -> list[int]:
+            return [files.setdefault(file, len(files)) for file in several]
+
+        def known(value: object) -> int:
+            shared[id(value)] = value
+            return id(value)
+
+        rows = [
+            (
+                (row.content.name, row.subject_id, row.session_id, row.values),
+                [numbers(several) for several in row.images],
+                [(numbers(texts), events) for texts, events in row.sidecars],
+                known(row.origin),
+                (p := row.content.prepared)
+                and (known(p.repo), p.path, p.key.name, p.key.size_bytes),
+            )
+            for row in self
+        ]
+        keys = (file.key and (file.key.name, file.key.size_bytes) for file in files)
+        table = [(f.path, f.blob, f.size_bytes, k) for f, k in zip(files, keys, strict=True)]
+        return _unpack, (zlib.compress(json.dumps([table, rows]).encode(), 1), shared)
 
 
-class _Packer(pickle.Pickler):
-    """Pickle what rows are made of, and leave out what they share."""
+def _unpack(packed: bytes, shared: dict[int, Any]) -> Rows:
+    table, rows = json.loads(zlib.decompress(packed))
+    files = [TreeFile(path, blob, k and AnnexKey(*k), size) for path, blob, size, k in table]
 
-    _OWN = frozenset({SubjectRow, ContentUnit, ContentFile, TreeFile, AnnexKey})
-    _PLAIN = _OWN | {list, tuple, str, int, float, type(None), type}
+    def find(numbers: list[int]) -> tuple[TreeFile, ...]:
+        return tuple(files[number] for number in numbers)
 
-    def __init__(self, buffer: io.BytesIO, shared: dict[int, object]) -> None:
-        super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
-        self._shared = shared
-
-    def persistent_id(self, value: object) -> int | None:
-        """Return what something shared is called in the pickle."""
-        if type(value) in self._PLAIN:
-            return None
-        self._shared[id(value)] = value
-        return id(value)
-
-
-def _unpack(packed: bytes, shared: dict[int, object]) -> Rows:
-    unpacker = pickle.Unpickler(io.BytesIO(zlib.decompress(packed)))  # noqa: S301 - own
-    unpacker.persistent_load = shared.__getitem__  # type: ignore[method-assign]
-    return Rows(unpacker.load())
+    found = Rows()
+    for (name, subject, session, values), images, sidecars, origin, prepared in rows:
+        texts = tuple((find(several), events) for several, events in sidecars)
+        row = SubjectRow(
+            ContentUnit(name, ()),
+            shared[origin],
+            name if subject == name else subject,
+            session,
+            tuple(map(find, images)),
+            texts,
+            tuple(values),
+        )
+        if prepared:
+            repo, path, *key = prepared
+            prepared = ContentFile(shared[repo], AnnexKey(*key), path)
+        found.append(row.filled(prepared))
+    return found
 
 
 class Subjects(Sequence[tio.Subject]):
@@ -294,8 +322,7 @@ class _Builder:
             tuple(self._sidecars_of(files[0].path) for files in images if files),
             tuple(values[column] for column in self._columns),
         )
-        content = {file.key: file for each in made.sources.values() for file in each.content}
-        return replace(made, content=replace(made.content, files=tuple(content.values())))
+        return made.filled()
 
     def _sidecars_of(self, path: str) -> tuple[tuple[TreeFile, ...], str]:
         events = self._events.find(path, "events")
