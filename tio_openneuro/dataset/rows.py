@@ -9,7 +9,8 @@ import json
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -127,12 +128,6 @@ class SubjectRow:
                 found[name] = replace(each, grid_of=grid)
         return {name: each for name, each in found.items() if each.files or each.grid_of}
 
-    def filled(self, prepared: ContentFile | None = None) -> SubjectRow:
-        """Return the row with its annexed files, and that prepared volume, as its content."""
-        files = {file.key: file for source in self.sources.values() for file in source.content}
-        content = ContentUnit(self.content.name, tuple(files.values()), prepared)
-        return replace(self, content=content)
-
     @property
     def files(self) -> tuple[TreeFile, ...]:
         """All its files."""
@@ -151,61 +146,44 @@ class SubjectRow:
         return frozenset(file.key for files in scalars for file in files if file.key is not None)
 
 
+_KINDS = {k.__name__: k for k in (SubjectRow, ContentUnit, ContentFile, TreeFile, AnnexKey)}
+
+
 class Rows(list[SubjectRow]):
     """The rows of a dataset, which a pickle holds as compressed text."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Be pickled as text, beside the engines and clones, which are the dataset's too."""
-        files: dict[TreeFile, int] = {}
         shared: dict[int, object] = {}
 
-        def numbers(several: tuple[TreeFile, ...]) -> list[int]:
-            return [files.setdefault(file, len(files)) for file in several]
-
-        def known(value: object) -> int:
+        def plain(value: Any) -> dict[str, list[Any]]:  # noqa: ANN401 - what rows hold
+            name = type(value).__name__
+            if name in _KINDS:
+                return {name: [getattr(value, each.name) for each in fields(value)]}
             shared[id(value)] = value
-            return id(value)
+            return {"": [id(value)]}
 
-        rows = [
-            (
-                (row.content.name, row.subject_id, row.session_id, row.values),
-                [numbers(several) for several in row.images],
-                [(numbers(texts), events) for texts, events in row.sidecars],
-                known(row.origin),
-                (p := row.content.prepared)
-                and (known(p.repo), p.path, p.key.name, p.key.size_bytes),
-            )
-            for row in self
-        ]
-        keys = (file.key and (file.key.name, file.key.size_bytes) for file in files)
-        table = [(f.path, f.blob, f.size_bytes, k) for f, k in zip(files, keys, strict=True)]
-        return _unpack, (zlib.compress(json.dumps([table, rows]).encode(), 1), shared)
+        return _unpack, (zlib.compress(json.dumps(list(self), default=plain).encode(), 1), shared)
 
 
-def _unpack(packed: bytes, shared: dict[int, Any]) -> Rows:
-    table, rows = json.loads(zlib.decompress(packed))
-    files = [TreeFile(path, blob, k and AnnexKey(*k), size) for path, blob, size, k in table]
+def _unpack(packed: bytes, shared: dict[int, object]) -> Rows:
+    # Rows have keys, files and names in common, with one another and with their content.
+    kinds = {
+        "": shared.__getitem__,
+        **_KINDS,
+        **{k.__name__: cache(k) for k in (AnnexKey, TreeFile)},
+    }
+    texts: dict[str, str] = {}
 
-    def find(numbers: list[int]) -> tuple[TreeFile, ...]:
-        return tuple(files[number] for number in numbers)
+    def frozen(value: Any) -> Any:  # noqa: ANN401 - as above
+        if isinstance(value, str):
+            return texts.setdefault(value, value)
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
 
-    found = Rows()
-    for (name, subject, session, values), images, sidecars, origin, prepared in rows:
-        texts = tuple((find(several), events) for several, events in sidecars)
-        row = SubjectRow(
-            ContentUnit(name, ()),
-            shared[origin],
-            name if subject == name else subject,
-            session,
-            tuple(map(find, images)),
-            texts,
-            tuple(values),
-        )
-        if prepared:
-            repo, path, *key = prepared
-            prepared = ContentFile(shared[repo], AnnexKey(*key), path)
-        found.append(row.filled(prepared))
-    return found
+    def made(found: dict[str, list[Any]]) -> Any:  # noqa: ANN401 - as above
+        return next(kinds[name](*map(frozen, values)) for name, values in found.items())
+
+    return Rows(json.loads(zlib.decompress(packed), object_hook=made))
 
 
 class Subjects(Sequence[tio.Subject]):
@@ -322,7 +300,8 @@ class _Builder:
             tuple(self._sidecars_of(files[0].path) for files in images if files),
             tuple(values[column] for column in self._columns),
         )
-        return made.filled()
+        files = {file.key: file for source in made.sources.values() for file in source.content}
+        return replace(made, content=ContentUnit(row.unit, tuple(files.values())))
 
     def _sidecars_of(self, path: str) -> tuple[tuple[TreeFile, ...], str]:
         events = self._events.find(path, "events")
