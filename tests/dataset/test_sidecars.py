@@ -9,7 +9,7 @@ import pytest
 import tio_openneuro as tno
 from tio_openneuro.content import TreeFile
 from tio_openneuro.errors import UnsafeDatasetError
-from tio_openneuro.torchio_seams import Metadata
+from tio_openneuro.torchio_seams import Metadata, ReadSidecars
 
 T1 = {"t1": tno.Scalar("sub-*/anat/*_T1w.nii.gz")}
 IMAGE = "sub-01/anat/sub-01_T1w.nii.gz"
@@ -53,5 +53,5 @@ def test_fields_of_all_levels_are_there_and_shared_by_copies(tmp_path: Path) -> 
 def test_what_is_given_goes_over_the_texts(tmp_path: Path) -> None:
     """Events are no sidecar's to name."""
     (tmp_path / "x.json").write_text('{"events": "b", "x": 1}')
-    files = (tmp_path, [TreeFile("x.json", "", None, 23)], [])
+    files = (tmp_path, (TreeFile("x.json", "", None, 23),), ReadSidecars())
     assert dict(Metadata({"events": "a"}, files)) == {"events": "a", "x": 1}

@@ -9,6 +9,7 @@ import torchio as tio
 
 import tio_openneuro as tno
 from tio_openneuro.loopback.volume import Volume, write_content
+from tio_openneuro.torchio_seams import in_place
 from tio_openneuro.torchio_seams.in_place import get_subject, transform_in_place
 
 
@@ -81,6 +82,64 @@ def test_a_subject_is_the_same_as_the_datasets_own(subjects):
         assert_same(get_subject(lone, 0), own)
     assert repr([vars(part) for part in transform.transforms]) == told
     assert not any(image._loaded for each in subjects for image in each.get_images())
+
+
+def laid_out(tensor, layout):
+    """Return the same voxels in another order of memory."""
+    if layout == "fortran":
+        return tensor.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    if layout == "flipped axes":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "strided":
+        return torch.stack((tensor, tensor + 1), -1)[..., 0]
+    return tensor
+
+
+@pytest.mark.parametrize("layout", ["c", "fortran", "flipped axes", "strided"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.int16, torch.int32, torch.float16, torch.float32, torch.float64],
+    ids=str,
+)
+def test_normalizing_without_a_mask_gives_the_same_bits(dtype, layout):
+    """For each shape, channel count and number of torch's threads; and no mask is looked up."""
+    assert tio.__version__ in in_place._KNOWN_VERSIONS
+    transform = tio.Compose([tio.ZNormalization(p=1), tio.ZNormalization(exclude=["t1"])])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for shape in ((1, 5, 7, 3), (1, 33, 64, 65), (3, 40, 24, 31), (1, 1, 1, 2)):
+                random = torch.Generator().manual_seed(sum(shape))
+                voxels = torch.rand(shape, generator=random).mul(200).to(dtype)
+                image = tio.ScalarImage(tensor=laid_out(voxels, layout))
+                subject = tio.Subject(t1=image, t2=copy.deepcopy(image))
+                own = transform(subject)
+                assert_same(transform_in_place(transform, copy.deepcopy(subject)), own)
+                assert torch.equal(subject.t1.data, voxels)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_normalizing_looks_up_no_mask_unless_it_has_one(monkeypatch):
+    """A mask of ones is not even made; one that is given holds; equal voxels are refused."""
+    made = []
+    real = torch.ones_like
+    monkeypatch.setattr(torch, "ones_like", lambda *a, **k: made.append(a) or real(*a, **k))
+    voxels = torch.arange(60.0).reshape(1, 3, 4, 5)
+    mask = tio.LabelMap(tensor=(voxels > 20).to(torch.uint8))
+
+    def subject(tensor):
+        return tio.Subject(t1=tio.ScalarImage(tensor=tensor.clone()), mask=mask)
+
+    result = transform_in_place(tio.ZNormalization(), subject(voxels))
+    assert not made
+    assert_same(result, tio.ZNormalization()(subject(voxels)))
+    assert made
+    masked = tio.ZNormalization(masking_method="mask")
+    assert_same(transform_in_place(masked, subject(voxels)), masked(subject(voxels)))
+    with pytest.raises(RuntimeError, match="Standard deviation is 0"):
+        transform_in_place(tio.ZNormalization(), subject(torch.ones(1, 3, 4, 5)))
 
 
 def test_no_copy_is_made_where_nobody_would_see_it(subjects, monkeypatch):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torchio as tio
 
@@ -14,7 +13,7 @@ from tio_openneuro.dataset.dataset import DataladSubjectsDataset
 from tio_openneuro.dataset.rows import Origin, SubjectRow
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
-from tio_openneuro.torchio_seams import FetchedImage, identify, transform_of
+from tio_openneuro.torchio_seams import identify, transform_of
 
 
 def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset:
@@ -49,10 +48,10 @@ def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset
     first = datasets[0]
     for other in datasets[1:]:
         _check_alike(first, other)
-    origins: dict[tuple[str, str], Origin] = {}
+    parts: dict[tuple[str, str], Origin] = {}
     for origin in (origin for dataset in datasets for origin in dataset.parts):
-        same = origins.setdefault(origin[:2], origin)
-        if same != origin and not origin.commit:
+        same = parts.setdefault((origin.dataset_id, origin.commit), origin)
+        if same.folder != origin.folder and not origin.commit:
             raise SelectionError(
                 f"Cannot concatenate {same.folder} and {origin.folder}: their units would bear the "
                 f"same names, since both are {origin.dataset_id!r} and have no commit. Rename one."
@@ -60,10 +59,13 @@ def concat(datasets: Sequence[DataladSubjectsDataset]) -> DataladSubjectsDataset
     engine = next((one._engine for one in datasets if one._engine is not None), None)  # noqa: SLF001
     rows = [row for dataset in datasets for row in dataset._rows]  # noqa: SLF001
     missing = _missing_values(rows)
-    result = first._with_rows([_adapted(row, engine, missing) for row in rows])  # noqa: SLF001
+    own = {id(row.origin): row.origin for row in rows}
+    origins = {known: _joined(origin, engine, missing) for known, origin in own.items()}
+    adapted = [_adapted(row, origins[id(row.origin)], missing) for row in rows]
+    result = first._with_rows(adapted)  # noqa: SLF001
     result._engine = engine  # noqa: SLF001
     result.skipped = [skip for dataset in datasets for skip in dataset.skipped]
-    result.parts = tuple(origins.values())
+    result.parts = tuple(parts.values())
     result.dataset_id = "+".join(dict.fromkeys(origin.dataset_id for origin in result.parts))
     result.version = "+".join(dict.fromkeys(origin.commit for origin in result.parts))
     return result
@@ -102,22 +104,27 @@ def _missing_values(rows: Sequence[SubjectRow]) -> dict[str, Any]:
     """Return what stands for a missing value, by column."""
     missing: dict[str, Any] = {}
     for row in rows:
-        for name, value in row.subject.items():
-            if not isinstance(value, tio.Image):
-                is_text = isinstance(value, str) or missing.get(name) == ""
-                missing[name] = "" if is_text else math.nan
+        for name, value in row.attributes.items():
+            is_text = isinstance(value, str) or missing.get(name) == ""
+            missing[name] = "" if is_text else math.nan
     return missing
 
 
-def _adapted(row: SubjectRow, engine: Engine | None, missing: dict[str, Any]) -> SubjectRow:
-    """Return a row with every column, text where any dataset has text, and with that engine."""
-    subject = copy.deepcopy(row.subject)
-    for name, nothing in missing.items():
-        value = subject.get(name, nothing)
-        if nothing == "" and not isinstance(value, str):
-            value = "" if value != value else f"{value:.15g}"  # noqa: PLR0124 - nan
-        subject[name] = value
-    subject.update_attributes()
-    for image in cast("list[FetchedImage]", subject.get_images(intensity_only=False)):
-        image.move_to(engine)
-    return replace(row, subject=subject)
+def _joined(origin: Origin, engine: Engine | None, missing: dict[str, Any]) -> Origin:
+    """Return a dataset's origin with every column, and with that engine if it needs one."""
+    columns = dict.fromkeys((*origin.columns, *missing))
+    others = tuple(
+        name for name in columns if name not in {"subject_id", "session_id", "dataset_id"}
+    )
+    return replace(origin, engine=origin.engine and engine, columns=others)
+
+
+def _adapted(row: SubjectRow, origin: Origin, missing: dict[str, Any]) -> SubjectRow:
+    """Return a row of that origin, with text where any dataset has text."""
+    given = row.attributes
+    values = [given.get(name, missing[name]) for name in origin.columns]
+    for number, name in enumerate(origin.columns):
+        value = values[number]
+        if missing[name] == "" and not isinstance(value, str):
+            values[number] = "" if value != value else f"{value:.15g}"  # noqa: PLR0124 - nan
+    return replace(row, origin=origin, values=tuple(values))

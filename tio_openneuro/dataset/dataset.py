@@ -24,7 +24,7 @@ import torchio as tio
 
 from tio_openneuro.content import AnnexKey, ContentUnit
 from tio_openneuro.dataset.batches import batches
-from tio_openneuro.dataset.rows import Origin, SubjectRow, build_rows
+from tio_openneuro.dataset.rows import Origin, Rows, SubjectRow, Subjects, build_rows
 from tio_openneuro.dataset.views import SplitViews, Transform, find_rows
 from tio_openneuro.disk import DiskStatistics, Engine
 from tio_openneuro.display import showing, transferring
@@ -166,18 +166,16 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         )
         self.dataset_id = catalog.dataset_id
         self.version = catalog.commit
-        # As many as were concatenated, each with small files of its own.
-        origin = catalog.dataset_id, catalog.commit, catalog.folder, catalog.version
-        self.parts: tuple[Origin, ...] = (Origin(*origin),)
         self._preparation: Preparation | None = None
         try:
             self._rows, self.skipped = build_rows(
                 catalog, selection, self._engine, on_missing=on_missing
             )
+            # As many as were concatenated, each with small files of its own.
+            self.parts: tuple[Origin, ...] = (self._rows[0].origin,)
             self._prepare(preprocess, preprocess_id)
-            super().__init__(
-                [row.subject for row in self._rows], transform, load_getitem=load_getitem
-            )
+            super().__init__([self._rows[0].subject], transform, load_getitem=load_getitem)
+            share_subjects(self, Subjects(self._rows))
             if self._engine is not None:
                 self._engine.require(max(self._contents(), key=lambda unit: unit.size_bytes))
                 budget_bytes, stated = self._engine.binding()
@@ -194,10 +192,9 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
         if self._engine is not None:
             budget_bytes, stated = self._engine.binding()
             budget = f"; disk budget {format_size(budget_bytes)}{stated}"
-        parts = (pair for row in self._rows for pair in row.subject.items())
-        taken = {name: image for name, image in parts if isinstance(image, tio.Image)}
+        taken = {n: source.selector for row in self._rows for n, source in row.sources.items()}
         commits = "+".join(origin.commit[:8] or "no commit" for origin in self.parts)
-        names = ", ".join(n + " (label)" * isinstance(i, tio.LabelMap) for n, i in taken.items())
+        names = ", ".join(n + " (label)" * isinstance(s, Label) for n, s in taken.items())
         return (
             f"{type(self).__name__}({self.dataset_id!r} at {commits}: "
             f"{len(self)} subjects; images: {names}; {format_size(self.nbytes)}{budget})"
@@ -242,7 +239,7 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
 
     def _make(self, row: SubjectRow) -> tio.Subject:
         """Return a subject from its files, preprocessed."""
-        subject = copy.deepcopy(row.subject)
+        subject = row.subject
         began_s = time.monotonic()
         if self.load_getitem or self._preparation is not None:
             self._load(subject, row)
@@ -331,8 +328,8 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
     def _with_rows(self, rows: list[SubjectRow]) -> Self:
         """Return a copy that has other rows, and shares the engine."""
         view = copy.copy(self)
-        view._rows = rows  # noqa: SLF001 - itself
-        share_subjects(view, [row.subject for row in rows])
+        view._rows = Rows(rows)  # noqa: SLF001 - itself
+        share_subjects(view, Subjects(view._rows))  # noqa: SLF001 - itself
         return view
 
     def _contents(self) -> list[ContentUnit]:
@@ -382,9 +379,9 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
                 parts of a :func:`concat` have one.
         """
         found = []
-        for _, commit, folder, _ in self.parts:
+        for part in self.parts:
             with suppress(SelectionError) if self.parts[1:] else nullcontext():
-                found.append(read_file(folder, commit, path))
+                found.append(read_file(part.folder, part.commit, path))
         if len(found) != 1:
             raise SelectionError(
                 f"Cannot read {path!r} of {self.dataset_id}: these are {len(self.parts)} "

@@ -5,16 +5,21 @@ Touches git objects only, never image content.
 
 from __future__ import annotations
 
+import json
 import warnings
+import zlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torchio as tio
 
 from tio_openneuro.bounds import CELLS, refuse_above
-from tio_openneuro.content import AnnexKey, ContentUnit, TreeFile
+from tio_openneuro.content import AnnexKey, ContentFile, ContentRepo, ContentUnit, TreeFile
 from tio_openneuro.disk import Engine
 from tio_openneuro.errors import SelectionError
 from tio_openneuro.select import (
@@ -34,46 +39,186 @@ from tio_openneuro.torchio_seams import (
     FetchedSubject,
     ImageFiles,
     Metadata,
+    ReadSidecars,
     reserved_names,
 )
 
 _SHOWN = 5
 
 
-class Origin(NamedTuple):
-    """What a unit was selected from: a dataset, its commit, and where both are."""
+@dataclass(frozen=True)
+class Origin:
+    """What the rows of one dataset share.
+
+    Attributes:
+        dataset_id: Of the dataset.
+        commit: Of what was selected from; empty in a plain folder.
+        version: The tag or branch that led to it.
+        folder: The clone, or the plain BIDS folder.
+        repo: Gives the annexed content; None in a plain folder.
+        engine: Leases it; None in a plain folder.
+        images: The selector of each image, in order.
+        columns: Attribute of each column of participants.tsv.
+        templates: Paths of files that all its units have, which tie nobody, in no view.
+        sidecars: What was read of the sidecars, and what was told.
+    """
 
     dataset_id: str
     commit: str
+    version: str
     folder: Path
-    version: str = ""
+    repo: ContentRepo | None
+    engine: Engine | None
+    images: Mapping[str, Scalar | Label]
+    columns: tuple[str, ...]
+    templates: frozenset[str]
+    sidecars: ReadSidecars = field(default_factory=ReadSidecars)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SubjectRow:
     """One unit, ready to be leased and loaded.
 
     Attributes:
-        subject: The unloaded subject; copied before it is loaded.
         content: Its annexed files, each once.
-        files: All its files.
-        paths: Where they lie in a plain folder.
-        keys: Annex keys of its intensity images, less those of a template: one file that all
-            units of the dataset have ties nobody, in no view.
-        origin: Where it is from.
+        origin: What it shares with others.
+        subject_id: With its prefix.
+        session_id: Likewise; or empty.
+        images: Files of each image of the origin, none where it lacks.
+        sidecars: Of each image that has files: those of the image, and the path of its events.
+        values: Of each column of the origin.
     """
 
-    subject: tio.Subject
     content: ContentUnit
-    files: tuple[TreeFile, ...]
-    paths: tuple[Path, ...]
-    keys: frozenset[AnnexKey]
     origin: Origin
+    subject_id: str
+    session_id: str
+    images: tuple[tuple[TreeFile, ...], ...]
+    sidecars: tuple[tuple[tuple[TreeFile, ...], str], ...]
+    values: tuple[Any, ...]
+
+    @property
+    def subject(self) -> tio.Subject:
+        """The unloaded subject, a new one each time."""
+        sidecars = dict(zip(compress(self.origin.images, self.images), self.sidecars, strict=True))
+        images: dict[str, Any] = {}
+        for name, source in self.sources.items():
+            files, events = sidecars.get(name, ((), ""))
+            known = {"events": events} if events else {}
+            kind = FetchedLabelMap if isinstance(source.selector, Label) else FetchedScalarImage
+            metadata = Metadata(known, (source.folder, files, self.origin.sidecars))
+            images[name] = kind.of(source, metadata)
+        return FetchedSubject(**images, **self.attributes)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the subject holds beside its images."""
+        return {
+            "subject_id": self.subject_id,
+            "session_id": self.session_id,
+            "dataset_id": self.origin.dataset_id,
+            **dict(zip(self.origin.columns, self.values, strict=True)),
+        }
+
+    @property
+    def sources(self) -> dict[str, ImageFiles]:
+        """Where each image comes from, those included that are made of zeros."""
+        origin, found = self.origin, {}
+        for (name, selector), files in zip(origin.images.items(), self.images, strict=True):
+            place = (origin.folder, origin.repo, origin.engine, self.content.name)
+            found[name] = ImageFiles(files, *place, selector)
+        # Not from a label where an image is there; a unit without any file is no row.
+        full = [each for each in found.values() if each.files]
+        grid = min(full, key=lambda each: isinstance(each.selector, Label), default=None)
+        for name, each in found.items():
+            if not each.files and getattr(each.selector, "when_missing", None) == "zeros":
+                found[name] = replace(each, grid_of=grid)
+        return {name: each for name, each in found.items() if each.files or each.grid_of}
+
+    @property
+    def files(self) -> tuple[TreeFile, ...]:
+        """All its files."""
+        return tuple(file for files in self.images for file in files)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Where its files lie in a plain folder."""
+        return tuple(self.origin.folder / file.path for file in self.files)
+
+    @property
+    def keys(self) -> frozenset[AnnexKey]:
+        """Annex keys of its intensity images, less those of templates."""
+        pairs = zip(self.origin.images.values(), self.images, strict=True)
+        scalars = (files for selector, files in pairs if isinstance(selector, Scalar))
+        own = (file for files in scalars for file in files)
+        templates = self.origin.templates
+        return frozenset(f.key for f in own if f.key is not None and f.path not in templates)
+
+
+_KINDS = {k.__name__: k for k in (SubjectRow, ContentUnit, ContentFile, TreeFile, AnnexKey)}
+
+
+class Rows(list[SubjectRow]):
+    """The rows of a dataset, which a pickle holds as compressed text."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled as text, beside the engines and clones, which are the dataset's too."""
+        shared: dict[int, object] = {}
+
+        def plain(value: Any) -> dict[str, list[Any]]:  # noqa: ANN401 - what rows hold
+            name = type(value).__name__
+            if name in _KINDS:
+                return {name: [getattr(value, each.name) for each in fields(value)]}
+            shared[id(value)] = value
+            return {"": [id(value)]}
+
+        return _unpack, (zlib.compress(json.dumps(list(self), default=plain).encode(), 1), shared)
+
+
+def _unpack(packed: bytes, shared: dict[int, object]) -> Rows:
+    # Rows have keys, files and names in common, with one another and with their content.
+    kinds = {
+        "": shared.__getitem__,
+        **_KINDS,
+        **{k.__name__: cache(k) for k in (AnnexKey, TreeFile)},
+    }
+    texts: dict[str, str] = {}
+
+    def frozen(value: Any) -> Any:  # noqa: ANN401 - as above
+        if isinstance(value, str):
+            return texts.setdefault(value, value)
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    def made(found: dict[str, list[Any]]) -> Any:  # noqa: ANN401 - as above
+        return next(kinds[name](*map(frozen, values)) for name, values in found.items())
+
+    return Rows(json.loads(zlib.decompress(packed), object_hook=made))
+
+
+class Subjects(Sequence[tio.Subject]):
+    """Unloaded subjects, each built when it is asked for; what is changed in one is lost."""
+
+    def __init__(self, rows: Rows) -> None:
+        """Build none.
+
+        Args:
+            rows: Of which each is one subject.
+        """
+        self._rows = rows
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - as a list's
+        """Build one, or a list of several."""
+        found = self._rows[index]
+        return [row.subject for row in found] if isinstance(found, list) else found.subject
 
 
 def build_rows(
     catalog: Catalog, selection: Selection, engine: Engine | None, *, on_missing: str
-) -> tuple[list[SubjectRow], list[Skipped]]:
+) -> tuple[Rows, list[Skipped]]:
     """Return a row for each unit that can be had, and what was skipped with its reason.
 
     Raises:
@@ -97,7 +242,7 @@ def build_rows(
             f"may lack."
         )
     builder = _Builder(catalog, selection, engine)
-    return [builder.row(row) for row in rows], skipped
+    return Rows(map(builder.row, rows)), skipped
 
 
 def _available(catalog: Catalog, selection: Selection) -> tuple[list[SelectedUnit], list[Skipped]]:
@@ -132,10 +277,7 @@ class _Builder:
     def __init__(self, catalog: Catalog, selection: Selection, engine: Engine | None) -> None:
         self._catalog = catalog
         self._images = selection.images
-        self._engine = engine
-        self._origin = Origin(catalog.dataset_id, catalog.commit, catalog.folder, catalog.version)
         uses = Counter(path for row in selection.rows for path in {f.path for f in _files_of(row)})
-        self._templates = {path for path, count in uses.items() if count == len(selection.rows) > 1}
         paths = [file.path for file in catalog.files]
         self._participants = Participants.read(catalog.read, paths, catalog.dataset_id)
         columns, units = len(self._participants.columns), len(selection.rows)
@@ -145,64 +287,39 @@ class _Builder:
         self._texts = {file.path: file for file in texts if file.path.endswith(".json")}
         self._sidecars = Sidecars(self._texts)
         self._events = Sidecars(paths, "_events.tsv")
-        self._told: list[str] = []
-        self._names = self._column_names()
-
-    def row(self, row: SelectedUnit) -> SubjectRow:
-        sources = self._sources(row)
-        attributes: dict[str, Any] = {name: self._image(source) for name, source in sources.items()}
-        attributes["subject_id"] = row.subject_id
-        attributes["session_id"] = row.session_id
-        attributes["dataset_id"] = self._catalog.dataset_id
-        for column, value in self._participants.row(row.subject_id, row.session_id).items():
-            if column in self._names:
-                attributes[self._names[column]] = value
-        content = tuple(file for source in sources.values() for file in source.content)
-        files = _files_of(row)
-        return SubjectRow(
-            FetchedSubject(**attributes),
-            ContentUnit(row.unit, tuple({file.key: file for file in content}.values())),
-            files,
-            tuple(self._catalog.folder / file.path for file in files),
-            frozenset(
-                file.key
-                for source in sources.values()
-                if isinstance(source.selector, Scalar)
-                for file in source.files
-                if file.key is not None and file.path not in self._templates
-            ),
-            self._origin,
+        names = self._column_names()
+        self._columns = tuple(names)
+        self._origin = Origin(
+            catalog.dataset_id,
+            catalog.commit,
+            catalog.version,
+            catalog.folder,
+            catalog.repo,
+            engine,
+            dict(selection.images),
+            tuple(names.values()),
+            frozenset(path for path, count in uses.items() if count == len(selection.rows) > 1),
         )
 
-    def _sources(self, row: SelectedUnit) -> dict[str, ImageFiles]:
-        catalog, engine = self._catalog, self._engine
+    def row(self, row: SelectedUnit) -> SubjectRow:
+        images = tuple(row.images.get(name, ()) for name in self._origin.images)
+        values = self._participants.row(row.subject_id, row.session_id)
+        made = SubjectRow(
+            ContentUnit(row.unit, ()),
+            self._origin,
+            row.subject_id,
+            row.session_id,
+            images,
+            tuple(self._sidecars_of(files[0].path) for files in images if files),
+            tuple(values[column] for column in self._columns),
+        )
+        files = {file.key: file for source in made.sources.values() for file in source.content}
+        return replace(made, content=ContentUnit(row.unit, tuple(files.values())))
 
-        def source(selector: Scalar | Label, files: tuple[TreeFile, ...]) -> ImageFiles:
-            return ImageFiles(files, catalog.folder, catalog.repo, engine, row.unit, selector)
-
-        sources = {
-            name: source(selector, row.images[name])
-            for name, selector in self._images.items()
-            if row.images.get(name)
-        }
-        # Not from a label where an image is there; a unit without any file is no row.
-        by_kind = sorted(sources.values(), key=lambda source: isinstance(source.selector, Label))
-        for name, selector in self._images.items():
-            zeros = isinstance(selector, Label) and selector.when_missing == "zeros"
-            if name not in sources and zeros:
-                sources[name] = replace(source(selector, ()), grid_of=by_kind[0])
-        return {name: sources[name] for name in self._images if name in sources}
-
-    def _image(self, source: ImageFiles) -> tio.Image:
-        fields: dict[str, Any] = {}
-        sidecars: list[TreeFile] = []
-        for file in source.files[:1]:
-            sidecars = [self._texts[path] for path in self._sidecars.find(file.path)]
-            events = self._events.find(file.path, "events")
-            if events:
-                fields["events"] = events[-1]
-        kind = FetchedLabelMap if isinstance(source.selector, Label) else FetchedScalarImage
-        return kind.of(source, Metadata(fields, (source.folder, sidecars, self._told)))
+    def _sidecars_of(self, path: str) -> tuple[tuple[TreeFile, ...], str]:
+        events = self._events.find(path, "events")
+        texts = tuple(self._texts[found] for found in self._sidecars.find(path))
+        return texts, events[-1] if events else ""
 
     def _column_names(self) -> dict[str, str]:
         """Return the attribute of each column: its own name, unless a subject has that already."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torchio as tio
 
-from tio_openneuro.dataset.rows import SubjectRow
+from tio_openneuro.dataset.rows import Rows, SubjectRow
 from tio_openneuro.dataset.splits import SplitUnit, k_fold, read_split, save_split, split
 from tio_openneuro.errors import SelectionError, SplitError
 
@@ -28,7 +28,7 @@ class SplitViews:
 
     dataset_id: str
     version: str
-    _rows: list[SubjectRow]
+    _rows: Rows
 
     if TYPE_CHECKING:  # what the dataset brings
 
@@ -58,14 +58,12 @@ class SplitViews:
     def _column(self, column: str) -> list[Any]:
         """Return each unit's value; refuse what is no column, such as an image or a list."""
         for row in self._rows:
-            images = row.subject.get_images_names()
-            known = sorted(name for name in row.subject if name not in images)
-            if column not in known:
+            if column not in (known := sorted(row.attributes)):
                 raise SelectionError(
                     f"Cannot read column {column!r} of {self.dataset_id}: its {len(self._rows)} "
                     f"units carry {', '.join(known)}. Give the name of one of them."
                 )
-        return [row.subject[column] for row in self._rows]
+        return [row.attributes[column] for row in self._rows]
 
     def split(
         self,
@@ -154,7 +152,7 @@ class SplitViews:
     def _split_units(self, group: str | None) -> list[SplitUnit]:
         groups = self._values(group) or [None] * len(self._rows)
         return [
-            SplitUnit(f"{row.subject['dataset_id']}/{row.subject['subject_id']}", row.keys, value)
+            SplitUnit(f"{row.origin.dataset_id}/{row.subject_id}", row.keys, value)
             for row, value in zip(self._rows, groups, strict=True)
         ]
 
@@ -226,5 +224,4 @@ def _find(value: Any, rows: Sequence[SubjectRow]) -> list[int]:  # noqa: ANN401 
 
 
 def _names_of(row: SubjectRow) -> set[Any]:
-    subject_id, session_id = row.subject["subject_id"], row.subject["session_id"]
-    return {row.content.name, subject_id, f"{subject_id} {session_id}".strip()}
+    return {row.content.name, row.subject_id, f"{row.subject_id} {row.session_id}".strip()}

@@ -13,8 +13,9 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tio_openneuro.annex import AnnexRepo
 from tio_openneuro.closing import Closing
@@ -24,7 +25,7 @@ from tio_openneuro.disk.audit import audit
 from tio_openneuro.disk.leases import Leases, Settings
 from tio_openneuro.disk.look_ahead import is_prepared
 from tio_openneuro.disk.prepared_volumes import PreparedRepo
-from tio_openneuro.disk.statistics import DiskStatistics, RootStatus
+from tio_openneuro.disk.statistics import DiskStatistics, RootStatus, SharedCounts
 from tio_openneuro.disk.store import FOLDER, OpenRepo
 from tio_openneuro.errors import DiskBudgetError, LedgerError, NotAnAnnexError
 from tio_openneuro.forks import at_fork
@@ -90,8 +91,9 @@ class Engine:
         self._begin()
         self._budget_bytes = self._here().ledger.budget_bytes
 
-    def _begin(self) -> None:
+    def _begin(self, above: SharedCounts | None = None) -> None:
         """Have no leases yet, in this process."""
+        self._counts = SharedCounts(above)
         self._opening = threading.Lock()
         self._leases: Leases | None = None
         self._closed = False
@@ -101,20 +103,22 @@ class Engine:
     def _after_fork(self) -> None:
         """Let go of the parent's leases; the thread that held the lock may be gone."""
         self._opening = threading.Lock()
+        self._counts = SharedCounts(self._counts)
         if self._leases is not None:
             # Kept, since closing a connection that was carried over a fork is not safe.
             self._inherited = self._leases
             self._leases = None
 
-    def __getstate__(self) -> dict[str, object]:
-        """Return the settings, with the budget chosen."""
-        return {"settings": replace(self._settings, budget_bytes=self._budget_bytes)}
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the settings, with the budget chosen; for a spawned process the counts too."""
+        settings = replace(self._settings, budget_bytes=self._budget_bytes)
+        return {"settings": settings, "counts": self._counts if get_spawning_popen() else None}
 
-    def __setstate__(self, state: dict[str, Settings]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the settings; this process opens the ledger when it needs it."""
         self._settings = state["settings"]
         self._budget_bytes = state["settings"].budget_bytes or 0
-        self._begin()
+        self._begin(state["counts"])
 
     def _here(self) -> Leases:
         """Return this process's leases, made if need be."""
@@ -123,7 +127,7 @@ class Engine:
                 message = f"Cannot use the engine of {self._settings.root}: it was closed."
                 raise LedgerError(message)
             if self._leases is None or self._leases.pid != os.getpid():
-                self._leases = Leases(self._settings)
+                self._leases = Leases(self._settings, self._counts)
                 Closing(self, self._leases.close)
             return self._leases
 
@@ -325,7 +329,7 @@ class Engine:
         return many_units.adopt(self._here(), units)
 
     def statistics(self) -> DiskStatistics:
-        """Return what this process did, and what the root holds, or held when this was closed."""
+        """Return what was done here, and what the root holds, or held when this was closed."""
         if self._closed and self._last is not None:
             return self._last
         return self._statistics(self._here())

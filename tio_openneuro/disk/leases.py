@@ -19,7 +19,7 @@ from pathlib import Path
 from tio_openneuro.content import AnnexKey, ContentFile, ContentId, ContentUnit
 from tio_openneuro.disk.fetching import Fetches
 from tio_openneuro.disk.look_ahead import Ask, LookAhead
-from tio_openneuro.disk.statistics import DiskCounters
+from tio_openneuro.disk.statistics import DiskCounters, SharedCounts
 from tio_openneuro.disk.store import Fetch, OpenRepo, Store
 from tio_openneuro.errors import DiskBudgetError, FetchError, LedgerError, TioOpenNeuroError
 from tio_openneuro.ledger import (
@@ -66,8 +66,12 @@ class Settings:
 class Leases:
     """What one process has of an engine."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, counts: SharedCounts) -> None:
         """Enter an owner in the ledger, and make way for its budget.
+
+        Args:
+            settings: What the engine was told.
+            counts: The engine's in this process.
 
         Raises:
             DiskBudgetError: Leases of others exceed the budget.
@@ -76,7 +80,7 @@ class Leases:
         self.pid = os.getpid()
         folder = prepare_ledger_folder(settings.root)
         self.ledger = Ledger(folder, settings.budget_bytes, free_bytes(folder))
-        self.counters = DiskCounters()
+        self.counters = DiskCounters(counts)
         self.changes = Changes(self.ledger)
         self.store = Store(
             self.ledger, self.counters, self.changes, settings.open_repo, settings.floor_bytes

@@ -316,9 +316,9 @@ class Store:
         self.take_in(fetch.content, path, *marks)
         fetch.path = path
         if marks:
-            seconds = time.monotonic() - began_s
-            size_bytes = key.size_bytes or 0
-            self._counters.add(fetched_files=1, fetched_bytes=size_bytes, fetch_s=seconds)
+            seconds, size_bytes = time.monotonic() - began_s, key.size_bytes or 0
+            done = {"fetched_files": 1, "fetched_bytes": size_bytes}
+            self._counters.add(**done, fetch_s=seconds, of_clones=self.counts())
             self._log("Fetched", fetch.content, size_bytes, f"for {fetch.unit}", gained=True)
 
     def settle(self, unfinished: Iterable[ContentRow]) -> None:

@@ -20,6 +20,7 @@ from tio_openneuro.torchio_seams.images import (
     FetchedSubject,
     ImageFiles,
     Metadata,
+    ReadSidecars,
 )
 from tio_openneuro.torchio_seams.in_place import get_subject, transform_in_place
 from tio_openneuro.torchio_seams.parts import walk_parts
@@ -54,6 +55,7 @@ __all__ = [
     "ImageFiles",
     "KeptMaps",
     "Metadata",
+    "ReadSidecars",
     "SamplerMap",
     "UnpinnedError",
     "draw_patches",

@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, Self, SupportsIndex
@@ -43,7 +43,27 @@ from tio_openneuro.volumes import VolumeFile, read_grid, refuse_bomb
 _NO_FIELDS = "Left out: %s of %s, which is no JSON object, and without a word each other such one."
 
 Box = Sequence[tuple[int, int]]
-SidecarFiles = tuple[Path, Sequence[TreeFile], list[str]]
+
+
+class ReadSidecars(dict[tuple[TreeFile, ...], dict[str, Any]]):
+    """What was read of a dataset's sidecars, once for all who share them; a pickle holds none.
+
+    Attributes:
+        told: Whether one was told to have no fields.
+    """
+
+    told = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled without what was read, but for what was told."""
+        return type(self), (), {"told": self.told}
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return the same object."""
+        return self
+
+
+SidecarFiles = tuple[Path, tuple[TreeFile, ...], ReadSidecars]
 
 
 class Metadata(Mapping[str, Any]):
@@ -59,10 +79,10 @@ class Metadata(Mapping[str, Any]):
 
         Args:
             fields: They go before those of the sidecars.
-            files: Folder of the dataset; the sidecars, of which later ones override; and which of
-                the dataset's was told to have no fields: its images share that list.
+            files: Folder of the dataset; the sidecars, of which later ones override; and what was
+                read of the dataset's.
         """
-        self._known, self._files = dict(fields), files or (Path(), (), [])
+        self._known, self._files = dict(fields), files or (Path(), (), ReadSidecars())
 
     @property
     def identity(self) -> tuple[Mapping[str, Any], list[str]]:
@@ -71,16 +91,18 @@ class Metadata(Mapping[str, Any]):
 
     @cached_property
     def _fields(self) -> dict[str, Any]:
-        folder, files, told = self._files
-        fields: dict[str, Any] = {}
-        for path, text in read_texts(folder, files).items():
-            try:
-                fields = {**fields, **parse_json(decode_text(text), f"{path} of {folder.name}")}
-            except (ValueError, TypeError):
-                if not told:
-                    logging.getLogger(__name__).warning(_NO_FIELDS, path, folder.name)
-                told[:] = [path]
-        return fields | self._known
+        folder, files, read = self._files
+        if files not in read:
+            fields: dict[str, Any] = {}
+            for path, text in read_texts(folder, files).items():
+                try:
+                    fields = {**fields, **parse_json(decode_text(text), f"{path} of {folder.name}")}
+                except (ValueError, TypeError):
+                    if not read.told:
+                        logging.getLogger(__name__).warning(_NO_FIELDS, path, folder.name)
+                    read.told = True
+            read[files] = fields
+        return read[files] | self._known
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - JSON holds anything
         """Return one field."""
@@ -222,11 +244,6 @@ class FetchedImage(tio.Image):
         image = cls(source.path, metadata=metadata)
         image.source = source
         return image
-
-    def move_to(self, engine: Engine | None) -> None:
-        """Let another engine lease the image's content; a plain file's needs none."""
-        if self.source is not None and self.source.engine is not None:
-            self.source = replace(self.source, engine=engine)
 
     def lend(self, array: OpenArray, source: ImageFiles | None) -> None:
         """Let the voxels be those of an array, which are read when they are asked for.

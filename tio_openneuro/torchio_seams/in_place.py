@@ -36,6 +36,8 @@ _THROUGH_SITK = (
     tio.Resample,
 )
 """What hands every image to SimpleITK and takes another one back."""
+# Whose arithmetic is known, to the order of its sums.
+_KNOWN_VERSIONS = frozenset({"1.2.1"})
 
 
 def get_subject(dataset: tio.SubjectsDataset, index: int) -> tio.Subject:
@@ -125,9 +127,33 @@ def _sparing(transform: Any) -> Any:  # noqa: ANN401
     elif type(transform) is tio.OneOf:
         odds = transform.transforms_dict.items()
         sparing.transforms_dict = {_sparing(part): share for part, share in odds}
+    elif type(transform) is tio.ZNormalization and transform.masking_method is None:
+        if tio.__version__ in _KNOWN_VERSIONS:
+            sparing.ones, sparing.znorm = _no_mask, _standardize
     elif type(transform) in _THROUGH_SITK:
         return partial(_apply_transposed, sparing)
     return sparing
+
+
+def _no_mask(_: torch.Tensor) -> None:
+    """Return nothing in place of a mask of ones, for :func:`_standardize`."""
+
+
+def _standardize(tensor: torch.Tensor, _: None) -> torch.Tensor | None:
+    """Return what ``ZNormalization`` makes of all voxels; None where they are equal.
+
+    TorchIO looks them up by a mask of ones first, which takes 148 of 158 ms at 192**3 (1.2.1).
+    Here they are in the order in which that gives them, since sums depend on it.
+    """
+    result = tensor.clone() if tensor.dtype == torch.float32 else tensor.float()
+    values = result.reshape(-1)
+    mean, std = values.mean(), values.std()
+    if std == 0:
+        return None
+    del values
+    result -= mean
+    result /= std
+    return result
 
 
 def _apply_transposed(transform: tio.Transform, subject: tio.Subject) -> tio.Subject:

@@ -38,7 +38,7 @@ def transform_of(dataset: tio.SubjectsDataset) -> Callable[[tio.Subject], tio.Su
 
 def share_subjects(dataset: tio.SubjectsDataset, subjects: Sequence[tio.Subject]) -> None:
     """Give a copy of a dataset other subjects."""
-    dataset._subjects = list(subjects)
+    dataset._subjects = subjects
 
 
 def leave_unfilled(queue: tio.Queue) -> None:
