@@ -98,17 +98,17 @@ def transform_in_place(
     return result
 
 
-def _is_known(transform: object) -> bool:
+def is_known(transform: object) -> bool:
     """Return whether a transform is TorchIO's own, and shows its subject to no code of others."""
     ours = isinstance(transform, tio.Transform) and not isinstance(transform, tio.Lambda)
     ours = ours and type(transform).__module__.startswith("torchio.")
-    return ours and all(map(_is_known, inner_transforms(transform)))
+    return ours and all(map(is_known, inner_transforms(transform)))
 
 
 def _sparing(transform: Any) -> Any:  # noqa: ANN401
     """Return a transform that does the same without copies, where nobody can tell."""
     compound = type(transform) is tio.Compose
-    if not compound and not _is_known(transform):
+    if not compound and not is_known(transform):
         return transform
     sparing = copy.copy(transform)
     sparing.copy = transform.copy and _SPARED
@@ -118,7 +118,7 @@ def _sparing(transform: Any) -> Any:  # noqa: ANN401
         for part in transform.transforms:
             # Code of others may keep what it was shown: what follows it works on a copy.
             sparing.transforms.append(part if shown else _sparing(part))
-            shown = not _is_known(part)
+            shown = not is_known(part)
     elif type(transform) is tio.OneOf:
         odds = transform.transforms_dict.items()
         sparing.transforms_dict = {_sparing(part): share for part, share in odds}
