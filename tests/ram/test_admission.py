@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tio_openneuro.errors import RamBudgetError
-from tio_openneuro.ram.admission import Admission, TransformCost, bound_subject, read_budget
+from tio_openneuro.ram.admission import THREAD_BYTES, Admission, Need, bound_subject, read_budget
 from tio_openneuro.volumes.headers import (
     VolumeFile,
     announce_files,
@@ -85,13 +85,14 @@ def test_half_of_the_available_memory_is_the_default_budget():
 
 def test_the_bound_is_that_of_the_hungriest_step():
     """Decoding, transforming and sampling follow one another; only the largest counts."""
-    size = sum_sizes([(1, 10**6, 4), (1, 10**6, 4)])
-    plain = bound_subject(size, TransformCost(), 0)
-    sampled = bound_subject(size, TransformCost(), 48)
-    transformed = bound_subject(size, TransformCost(copies=2, voxel_bytes=64), 48)
-    assert plain >= 3 * 8 * 10**6
-    assert sampled - plain == 8 * 10**6 + 48 * 10**6 - 3 * 8 * 10**6
-    assert transformed - sampled == (3 * 8 + 64) * 10**6 - (8 + 48) * 10**6
+    size = sum_sizes([(2, 10**6, 4), (1, 10**6, 4)])
+    plain = bound_subject(size, size, [], 0)
+    sampled = bound_subject(size, size, [], 9)
+    needs = [Need(60 * 10**6, "RandomSpike"), Need(70 * 10**6, "RandomMotion")]
+    transformed = bound_subject(size, size, needs, 9)
+    assert plain == (THREAD_BYTES + (12 + 8) * 10**6, "decoding")
+    assert sampled == (THREAD_BYTES + (12 + 9) * 10**6, "the sampler")
+    assert transformed == (THREAD_BYTES + 70 * 10**6, "RandomMotion")
 
 
 def test_headers_tell_sizes_without_decoding(tmp_path):
@@ -99,9 +100,9 @@ def test_headers_tell_sizes_without_decoding(tmp_path):
     path = tmp_path / "dwi.nii.gz"
     voxels = np.random.default_rng(0).integers(0, 999, (4, 5, 6, 7), dtype=np.int16)
     nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
-    assert VolumeFile(path).size == (7, 120, 4)
+    assert VolumeFile(path).size == (7, 120, 4, ((4, 1.0), (5, 1.0), (6, 1.0)))
     path.write_bytes(path.read_bytes()[:-200])
-    assert VolumeFile(path).size == (7, 120, 4)
+    assert VolumeFile(path).size[:3] == (7, 120, 4)
     assert VolumeFile(tmp_path / "absent.nii.gz").size is None
     (tmp_path / "text.nii").write_text("no image")
     assert VolumeFile(tmp_path / "text.nii").size is None
@@ -117,7 +118,7 @@ def test_announced_files_reach_the_listener_of_this_thread_only_while_it_listens
         announce_files([VolumeFile(path), VolumeFile(path)])
         announce_files([VolumeFile(path), VolumeFile(tmp_path / "absent.nii")])
     announce_files([VolumeFile(path)])
-    assert heard == [sum_sizes([(1, 120, 4), (1, 120, 4)])]
+    assert heard == [sum_sizes([VolumeFile(path).size, VolumeFile(path).size])]
 
     def refuse(_size):
         message = "too large"

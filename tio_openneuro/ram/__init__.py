@@ -19,7 +19,7 @@ from tio_openneuro.ram.allocator import (
     in_main_arena,
     make_room,
 )
-from tio_openneuro.ram.machine import available_bytes
+from tio_openneuro.ram.machine import ResidentPeak, available_bytes
 
 __all__ = [
     "BASE_BYTES",
@@ -27,6 +27,7 @@ __all__ = [
     "Admission",
     "FreedMemory",
     "Need",
+    "ResidentPeak",
     "available_bytes",
     "bound_subject",
     "give_back",

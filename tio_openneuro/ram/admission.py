@@ -99,6 +99,7 @@ class Admission:
         self.charged_bytes = base_bytes
         self.peak_bytes = base_bytes
         self.retained_bytes = 0
+        self._given_back_bytes = 0
         self._base_bytes = base_bytes
 
     @property
@@ -131,7 +132,6 @@ class Admission:
                 f"and may not be back. Ask fits() first."
             )
         self.charged_bytes += size_bytes
-        self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
 
     def settle(self, charged_bytes: int, kept_bytes: int) -> None:
         """Replace a charge by what is really kept.
@@ -143,6 +143,7 @@ class Admission:
             charged_bytes: The charge that ends.
             kept_bytes: Bytes that stay allocated.
         """
+        self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
         self.release(charged_bytes)
         self.charged_bytes += kept_bytes
         self.retained_bytes -= min(kept_bytes, charged_bytes)
@@ -161,9 +162,21 @@ class Admission:
             raise ValueError(f"Released {excess} bytes more than were charged.")
 
     def measured(self, free_bytes: int) -> None:
-        """Note what the allocator holds free at most: what was freed may be in use again.
+        """Note what the allocator holds free: what was freed may be in use again, or be more.
+
+        It is more where a bound was too low, or where free pieces fit nothing.
 
         Args:
-            free_bytes: Its own count, of the whole process.
+            free_bytes: Its own count, of the whole process, with what was given back.
         """
-        self.retained_bytes = min(self.retained_bytes, free_bytes)
+        self._given_back_bytes = min(self._given_back_bytes, free_bytes)
+        inferred_bytes = min(self.retained_bytes, free_bytes)
+        self.retained_bytes = max(inferred_bytes, free_bytes - self._given_back_bytes)
+
+    def returned(self, free_bytes: int) -> None:
+        """Note that all that is free was given back.
+
+        Args:
+            free_bytes: As in :meth:`measured`.
+        """
+        self.retained_bytes, self._given_back_bytes = 0, free_bytes
