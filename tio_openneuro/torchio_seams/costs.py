@@ -10,7 +10,6 @@ from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
-import numpy as np
 import torchio as tio
 from torchio.transforms.augmentation import RandomTransform
 
@@ -206,7 +205,7 @@ def _resample(target: Any, axes: Axes, subject: SubjectSize) -> Axes:  # noqa: A
             else VolumeFile(Path(target)).size
         )
         return axes if found is None else found.axes
-    if np.ndim(target) == 0:
+    if isinstance(target, int | float):
         target = [target] * _AXES
     if len(target) < _AXES:
         return [(int(n), 1.0) for n in target[0]]

@@ -142,8 +142,9 @@ def _apply_transposed(transform: Any, subject: tio.Subject) -> tio.Subject:  # n
             handed.append((image, weakref.ref(image.data)))
     result: tio.Subject = transform(subject)
     for image, reference in handed:
-        if image.data is reference():
-            image.set_data(_in_fortran_order(image.data.permute(0, 3, 2, 1)).permute(0, 3, 2, 1))
+        tensor = reference()
+        if tensor is not None and image.data is tensor:
+            image.set_data(_in_fortran_order(tensor.permute(0, 3, 2, 1)).permute(0, 3, 2, 1))
     return result
 
 
