@@ -240,7 +240,6 @@ class Filler:
             self._deposit(job, production)
 
     def _deposit(self, job: _Job, production: Production | None) -> None:
-        self.held.look()
         with self._changed:
             self._running.remove(job)
             if self._current(job) and production is not None:

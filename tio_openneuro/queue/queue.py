@@ -380,7 +380,7 @@ class BudgetedQueue(tio.Queue):
             ram_budget_bytes=self.ram_budget_bytes,
             ram_charged_bytes=filler.admission.charged_bytes,
             ram_peak_bytes=filler.admission.peak_bytes,
-            ram_held_peak_bytes=filler.held.size_bytes,
+            ram_held_peak_bytes=max(filler.held.size_bytes, 0),
             buffer_patches=len(filler.buffered()),
             window=self.max_length,
             epoch=epoch,

@@ -26,14 +26,13 @@ class ResidentPeak:
 
     def __init__(self) -> None:
         """Begin now."""
-        self.size_bytes = 0
         self._begun_bytes, self._before_bytes = _resident_bytes()
 
-    def look(self) -> None:
-        """Note the kernel's own peak, or what is held now where an earlier peak hides that."""
+    @property
+    def size_bytes(self) -> int:
+        """The kernel's own peak, or what is held now where an earlier peak hides that."""
         now_bytes, most_bytes = _resident_bytes()
-        seen_bytes = most_bytes if most_bytes > self._before_bytes else now_bytes
-        self.size_bytes = max(self.size_bytes, seen_bytes - self._begun_bytes)
+        return (most_bytes if most_bytes > self._before_bytes else now_bytes) - self._begun_bytes
 
 
 def _resident_bytes() -> tuple[int, int]:

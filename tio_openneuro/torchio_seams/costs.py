@@ -90,18 +90,16 @@ def _trace_part(
         after = _join(size, after)
     if isinstance(transform, tio.ToReferenceSpace):
         worked = SubjectSize((*worked.images, measure_image(transform.reference) or size.images[0]))
-    kept = len(getattr(transform, "keep", None) or ())
     grid, channel = _count_temporaries(transform)
-    held_bytes = copied_bytes + worked.stored_bytes
+    # What is kept is copied by a random transform, and by the one that it draws.
+    kept = len(getattr(transform, "keep", None) or ())
+    held_bytes = copied_bytes + worked.stored_bytes + 2 * kept * size.largest_bytes
     held_bytes += max(
         image.voxels * (grid + channel * image.channels) * image.item_bytes // FLOAT_BYTES
         for image in worked.images
     )
-    if kept:
-        # By a random transform, and by the one that it draws.
-        held_bytes += 2 * kept * size.largest_bytes
-        largest = max(size.images, key=lambda image: image.size_bytes)
-        after = SubjectSize(after.images + kept * (largest,))
+    largest = max(size.images, key=lambda image: image.size_bytes)
+    after = SubjectSize(after.images + kept * (largest,))
     return after, [Need(held_bytes, type(transform).__name__)]
 
 
