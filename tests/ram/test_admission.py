@@ -65,6 +65,25 @@ def test_freed_memory_counts_until_it_is_returned():
     assert admission.capacity_bytes == 8
 
 
+def test_what_the_allocator_holds_free_counts_whatever_was_charged_for_it():
+    """A bound that was too low is seen in what is free; what was given back is not in use again."""
+    admission = Admission(100, base_bytes=0)
+    admission.charge(10)
+    admission.settle(10, 4)
+    admission.measured(50)  # six were charged for it
+    assert admission.retained_bytes == 50
+    assert not admission.fits(47)
+    admission.returned(50)  # all of it is unmapped now, and still counts as free to the allocator
+    assert admission.fits(96)
+    admission.measured(50)
+    assert admission.fits(96)
+    admission.measured(70)
+    assert admission.retained_bytes == 20
+    admission.measured(30)  # what was given back is in use again, at least in part
+    admission.measured(60)
+    assert admission.retained_bytes == 30
+
+
 def test_what_exists_is_counted_even_where_a_bound_was_wrong():
     """More kept than charged shows in the peak, and nothing fits until it is gone."""
     admission = Admission(10, base_bytes=0)

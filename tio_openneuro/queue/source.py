@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import dropwhile, islice
 from math import prod
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -270,6 +270,12 @@ class SubjectSource:
         if size is not None:
             work = self._work(size)
             advice += f"Of its work, {work.name} takes most ({work.size_bytes} bytes). "
+            result, needs = self._trace(size, prepared=False)
+            drawn = list(dropwhile(lambda need: not need.name.startswith("Random"), needs))
+            rest = bound_subject(result, result, drawn, map_bytes(self.sampler))
+            if hasattr(self.dataset, "preprocess") and rest.size_bytes < work.size_bytes:
+                done = f"Where what is not random was done before, as preprocess=, {rest.name} does"
+                advice += f"{done} ({rest.size_bytes} bytes). "
         if self.available_bytes is not None:
             advice += f"'auto' took half of the {self.available_bytes} bytes that were available. "
         smallest_bytes = self._smallest(index, own_bytes, window)

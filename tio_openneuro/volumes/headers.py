@@ -353,9 +353,13 @@ def sum_sizes(images: Iterable[Iterable[Any]]) -> SubjectSize:
     """Return the size of a subject that has these images.
 
     Args:
-        images: Channels, voxels of one channel and bytes per voxel of each; one at least.
+        images: Channels, voxels of one channel, bytes per voxel and, if known, axes of each; one at
+            least.
     """
-    return SubjectSize(tuple(ImageSize(*image) for image in images))
+    found = (ImageSize(*image) for image in images)
+    return SubjectSize(
+        tuple(each._replace(item_bytes=max(each.item_bytes, FLOAT_BYTES)) for each in found)
+    )
 
 
 def announce_files(files: Iterable[VolumeFile]) -> None:
