@@ -166,8 +166,7 @@ class SubjectSource:
         # Code of others makes the copies that are spared here.
         made_by = type(self.dataset).__getitem__.__module__
         self._in_place = made_by.startswith(("torchio.", "tio_openneuro."))
-        parts = preprocess, transform, self.patch_transform
-        self.costs_known = self._in_place and all(map(knows_cost, parts))
+        self.costs_known = all(map(knows_cost, (preprocess, transform, self.patch_transform)))
         self._boxes_alone = transform is None and not map_bytes(self.sampler)
         keeps_maps = has_map(self.sampler) and transform is None and preprocess is not None
         self._maps = KeptMaps(self.ram_budget_bytes // _MAPS_SHARE if keeps_maps else 0)
@@ -373,6 +372,7 @@ class SubjectSource:
         """
 
         def admit(size: SubjectSize) -> None:
+            size = _by_images(size, self.images(turn.index))
             self._sizes[turn.index] = size
             announced()
             if self._bound(size) > granted_bytes:
@@ -477,6 +477,18 @@ def forget_locals(error: BaseException) -> None:
         seen.add(id(link))
         traceback.clear_frames(link.__traceback__)
         link = link.__cause__ or link.__context__
+
+
+def _by_images(size: SubjectSize, count: int) -> SubjectSize:
+    """Return the size of a subject's images, of which each of its files was told.
+
+    Several files of one image are joined, beside all of them; a missing label is made of zeros.
+    """
+    largest = max(size.images, key=lambda image: image.size_bytes)
+    if len(size.images) > count:
+        item_bytes = max(image.item_bytes for image in size.images)
+        return SubjectSize((largest._replace(channels=size.channels, item_bytes=item_bytes),))
+    return SubjectSize(size.images + (count - len(size.images)) * (largest._replace(channels=1),))
 
 
 def _in_ram(subject: tio.Subject) -> bool:
