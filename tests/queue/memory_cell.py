@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 import torchio as tio
@@ -37,8 +38,9 @@ class Cell:
         side: Voxels of the subjects' images in each direction.
         sampler: ``"uniform"``, ``"weighted"`` or ``"label"``.
         workers: Threads of the queue.
-        budget: RAM budget in bytes; 0 for the smallest that is accepted.
-        transform: ``"none"``, ``"light"`` or ``"heavy"``.
+        budget: RAM budget in bytes; 0 for the smallest that is accepted, -1 for the smallest with
+            which freed memory is used again.
+        transform: A key of ``TRANSFORMS``.
         ballast_bytes: What the consumer allocates itself after the queue was made.
     """
 
@@ -48,6 +50,43 @@ class Cell:
     budget: int
     transform: str = "light"
     ballast_bytes: int = 0
+
+
+TRANSFORMS = {
+    "none": lambda _side: None,
+    "light": lambda _side: [tio.ToCanonical(), tio.ZNormalization(), tio.RandomFlip()],
+    "heavy": lambda _side: [
+        tio.ToCanonical(),
+        tio.ZNormalization(),
+        tio.RandomFlip(),
+        tio.RandomAffine(),
+        tio.RandomNoise(),
+    ],
+    "nnU-Net-like": lambda side: [
+        tio.ToCanonical(),
+        tio.Resample(1),
+        tio.CropOrPad(side),
+        tio.ZNormalization(),
+        tio.RandomAffine(),
+        tio.RandomElasticDeformation(),
+        tio.RandomNoise(),
+        tio.RandomGamma(),
+        tio.RandomBiasField(),
+        tio.RandomFlip(),
+    ],
+    "geometry": lambda _side: [tio.RandomFlip(), tio.RandomAffine(), tio.RandomAnisotropy()],
+    "motion": lambda _side: [tio.RandomMotion(num_transforms=10)],
+    "spectra": lambda _side: [tio.RandomGhosting(), tio.RandomSpike()],
+    "bias": lambda _side: [tio.RandomBiasField()],
+    "padded": lambda side: [tio.CropOrPad(side + 64), tio.RandomFlip()],
+    "edged": lambda _side: [tio.Pad((0, 0, 9, 9, 60, 60)), tio.RandomBlur()],
+    "finer": lambda _side: [tio.ToCanonical(), tio.Resample(0.75), tio.RandomGamma()],
+    "resized": lambda side: [tio.Resize(side * 5 // 4)],
+    "multiple": lambda side: [tio.EnsureShapeMultiple(side * 5 // 8)],
+    "classes": lambda _side: [tio.OneHot(3)],
+    "kept": lambda _side: [tio.RandomAffine(keep={"t1": "before"}), tio.RescaleIntensity((0, 1))],
+}
+"""Light, heavy and nnU-Net-like are the ones of which figures are told."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +112,15 @@ class Reading:
     status: int
 
 
-def write_subjects(folder: Path, side: int) -> None:
-    """Write subjects of side**3: an int16 image and a uint8 label."""
+def write_subjects(folder: Path, side: int, kind: str = "int16", channels: int = 1) -> None:
+    """Write subjects of side**3: an image of a type and some channels, and a uint8 label."""
     folder.mkdir()
     for number in range(SUBJECTS):
-        image = np.random.default_rng(number).integers(0, 9, (side,) * 3, dtype=np.int16)
-        label = np.zeros_like(image, np.uint8)
+        shape = (side,) * 3 if channels == 1 else (side, side, side, channels)
+        image = np.random.default_rng(number).integers(0, 9, shape, dtype=np.int16).astype(kind)
+        label = np.zeros((side,) * 3, np.uint8)
         label[side // 4 : side // 2, side // 4 : side // 2, side // 4 : side // 2] = 1
-        write_content(Volume(image, np.eye(4)), folder / f"{number}_t1.nii.gz")
+        nib.save(nib.Nifti1Image(image, np.eye(4)), folder / f"{number}_t1.nii.gz")
         write_content(Volume(label, np.eye(4)), folder / f"{number}_label.nii.gz")
 
 
@@ -175,7 +215,7 @@ def _status(pid: int, name: str) -> int:
 def main() -> None:
     """Say the budget, wait for a line, iterate, and say what came."""
     cell, folder = Cell(**json.loads(sys.argv[1])), Path(sys.argv[2])
-    budget = cell.budget or smallest_budget(cell, folder)
+    budget = cell.budget if cell.budget > 0 else smallest_budget(cell, folder)
     sys.stdout.write(f"{budget}\n")
     sys.stdout.flush()
     sys.stdin.readline()
@@ -196,11 +236,7 @@ def main() -> None:
 
 def make_queue(cell: Cell, folder: Path, budget: int, *, start: bool) -> BudgetedQueue:
     """Return the cell's queue."""
-    transforms = {
-        "none": [],
-        "light": [tio.ToCanonical(), tio.ZNormalization(), tio.RandomFlip()],
-        "heavy": [tio.ToCanonical(), tio.ZNormalization(), tio.RandomAffine(), tio.RandomNoise()],
-    }[cell.transform]
+    transforms = TRANSFORMS[cell.transform](cell.side)
     samplers = {
         "uniform": lambda: tio.UniformSampler(PATCH),
         "weighted": lambda: tio.WeightedSampler(PATCH, "label"),
@@ -225,10 +261,18 @@ def make_queue(cell: Cell, folder: Path, budget: int, *, start: bool) -> Budgete
 
 
 def smallest_budget(cell: Cell, folder: Path) -> int:
-    """Return what a subject's work, its patches, a full window and the libraries need."""
+    """Return what a subject's work, its patches, a full window and the libraries need.
+
+    Or what lets threads use freed memory again, where the cell asks for that.
+    """
     with make_queue(cell, folder, 64 * 2**30, start=False) as queue:
         bounds = queue._source.bounds(0)
-    return bounds.work_bytes + bounds.patch_bytes * (SAMPLES + WINDOW) + BASE_BYTES
+        window_bytes = bounds.patch_bytes * WINDOW
+        least = bounds.work_bytes + bounds.patch_bytes * SAMPLES + window_bytes + BASE_BYTES
+        # Half of what work takes at first is left for what is free.
+        threads = (3 * cell.workers + 1) * (bounds.work_bytes // 2 + 1)
+        roomy = threads + window_bytes + BASE_BYTES
+    return least if cell.budget == 0 else max(least, roomy)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Resuming and equality of sequences are in test_state.py.
 
 import gc
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -27,8 +28,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.errors import FetchError, RamBudgetError
 from tio_openneuro.queue.queue import BudgetedQueue
-from tio_openneuro.queue.source import NoContent
-from tio_openneuro.ram.admission import BASE_BYTES
+from tio_openneuro.queue.source import NoContent, _by_images
+from tio_openneuro.ram.admission import BASE_BYTES, bound_subject
 from tio_openneuro.volumes.headers import announce_size, sum_sizes
 
 _SIZE = 16
@@ -568,13 +569,76 @@ def test_what_a_patch_transform_holds_is_charged(make_queue):
 
 def test_the_growth_of_a_transformed_subject_is_learnt_for_those_to_come(make_queue):
     """After one subject became 64 times as large, as much more is charged for the others."""
-    dataset = make_dataset(transform=tio.Pad(24))
+    pad = tio.Pad(24)
+    dataset = make_dataset(transform=lambda subject: pad(subject))  # noqa: PLW0108 - not TorchIO's
     queue = make_queue(dataset, num_workers=0)
     before = queue._source.bounds(5)
     queue[0]
     after = queue._source.bounds(5)
     assert before.known
     assert after.work_bytes > before.work_bytes + 3 * 2 * 4 * (64**3 - _SIZE**3)
+
+
+def test_the_growth_of_a_subject_is_known_before_the_first_one(make_queue):
+    """What a transform makes larger is refused at construction, and nothing is learnt of it."""
+    dataset = make_dataset(transform=tio.CropOrPad(160))
+    with pytest.raises(RamBudgetError, match=r"sub-0\d .* CropOrPad takes most"):
+        make_queue(dataset, ram_budget=BASE_BYTES + 40_000_000)
+    queue = make_queue(dataset, num_workers=0, max_length=4, samples_per_volume=1)
+    before = queue._source.bounds(5)
+    queue[0]
+    assert queue._source.bounds(5).work_bytes == before.work_bytes > 2 * 4 * 160**3
+
+
+@pytest.mark.parametrize("max_length", [10, None])
+def test_a_refusal_tells_the_smallest_budget_that_works(make_queue, max_length):
+    """Also where the window grows with the budget: that one is accepted, a byte less is not."""
+    subject = make_subject(0)
+    subject.t1.set_data(torch.zeros(1, 64, 64, 64))
+    subject.label.set_data(torch.zeros(1, 64, 64, 64))
+    transform = tio.Compose([tio.RandomFlip(), tio.RandomGhosting()])
+    dataset = tio.SubjectsDataset([subject] * 12, transform=transform)
+    options = {"max_length": max_length, "sampler": tio.UniformSampler(48), "num_workers": 1}
+    with pytest.raises(RamBudgetError, match="RandomGhosting takes most") as raised:
+        make_queue(dataset, ram_budget="70 MB", **options)
+    smallest = int(
+        re.search(r"smallest ram_budget that works for it is (\d+)", str(raised.value))[1]
+    )
+    assert sum(names(make_queue(dataset, ram_budget=smallest, **options)).values()) == 48
+    with pytest.raises(RamBudgetError, match=f"is {smallest} bytes"):
+        make_queue(dataset, ram_budget=smallest - 1, **options)
+
+
+def test_a_refusal_tells_that_nobody_stated_the_budget(make_queue):
+    """The message names what "auto" took half of; a budget that was stated has no such words."""
+    subject = make_subject(0)
+    subject.t1.set_data(torch.zeros(1, 1, 1, 1).expand(1, 4000, 4000, 8000))
+    subject.label.set_data(torch.zeros(1, 1, 1, 1).expand(1, 4000, 4000, 8000))
+    dataset = tio.SubjectsDataset([subject])
+    with pytest.raises(RamBudgetError, match=r"'auto' took half of the \d+ bytes"):
+        make_queue(dataset)
+    with pytest.raises(RamBudgetError, match=r"sub-00") as raised:
+        make_queue(dataset, ram_budget="4 GB")
+    assert "auto" not in str(raised.value)
+
+
+def test_files_that_make_up_one_image_are_joined_in_the_bound():
+    """All lie beside what they become; a label that is made of zeros takes room like any other."""
+    files = sum_sizes([(1, 10**6, 4), (2, 10**6, 8)])
+    joined = _by_images(files, 1)
+    assert (joined.channels, joined.largest_bytes) == (3, 3 * 8 * 10**6)
+    assert bound_subject(joined, joined, [], 0).size_bytes >= 2 * 24 * 10**6
+    assert _by_images(files, 2) == files
+    assert _by_images(files, 3).stored_bytes == files.stored_bytes + 8 * 10**6
+
+
+def test_what_was_charged_to_work_that_ran_is_told_beside_what_was_held(make_queue):
+    """A charge of all that the budget had left, for a size that nobody knew, is not told."""
+    queue = make_queue(RemoteDataset([90]), num_workers=1, ram_budget="1 GB", max_length=4)
+    list(queue)
+    statistics = queue.statistics()
+    assert BASE_BYTES + 4 * 90**3 < statistics.ram_peak_bytes < 500_000_000
+    assert 0 < statistics.ram_held_peak_bytes < 1_000_000_000
 
 
 def test_patches_that_a_transform_makes_larger_are_charged_as_they_came_out(make_queue):

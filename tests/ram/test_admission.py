@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tio_openneuro.errors import RamBudgetError
-from tio_openneuro.ram.admission import Admission, TransformCost, bound_subject, read_budget
+from tio_openneuro.ram.admission import THREAD_BYTES, Admission, Need, bound_subject, read_budget
 from tio_openneuro.volumes.headers import (
     VolumeFile,
     announce_files,
@@ -65,6 +65,25 @@ def test_freed_memory_counts_until_it_is_returned():
     assert admission.capacity_bytes == 8
 
 
+def test_what_the_allocator_holds_free_counts_whatever_was_charged_for_it():
+    """A bound that was too low is seen in what is free; what was given back is not in use again."""
+    admission = Admission(100, base_bytes=0)
+    admission.charge(10)
+    admission.settle(10, 4)
+    admission.measured(50)  # six were charged for it
+    assert admission.retained_bytes == 50
+    assert not admission.fits(47)
+    admission.returned(50)  # all of it is unmapped now, and still counts as free to the allocator
+    assert admission.fits(96)
+    admission.measured(50)
+    assert admission.fits(96)
+    admission.measured(70)
+    assert admission.retained_bytes == 20
+    admission.measured(30)  # what was given back is in use again, at least in part
+    admission.measured(60)
+    assert admission.retained_bytes == 30
+
+
 def test_what_exists_is_counted_even_where_a_bound_was_wrong():
     """More kept than charged shows in the peak, and nothing fits until it is gone."""
     admission = Admission(10, base_bytes=0)
@@ -85,13 +104,14 @@ def test_half_of_the_available_memory_is_the_default_budget():
 
 def test_the_bound_is_that_of_the_hungriest_step():
     """Decoding, transforming and sampling follow one another; only the largest counts."""
-    size = sum_sizes([(1, 10**6, 4), (1, 10**6, 4)])
-    plain = bound_subject(size, TransformCost(), 0)
-    sampled = bound_subject(size, TransformCost(), 48)
-    transformed = bound_subject(size, TransformCost(copies=2, voxel_bytes=64), 48)
-    assert plain >= 3 * 8 * 10**6
-    assert sampled - plain == 8 * 10**6 + 48 * 10**6 - 3 * 8 * 10**6
-    assert transformed - sampled == (3 * 8 + 64) * 10**6 - (8 + 48) * 10**6
+    size = sum_sizes([(2, 10**6, 4), (1, 10**6, 4)])
+    plain = bound_subject(size, size, [], 0)
+    sampled = bound_subject(size, size, [], 9)
+    needs = [Need(60 * 10**6, "RandomSpike"), Need(70 * 10**6, "RandomMotion")]
+    transformed = bound_subject(size, size, needs, 9)
+    assert plain == (THREAD_BYTES + (12 + 8) * 10**6, "decoding")
+    assert sampled == (THREAD_BYTES + (12 + 9) * 10**6, "the sampler")
+    assert transformed == (THREAD_BYTES + 70 * 10**6, "RandomMotion")
 
 
 def test_headers_tell_sizes_without_decoding(tmp_path):
@@ -99,9 +119,9 @@ def test_headers_tell_sizes_without_decoding(tmp_path):
     path = tmp_path / "dwi.nii.gz"
     voxels = np.random.default_rng(0).integers(0, 999, (4, 5, 6, 7), dtype=np.int16)
     nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
-    assert VolumeFile(path).size == (7, 120, 4)
+    assert VolumeFile(path).size == (7, 120, 4, ((4, 1.0), (5, 1.0), (6, 1.0)))
     path.write_bytes(path.read_bytes()[:-200])
-    assert VolumeFile(path).size == (7, 120, 4)
+    assert VolumeFile(path).size[:3] == (7, 120, 4)
     assert VolumeFile(tmp_path / "absent.nii.gz").size is None
     (tmp_path / "text.nii").write_text("no image")
     assert VolumeFile(tmp_path / "text.nii").size is None
@@ -121,7 +141,8 @@ def test_announced_files_reach_the_listener_of_this_thread_only_while_it_listens
         announce_files([VolumeFile(path), VolumeFile(lying)])
     announce_files([VolumeFile(path)])
     # What cannot be believed is refused before it is decoded, and hides no other file's size.
-    assert heard == [sum_sizes([(1, 120, 4), (1, 120, 4)]), sum_sizes([(1, 120, 4)])]
+    size = VolumeFile(path).size
+    assert heard == [sum_sizes([size, size]), sum_sizes([size])]
 
     def refuse(_size):
         message = "too large"

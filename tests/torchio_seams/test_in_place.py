@@ -1,9 +1,12 @@
 """Subjects that nobody else holds: the same as TorchIO's own way gives, and whose copies go."""
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 import torchio as tio
 
@@ -161,6 +164,39 @@ def test_no_copy_is_made_where_nobody_would_see_it(subjects, monkeypatch):
     assert all(arguments["copy"] for _, arguments in result.applied_transforms)
     transform(subject)
     assert tio.Subject in copied
+
+
+def test_no_image_is_held_in_two_orders_while_simpleitk_works(monkeypatch):
+    """What was handed over is gone at once; an image that is left alone comes back as it was."""
+    shape = (8, 9, 10)
+    images = {name: tio.ScalarImage(tensor=torch.rand(2, *shape)) for name in ("a", "b", "c")}
+    expected = images["c"].data.clone()
+    subject = tio.Subject(images)
+    before = [weakref.ref(image.data) for image in images.values()]
+    alive = []
+    execute = SimpleITK.ResampleImageFilter.Execute
+
+    def count(resampler, *given):
+        gc.collect()
+        alive.append(sum(each() is not None for each in before))
+        return execute(resampler, *given)
+
+    monkeypatch.setattr(SimpleITK.ResampleImageFilter, "Execute", count)
+    result = transform_in_place(tio.RandomAffine(include=["a", "b"]), subject)
+    # The one that is not transformed.
+    assert alive == [1] * 4
+    assert torch.equal(result["c"].data, expected)
+    assert result["c"].data.stride() == expected.stride()
+    monkeypatch.undo()
+    original = subject_of_two(shape)
+    again = transform_in_place(tio.RandomAffine(p=0), copy.deepcopy(original))
+    assert_same(again, original)
+
+
+def subject_of_two(shape):
+    """Return a subject of an image and a label in RAM."""
+    label = tio.LabelMap(tensor=torch.ones(1, *shape, dtype=torch.uint8))
+    return tio.Subject(t1=tio.ScalarImage(tensor=torch.rand(1, *shape)), label=label)
 
 
 def test_what_code_of_others_was_shown_stays_as_it_was(subjects):

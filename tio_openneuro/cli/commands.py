@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,15 +15,13 @@ import rich
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
-from rich.text import Text
 
 from tio_openneuro.cli import options
+from tio_openneuro.cli.tables import print_json, report
 from tio_openneuro.display import transferring
 from tio_openneuro.errors import SelectionError, TioOpenNeuroError
 from tio_openneuro.ledger import Ledger
-from tio_openneuro.select import Unit
-from tio_openneuro.sizes import format_size, parse_size
+from tio_openneuro.sizes import parse_size
 
 # What a command needs is imported when it runs: `--help` and `status` wait for no torch.
 if TYPE_CHECKING:
@@ -43,8 +39,6 @@ app = typer.Typer(
 _ENDING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
-# What tables say where a name says too little.
-_LABELS = {"total_bytes": "size", "present_bytes": "on disk", "units_bytes": "size of units"}
 _NEUTRAL_BUDGET = "1000 PB"  # the smallest stated budget of a root holds: this one never is
 
 
@@ -103,7 +97,7 @@ def info(
         if patterns:
             how = {"on_multiple": on_multiple, "on_incomplete": on_incomplete}
             record |= dataclasses.asdict(usable_units(catalog, patterns, unit, **how)[1])
-    _report(str(source), record, as_json=as_json)
+    report(str(source), record, as_json=as_json)
 
 
 @app.command()
@@ -113,7 +107,9 @@ def plan(
     image: options.Images,
     label: options.Labels = [],  # noqa: B006 - typer copies it
     version: options.Version = None,
-    unit: Unit = "subject",
+    unit: options.UnitOf = "subject",
+    on_multiple: options.Multiple = "raise",
+    on_incomplete: options.Incomplete = "raise",
     disk_budget: options.DiskBudget = "auto",
     rate: options.Rate = "20 MB",
     epochs: Annotated[int, typer.Option(min=2, help="Passes over the units.")] = 10,
@@ -139,23 +135,24 @@ def plan(
 ) -> None:
     """Tell what training fetches, holds, and waits for, from git metadata alone."""
     from tio_openneuro.cli.plan import answer, draw, probe_headers, show
-    from tio_openneuro.cli.summary import usable_units
-    from tio_openneuro.sources import open_catalog
+    from tio_openneuro.cli.summary import opened, usable_units
 
     if ranks % nodes:
         raise typer.BadParameter(f"{ranks} ranks cannot be shared equally by {nodes} nodes.")
     patterns = options.read_patterns(image, label)
-    catalog = open_catalog(source, root, version=version)
-    units, selected = usable_units(catalog, patterns, unit)
-    if not units:
-        reasons = "; ".join(selected.skipped_reasons)
-        raise SelectionError(f"Cannot plan {catalog.dataset_id}: no unit can be had ({reasons}).")
+    with opened(source, root, version) as catalog:
+        how = {"on_multiple": on_multiple, "on_incomplete": on_incomplete}
+        units, selected = usable_units(catalog, patterns, unit, **how)
+        if not units:
+            why = "; ".join(selected.skipped_reasons)
+            raise SelectionError(f"Cannot plan {catalog.dataset_id}: no unit can be had ({why}).")
+        voxels_per_byte = probe_headers(catalog, units, probe)
     automatic = disk_budget == "auto"
     told = answer(
         units,
         Ledger.planned_budget(root) if automatic else parse_size(disk_budget),
         epochs=epochs,
-        voxels_per_byte=probe_headers(catalog, units, probe),
+        voxels_per_byte=voxels_per_byte,
         patch_size=patch_size,
         ram_budget=ram_budget,
         remote_rate=None if remote_rate is None else parse_size(options.checked_size(remote_rate)),
@@ -175,7 +172,7 @@ def plan(
     if png is not None:
         draw(png, catalog.dataset_id, record)
     if as_json:
-        _print_json(record)
+        print_json(record)
     else:
         show(f"Plan for {source}", record, Console())
 
@@ -218,7 +215,7 @@ def fetch(
             "used_bytes": statistics.used_bytes,
             "budget_bytes": statistics.budget_bytes,
         }
-    _report("Fetched", record, as_json=as_json)
+    report("Fetched", record, as_json=as_json)
 
 
 @app.command()
@@ -226,7 +223,7 @@ def status(root: options.Root, as_json: options.Json = False) -> None:  # noqa: 
     """Show what is held under the root, the budget that binds, and who is at work."""
     with _engine(root) as engine:
         record = dataclasses.asdict(engine.status())
-    _report(f"Held under {root}", record, as_json=as_json)
+    report(f"Held under {root}", record, as_json=as_json)
 
 
 @app.command()
@@ -251,7 +248,7 @@ def evict(
         with _open(source, root, image, label, version, _NEUTRAL_BUDGET, how) as dataset:
             evicted_bytes, used_bytes = dataset.evict(), dataset.statistics().used_bytes
     record = {"evicted_bytes": evicted_bytes, "used_bytes": used_bytes}
-    _report("Evicted", record, as_json=as_json)
+    report("Evicted", record, as_json=as_json)
 
 
 @app.command()
@@ -272,7 +269,7 @@ def adopt(
     with _open(source, root, image, label, version, disk_budget, how) as dataset:
         adopted_bytes, used_bytes = dataset.adopt(), dataset.statistics().used_bytes
     record = {"adopted_bytes": adopted_bytes, "used_bytes": used_bytes}
-    _report("Adopted", record, as_json=as_json)
+    report("Adopted", record, as_json=as_json)
 
 
 @app.command()
@@ -282,7 +279,7 @@ def forget(source: options.Source, root: options.Root, as_json: options.Json = F
 
     with _engine(root) as engine:
         record = dataclasses.asdict(forget_clone(source, root, engine.forget))
-    _report(f"Forgot {source}", record, as_json=as_json)
+    report(f"Forgot {source}", record, as_json=as_json)
 
 
 @app.command()
@@ -298,7 +295,7 @@ def doctor(
     with _engine(root) as engine:
         findings = engine.check(repair=repair, adopt=repair and adopt)
     if as_json:
-        _print_json({"findings": findings})
+        print_json({"findings": findings})
     else:
         for finding in findings:
             typer.echo(finding)
@@ -339,40 +336,6 @@ def _open(
     patterns = options.read_patterns(image, label) or None
     how |= {"version": version, "root": root, "disk_budget": disk_budget}
     return DataladSubjectsDataset(source, patterns, **how)
-
-
-def _print_json(record: dict[str, Any]) -> None:
-    Console(soft_wrap=True).print_json(json.dumps(record, default=str))
-
-
-def _report(title: str, record: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        _print_json(record)
-        return
-    table = Table(title=Text(_plain(title)), show_header=False, title_justify="left")
-    table.add_column(overflow="fold")
-    table.add_column(justify="right", overflow="fold")
-    for name, value in record.items():
-        for label, shown in _rows(name, value):
-            table.add_row(Text(_plain(label)), Text(_plain(shown)))
-    Console().print(table)
-
-
-def _rows(name: str, value: object) -> Iterator[tuple[str, str]]:
-    """Yield what a table says of one thing, in words and with its unit."""
-    unit = next((end for end in ("_bytes", "_s") if name.endswith(end)), "")
-    words = name.removesuffix(unit).replace("_", " ").replace("pids", "processes")
-    for key, cell in value.items() if isinstance(value, dict) else [("", value)]:
-        shown = ", ".join(map(str, cell if isinstance(cell, tuple) else [cell]))
-        if isinstance(cell, int) and (unit == "_bytes" or name == "clones"):
-            shown = format_size(cell) + " per second" * (name == "rate_bytes")
-        label = f"{words}: {key}" if key else _LABELS.get(name, words)
-        yield label, ("none" if cell in (None, "", ()) else shown) + " s" * (unit == "_s")
-
-
-def _plain(text: str) -> str:
-    """Return a text without what a stranger's could have a terminal do."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 class _EndedError(SystemExit):

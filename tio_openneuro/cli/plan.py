@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torchio as tio
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -18,21 +19,14 @@ from rich.table import Table
 from tio_openneuro.ledger import too_large
 from tio_openneuro.plan import Training, foresee, ram_budgets, total_bytes
 from tio_openneuro.queue import choose_window
-from tio_openneuro.ram import (
-    FLOAT_BYTES,
-    TransformCost,
-    available_bytes,
-    bound_subject,
-    read_budget,
-)
+from tio_openneuro.ram import available_bytes, bound_subject, read_budget
 from tio_openneuro.sizes import format_size
 from tio_openneuro.sources import Catalog
-from tio_openneuro.volumes import VolumeFile, sum_sizes
+from tio_openneuro.torchio_seams import trace_transform
+from tio_openneuro.volumes import FLOAT_BYTES, VolumeFile, sum_sizes
 
 # Loading, ZNormalization and a flip of 192**3 voxels and a label took 0.144 s (2026-11-25).
 _SECONDS_PER_VOXEL = 2e-8
-# ZNormalization, the hungriest of the usual transforms, in a Compose.
-_TRANSFORM = TransformCost(copies=3, voxel_bytes=48)
 _BUSY = 0.05
 _BAR = 18
 _MINUTE_S = 60
@@ -79,7 +73,10 @@ def answer(
     ]
     images = max(map(len, units.values()))
     size = sum_sizes([(1, max(voxels), FLOAT_BYTES)] * images)
-    work_bytes, patch_bytes = bound_subject(size, _TRANSFORM, 0), patch_size**3 * images * 4
+    # The hungriest of the usual transforms.
+    result, needs = trace_transform(tio.ZNormalization(), size, in_place=True)
+    work_bytes = bound_subject(size, result, needs, 0).size_bytes
+    patch_bytes = patch_size**3 * images * FLOAT_BYTES
     ram_bytes = read_budget(ram_budget, available_bytes())
     workers, samples, nodes = training["workers"], training["samples"], training["nodes"]
     least_ram_bytes, most_ram_bytes = ram_budgets(work_bytes, patch_bytes, samples, workers)

@@ -25,7 +25,7 @@ from tio_openneuro.queue.draw import EpochPlan, Pass, Turn
 from tio_openneuro.queue.schedule import Buffer, Schedule
 from tio_openneuro.queue.source import Production, RamBounds, SubjectSource, forget_locals
 from tio_openneuro.queue.threads import INTRA_OP_THREADS, Workers
-from tio_openneuro.ram import Admission, FreedMemory, give_back, make_room
+from tio_openneuro.ram import Admission, FreedMemory, ResidentPeak, give_back, make_room
 from tio_openneuro.recording import Activity
 
 _LOGGER = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Filler:
         self._running: set[_Job] = set()
         self._awaited: Turn | None = None
         self._freed = FreedMemory(self.admission.capacity_bytes, max(num_workers, 1), window)
+        self.held = ResidentPeak()
         self.subjects = 0
         self._waiting = Activity()
 

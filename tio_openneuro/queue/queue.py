@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from tio_openneuro.closing import Closing
 from tio_openneuro.queue import checks
-from tio_openneuro.queue.draw import Pass, PassStart, choose_window
+from tio_openneuro.queue.draw import Pass, PassStart
 from tio_openneuro.queue.filler import Filler
 from tio_openneuro.queue.order import Planner
 from tio_openneuro.queue.source import SubjectSource
@@ -144,7 +144,8 @@ class BudgetedQueue(tio.Queue):
             checks.refuse_other_generators(subjects_dataset, self.sampler, patch_transform)
         self._repeats = seed is not None
         self.seed = int.from_bytes(os.urandom(4), "little") if seed is None else int(seed)
-        self.ram_budget_bytes = read_budget(ram_budget, available_bytes())
+        self._automatic, self._available_bytes = ram_budget == "auto", available_bytes()
+        self.ram_budget_bytes = read_budget(ram_budget, self._available_bytes)
         self.max_length = max_length or 0  # until the size of a patch is known
         self.skipped: list[SkippedSubject] = []
         leave_unfilled(self)
@@ -157,7 +158,7 @@ class BudgetedQueue(tio.Queue):
         install_reading_gate()
         self._build(PassStart(), self._make_planner(self.seed))
         checks.check_ranks(ranks, self._ranks, subject_sampler, self._planner)
-        self._source.require_room(self.max_length)
+        self._source.require_room()
         self._fill_ahead()
 
     def _make_planner(self, seed: int) -> Planner:
@@ -177,10 +178,10 @@ class BudgetedQueue(tio.Queue):
             checked=self._repeats,
             drop=self.on_release == "drop",
             ram_budget_bytes=self.ram_budget_bytes,
+            window=self.max_length or None,
+            available_bytes=self._available_bytes if self._automatic else None,
         )
-        if not self.max_length:
-            patch_bytes = self._source.patch_bytes(self._source.images(0))
-            self.max_length = choose_window(self.ram_budget_bytes, patch_bytes)
+        self.max_length = self._source.window_of(self.ram_budget_bytes)
         self._filler = Filler(self._source, num_workers=self.num_workers, window=self.max_length)
         self._pass: Pass | None = None
         self._left_at: int | None = None
@@ -385,6 +386,7 @@ class BudgetedQueue(tio.Queue):
             ram_budget_bytes=self.ram_budget_bytes,
             ram_charged_bytes=filler.admission.charged_bytes,
             ram_peak_bytes=filler.admission.peak_bytes,
+            ram_held_peak_bytes=max(filler.held.size_bytes, 0),
             buffer_patches=len(filler.buffered()),
             window=self.max_length,
             epoch=epoch,

@@ -10,9 +10,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import dropwhile, islice
 from math import prod
-from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torchio as tio
@@ -20,9 +19,15 @@ import torchio as tio
 from tio_openneuro.dataset import subject_bytes
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.prepared import DamagedVolumeError
-from tio_openneuro.queue.draw import Turn, chosen_twice, derive_seed
+from tio_openneuro.queue.draw import (
+    LARGEST_WINDOW,
+    Turn,
+    choose_window,
+    chosen_twice,
+    derive_seed,
+)
 from tio_openneuro.queue.order import Planner
-from tio_openneuro.ram import BASE_BYTES, FLOAT_BYTES, THREAD_BYTES, bound_subject, refuse_subject
+from tio_openneuro.ram import BASE_BYTES, THREAD_BYTES, Need, bound_subject, refuse_subject
 from tio_openneuro.recording import Activity, counted_by, doing
 from tio_openneuro.torchio_seams import (
     CancelledWorkError,
@@ -34,18 +39,21 @@ from tio_openneuro.torchio_seams import (
     has_map,
     identify_items,
     is_loaded,
+    knows_cost,
     map_bytes,
-    measure_cost,
+    measure_subject,
     reads_boxes,
+    trace_transform,
     transform_of,
 )
-from tio_openneuro.volumes import ImageSize, SubjectSize, VolumeFile, listening, sum_sizes
+from tio_openneuro.volumes import FLOAT_BYTES, SubjectSize, listening, sum_sizes
 
 _FALLBACK_VOXELS = 256**3
 # Subjects of two images: 0.1 s.
 _HEADERS_AT_ONCE = 256
 # Of the RAM budget for the maps of prepared volumes: at 4 GB those of 100 tumours at 192**3.
 _MAPS_SHARE = 64
+_WINDOWS = [1 << n for n in range(LARGEST_WINDOW.bit_length())]
 
 
 @runtime_checkable
@@ -139,6 +147,8 @@ class SubjectSource:
         checked: Whether a subject of each epoch is made twice, and must be the same.
         drop: Whether a subject's content is dropped once its patches are made.
         ram_budget_bytes: The queue's, of which a part is set aside for sampler maps.
+        window: Patches that wait for delivery at most; None where the budget chooses.
+        available_bytes: What the budget is half of where nobody stated one; else None.
     """
 
     dataset: tio.SubjectsDataset
@@ -149,6 +159,8 @@ class SubjectSource:
     checked: bool
     drop: bool
     ram_budget_bytes: int
+    window: int | None = None
+    available_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Look at the transforms, of which nothing is run."""
@@ -157,10 +169,11 @@ class SubjectSource:
         self._likely_later = self.planner.likeliest()
         preprocess = getattr(self.dataset, "preprocess", None)
         transform = transform_of(self.dataset)
-        self._cost_prepared = measure_cost(transform)
-        self._cost = measure_cost(preprocess).followed_by(self._cost_prepared)
-        self._patch_cost = measure_cost(self.patch_transform)
-        self.costs_known = self._cost.known and self._patch_cost.known
+        self._transforms = preprocess, transform
+        # Code of others makes the copies that are spared here.
+        made_by = type(self.dataset).__getitem__.__module__
+        self._in_place = made_by.startswith(("torchio.", "tio_openneuro."))
+        self.costs_known = all(map(knows_cost, (preprocess, transform, self.patch_transform)))
         self._boxes_alone = transform is None and not map_bytes(self.sampler)
         keeps_maps = has_map(self.sampler) and transform is None and preprocess is not None
         self._maps = KeptMaps(self.ram_budget_bytes // _MAPS_SHARE if keeps_maps else 0)
@@ -212,49 +225,85 @@ class SubjectSource:
         patch_bytes = self._largest_patch_bytes or self.patch_bytes(size.channels)
         return RamBounds(work_bytes, patch_bytes, known, guessed=not known and not self._sizes)
 
-    def require_room(self, window: int) -> None:
+    def window_of(self, budget_bytes: int) -> int:
+        """Return how many patches wait for delivery at most, under a RAM budget."""
+        return self.window or choose_window(budget_bytes, self.patch_bytes(self.images(0)))
+
+    def require_room(self, window: int | None = None) -> None:
         """Refuse a budget that cannot hold the largest subject whose size is known now.
 
         Known are those in RAM, and those in local files, of which a few hundred headers are read.
         Where none is, what any subject needs must fit.
 
         Args:
-            window: Patches that wait for delivery beside it, where an epoch has so many.
+            window: Patches that wait for delivery beside it, where an epoch has so many; by default
+                the queue's own.
 
         Raises:
             RamBudgetError: It cannot; the message names the subject and the bytes.
         """
-        if self.base_bytes + THREAD_BYTES > self.ram_budget_bytes:
-            raise self.too_large(0, THREAD_BYTES, self.base_bytes)
         sized = [
             (self.bounds(index), index)
             for index, subject in enumerate(self.dataset.dry_iter())
             if (index < _HEADERS_AT_ONCE or _in_ram(subject)) and self._size(index) is not None
         ]
         if not sized:
+            if self.base_bytes + THREAD_BYTES > self.ram_budget_bytes:
+                raise self.too_large(0, THREAD_BYTES, self.base_bytes)
             return
         bounds, index = max(sized, key=lambda pair: pair[0].work_bytes + pair[0].patch_bytes)
         own_bytes = bounds.work_bytes + bounds.patch_bytes * self.counts[index]
-        waiting = min(window, self.planner.largest_total)
+        waiting = min(window or self.window_of(self.ram_budget_bytes), self.planner.largest_total)
         held_bytes = bounds.patch_bytes * waiting + self.base_bytes
         if own_bytes + held_bytes > self.ram_budget_bytes:
-            raise self.too_large(index, own_bytes, held_bytes)
+            raise self.too_large(index, own_bytes, held_bytes, window)
 
-    def too_large(self, index: int, own_bytes: int, held_bytes: int) -> RamBudgetError:
+    def too_large(
+        self, index: int, own_bytes: int, held_bytes: int, window: int | None = None
+    ) -> RamBudgetError:
         """Return the error for a subject that the budget cannot hold.
 
         Args:
             index: Its index in the dataset.
             own_bytes: Bound of its own work and patches.
             held_bytes: What is held beside it.
+            window: As in :meth:`require_room`.
         """
         advice = (
             f"Its own work and patches need {own_bytes} bytes; patches that wait for delivery, "
-            f"libraries and maps need {held_bytes} bytes. Raise ram_budget, or lower max_length, "
-            f"the patch size or samples_per_volume."
+            f"libraries and maps need {held_bytes} bytes. "
+        )
+        size = self._size(index)
+        if size is not None:
+            work = self._work(size)
+            advice += f"Of its work, {work.name} takes most ({work.size_bytes} bytes). "
+            result, needs = self._trace(size, prepared=False)
+            drawn = list(dropwhile(lambda need: not need.name.startswith("Random"), needs))
+            rest = bound_subject(result, result, drawn, map_bytes(self.sampler))
+            if hasattr(self.dataset, "preprocess") and rest.size_bytes < work.size_bytes:
+                done = f"Where what is not random was done before, as preprocess=, {rest.name} does"
+                advice += f"{done} ({rest.size_bytes} bytes). "
+        if self.available_bytes is not None:
+            advice += f"'auto' took half of the {self.available_bytes} bytes that were available. "
+        smallest_bytes = self._smallest(index, own_bytes, window)
+        advice += (
+            f"The smallest ram_budget that works for it is {smallest_bytes} bytes: give that or "
+            f"more, or lower max_length, the patch size or samples_per_volume."
         )
         need_bytes = own_bytes + held_bytes
         return refuse_subject(self.name(index), need_bytes, self.ram_budget_bytes, advice)
+
+    def _smallest(self, index: int, own_bytes: int, window: int | None) -> int:
+        """Return the smallest budget that holds a subject and the window that it would choose."""
+        patch_bytes, window = self.bounds(index).patch_bytes, window or self.window
+        for each in [window] if window else _WINDOWS:
+            waiting = min(each, self.planner.largest_total)
+            found = BASE_BYTES + own_bytes + patch_bytes * waiting
+            if self._maps.most_bytes:
+                found += found // (_MAPS_SHARE - 1) + 1
+            if window or self.window_of(found) <= each:
+                break
+        return found
 
     def _size(self, index: int) -> SubjectSize | None:
         size = self._sizes.get(index) or measure_subject(self.dataset.dry_iter()[index])
@@ -263,22 +312,34 @@ class SubjectSource:
         return size
 
     def _bound(self, size: SubjectSize) -> int:
-        grown = size.scaled(self._growth)
-        work_bytes = bound_subject(grown, self._cost, map_bytes(self.sampler))
-        return max(work_bytes, self._bound_patch(size))
+        return max(self._work(size).size_bytes, self._bound_patch(size))
+
+    def _work(self, size: SubjectSize, *, prepared: bool = False) -> Need:
+        """Return the hungriest step of a subject's work, from its files or its prepared volume."""
+        size = size if prepared else size.scaled(self._growth)
+        result, needs = self._trace(size, prepared=prepared)
+        return bound_subject(size, result, needs, map_bytes(self.sampler))
+
+    def _trace(self, size: SubjectSize, *, prepared: bool) -> tuple[SubjectSize, list[Need]]:
+        """Return a subject's size once it is transformed, and what each part of that holds."""
+        needs: list[Need] = []
+        for transform in self._transforms[prepared:]:
+            size, found = trace_transform(transform, size, in_place=self._in_place)
+            needs += found
+        return size, needs
 
     def _bound_prepared(self, index: int, size: SubjectSize) -> int:
         work_bytes = THREAD_BYTES
         if not self._boxes_alone and index not in self._maps:
-            work_bytes = bound_subject(size, self._cost_prepared, map_bytes(self.sampler))
+            work_bytes = self._work(size, prepared=True).size_bytes
         return max(work_bytes, self._bound_patch(size))
 
     def _bound_patch(self, size: SubjectSize) -> int:
         # The subject is gone by the time its patches are transformed, one after another.
         patch_bytes = max(self.patch_bytes(size.channels), self._largest_patch_bytes)
-        voxels = patch_bytes // FLOAT_BYTES
-        patch = SubjectSize(voxels, voxels, voxels * FLOAT_BYTES, size.channels)
-        return bound_subject(patch, self._patch_cost, 0)
+        patch = sum_sizes([(1, patch_bytes // FLOAT_BYTES, FLOAT_BYTES)])
+        result, needs = trace_transform(self.patch_transform, patch, in_place=False)
+        return bound_subject(patch, result, needs, 0).size_bytes
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Tell the dataset which subjects come next; none where nothing will."""
@@ -319,6 +380,7 @@ class SubjectSource:
         """
 
         def admit(size: SubjectSize) -> None:
+            size = _by_images(size, self.images(turn.index))
             self._sizes[turn.index] = size
             announced()
             if self._bound(size) > granted_bytes:
@@ -395,11 +457,14 @@ class SubjectSource:
         yield subject, None
 
     def _calibrate(self, index: int, subject: tio.Subject) -> None:
-        """Learn from a transformed subject how sizes grow, and its size where it was unknown."""
+        """Learn from a transformed subject how sizes grow, and its size where it was unknown.
+
+        A first subject only ever raises what is told of the others.
+        """
         size = measure_subject(subject)
         if size is not None:
-            before = self._sizes.setdefault(index, size)
-            self._growth = max(self._growth, size.total_voxels / before.total_voxels)
+            result, _ = self._trace(self._sizes.setdefault(index, size), prepared=False)
+            self._growth = max(self._growth, size.stored_bytes / max(result.stored_bytes, 1))
 
 
 def name_subject(dataset: tio.SubjectsDataset, index: int) -> str:
@@ -423,23 +488,17 @@ def forget_locals(error: BaseException) -> None:
         link = link.__cause__ or link.__context__
 
 
-def measure_subject(subject: tio.Subject) -> SubjectSize | None:
-    """Return the size of a subject's images from memory or local headers, or None.
+def _by_images(size: SubjectSize, count: int) -> SubjectSize:
+    """Return the size of a subject's images, of which each of its files was told.
 
-    Args:
-        subject: Loaded or not; it is not loaded.
+    Several files of one image are joined, beside all of them; a missing label is made of zeros.
     """
-    sizes = [_measure_image(image) for image in subject.get_images(intensity_only=False)]
-    known = [size for size in sizes if size is not None]
-    return sum_sizes(known) if 0 < len(known) == len(sizes) else None
+    largest = max(size.images, key=lambda image: image.size_bytes)
+    if len(size.images) > count:
+        item_bytes = max(image.item_bytes for image in size.images)
+        return SubjectSize((largest._replace(channels=size.channels, item_bytes=item_bytes),))
+    return SubjectSize(size.images + (count - len(size.images)) * (largest._replace(channels=1),))
 
 
 def _in_ram(subject: tio.Subject) -> bool:
     return all(map(is_loaded, subject.get_images(intensity_only=False)))
-
-
-def _measure_image(image: tio.Image) -> ImageSize | None:
-    if is_loaded(image):
-        data = image.data
-        return len(data), prod(data.shape[1:]), data.element_size()
-    return VolumeFile(image.path).size if isinstance(image.path, Path) else None

@@ -81,7 +81,11 @@ class QueueStatistics:
         wait_s: Seconds that the consumer stood waiting for a patch.
         ram_budget_bytes: The RAM budget.
         ram_charged_bytes: Bytes charged to it now: volumes in work, and patches in the buffer.
-        ram_peak_bytes: The most that was charged at once.
+        ram_peak_bytes: The most that was charged at once to work that ran to its end: below the
+            budget there is room for more threads, a larger window or more patches.
+        ram_held_peak_bytes: The most that this process held by its peak of RSS, beyond what it held
+            when the queue was made: also what the consumer took. Where it had held more before, or
+            the system tells no peak, what it holds now.
         buffer_patches: Patches that are made and not delivered.
         window: Patches from which the next one is drawn in a full window.
         epoch: Number of the current epoch, or of the first one.
@@ -111,6 +115,7 @@ class QueueStatistics:
     ram_budget_bytes: int
     ram_charged_bytes: int
     ram_peak_bytes: int
+    ram_held_peak_bytes: int
     buffer_patches: int
     window: int
     epoch: int

@@ -6,10 +6,9 @@ a step starts. Never loads anything.
 
 from tio_openneuro.ram.admission import (
     BASE_BYTES,
-    FLOAT_BYTES,
     THREAD_BYTES,
     Admission,
-    TransformCost,
+    Need,
     bound_subject,
     read_budget,
     refuse_subject,
@@ -20,15 +19,15 @@ from tio_openneuro.ram.allocator import (
     in_main_arena,
     make_room,
 )
-from tio_openneuro.ram.machine import available_bytes
+from tio_openneuro.ram.machine import ResidentPeak, available_bytes
 
 __all__ = [
     "BASE_BYTES",
-    "FLOAT_BYTES",
     "THREAD_BYTES",
     "Admission",
     "FreedMemory",
-    "TransformCost",
+    "Need",
+    "ResidentPeak",
     "available_bytes",
     "bound_subject",
     "give_back",

@@ -5,39 +5,15 @@ Readings of the machine come in as numbers. Nothing here allocates, measures or 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from tio_openneuro.errors import RamBudgetError
 from tio_openneuro.sizes import ask_unit, format_size, parse_size
 from tio_openneuro.volumes import SubjectSize
 
-FLOAT_BYTES = 4
 BASE_BYTES = 48 * 2**20
 THREAD_BYTES = 8 * 2**20
-DECODING_COPIES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class TransformCost:
-    """An upper bound of what a transform holds while it works.
-
-    Attributes:
-        copies: Whole subjects that its nesting keeps at once, beside the one that it was given.
-        voxel_bytes: Bytes of temporaries per voxel of the largest image.
-        known: False where a part of it is in no table, so that the bound is a guess.
-    """
-
-    copies: int = 0
-    voxel_bytes: int = 0
-    known: bool = True
-
-    def followed_by(self, other: TransformCost) -> TransformCost:
-        """Return the bound of two transforms that follow one another."""
-        return TransformCost(
-            copies=max(self.copies, other.copies),
-            voxel_bytes=max(self.voxel_bytes, other.voxel_bytes),
-            known=self.known and other.known,
-        )
 
 
 def read_budget(ram_budget: int | str, available_bytes: int) -> int:
@@ -55,25 +31,36 @@ def read_budget(ram_budget: int | str, available_bytes: int) -> int:
     return parse_size(ram_budget)
 
 
-def bound_subject(size: SubjectSize, transform: TransformCost, sampler_voxel_bytes: int) -> int:
-    """Return an upper bound of the bytes that loading, transforming and sampling hold at once.
+class Need(NamedTuple):
+    """An upper bound of what a step of a subject's work holds.
 
-    The three follow one another: decoding holds the stored bytes and copies of them; a transform
-    works on floats; a sampler's maps lie beside the transformed images.
+    Attributes:
+        size_bytes: The bytes, those of the subject's images among them.
+        name: What the step is called, for messages.
+    """
+
+    size_bytes: int
+    name: str
+
+
+def bound_subject(
+    size: SubjectSize, result: SubjectSize, needs: Sequence[Need], map_voxel_bytes: int
+) -> Need:
+    """Return the hungriest step of loading, transforming and sampling, which follow one another.
+
+    Decoding holds an image twice, as its reader's own and as a tensor, beside those that are there;
+    a sampler's map lies beside the transformed images.
 
     Args:
-        size: The subject's images.
-        transform: Cost of preprocess and transform together.
-        sampler_voxel_bytes: Bytes of the patch sampler's maps per voxel of the largest image.
+        size: The subject's images in its files.
+        result: The same once they are transformed.
+        needs: What the parts of its transforms hold.
+        map_voxel_bytes: Bytes of the patch sampler's map per voxel of the largest grid.
     """
-    resident = max(size.total_voxels * FLOAT_BYTES, size.stored_bytes)
-    decoding = (1 + DECODING_COPIES) * size.stored_bytes
-    transforming = 0
-    if transform.copies or transform.voxel_bytes:
-        transforming = (1 + transform.copies) * resident
-        transforming += transform.voxel_bytes * size.largest_voxels
-    sampling = resident + sampler_voxel_bytes * size.largest_voxels
-    return THREAD_BYTES + max(decoding, transforming, sampling)
+    decoding = Need(size.stored_bytes + size.largest_bytes, "decoding")
+    sampling = Need(result.stored_bytes + map_voxel_bytes * result.largest_grid, "the sampler")
+    most = max(decoding, *needs, sampling, key=lambda need: need.size_bytes)
+    return most._replace(size_bytes=THREAD_BYTES + most.size_bytes)
 
 
 def refuse_subject(name: str, need_bytes: int, budget_bytes: int, advice: str) -> RamBudgetError:
@@ -112,6 +99,7 @@ class Admission:
         self.charged_bytes = base_bytes
         self.peak_bytes = base_bytes
         self.retained_bytes = 0
+        self._given_back_bytes = 0
         self._base_bytes = base_bytes
 
     @property
@@ -144,7 +132,6 @@ class Admission:
                 f"and may not be back. Ask fits() first."
             )
         self.charged_bytes += size_bytes
-        self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
 
     def settle(self, charged_bytes: int, kept_bytes: int) -> None:
         """Replace a charge by what is really kept.
@@ -156,6 +143,7 @@ class Admission:
             charged_bytes: The charge that ends.
             kept_bytes: Bytes that stay allocated.
         """
+        self.peak_bytes = max(self.peak_bytes, self.charged_bytes)
         self.release(charged_bytes)
         self.charged_bytes += kept_bytes
         self.retained_bytes -= min(kept_bytes, charged_bytes)
@@ -174,9 +162,21 @@ class Admission:
             raise ValueError(f"Released {excess} bytes more than were charged.")
 
     def measured(self, free_bytes: int) -> None:
-        """Note what the allocator holds free at most: what was freed may be in use again.
+        """Note what the allocator holds free: what was freed may be in use again, or be more.
+
+        It is more where a bound was too low, or where free pieces fit nothing.
 
         Args:
-            free_bytes: Its own count, of the whole process.
+            free_bytes: Its own count, of the whole process, with what was given back.
         """
-        self.retained_bytes = min(self.retained_bytes, free_bytes)
+        self._given_back_bytes = min(self._given_back_bytes, free_bytes)
+        inferred_bytes = min(self.retained_bytes, free_bytes)
+        self.retained_bytes = max(inferred_bytes, free_bytes - self._given_back_bytes)
+
+    def returned(self, free_bytes: int) -> None:
+        """Note that all that is free was given back.
+
+        Args:
+            free_bytes: As in :meth:`measured`.
+        """
+        self.retained_bytes, self._given_back_bytes = 0, free_bytes

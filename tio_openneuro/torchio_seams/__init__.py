@@ -5,7 +5,7 @@ and the identity of a transform. Promises TorchIO's own bits. Never schedules.
 """
 
 from tio_openneuro.torchio_seams.box_crop import reads_boxes
-from tio_openneuro.torchio_seams.costs import measure_cost
+from tio_openneuro.torchio_seams.costs import knows_cost, measure_subject, trace_transform
 from tio_openneuro.torchio_seams.fingerprint import (
     UnpinnedError,
     identify,
@@ -68,14 +68,16 @@ __all__ = [
     "identify_parts",
     "install_seed_guard",
     "is_loaded",
+    "knows_cost",
     "leave_unfilled",
     "map_bytes",
-    "measure_cost",
+    "measure_subject",
     "pin",
     "reads_boxes",
     "refuse_random",
     "reserved_names",
     "share_subjects",
+    "trace_transform",
     "transform_in_place",
     "transform_of",
     "walk_parts",

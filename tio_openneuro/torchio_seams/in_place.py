@@ -9,6 +9,7 @@ are not TorchIO's own.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -103,17 +104,17 @@ def transform_in_place(
     return result
 
 
-def _is_known(transform: object) -> bool:
+def is_known(transform: object) -> bool:
     """Return whether a transform is TorchIO's own, and shows its subject to no code of others."""
     ours = isinstance(transform, tio.Transform) and not isinstance(transform, tio.Lambda)
     ours = ours and type(transform).__module__.startswith("torchio.")
-    return ours and all(map(_is_known, inner_transforms(transform)))
+    return ours and all(map(is_known, inner_transforms(transform)))
 
 
 def _sparing(transform: Any) -> Any:  # noqa: ANN401
     """Return a transform that does the same without copies, where nobody can tell."""
     compound = type(transform) is tio.Compose
-    if not compound and not _is_known(transform):
+    if not compound and not is_known(transform):
         return transform
     sparing = copy.copy(transform)
     sparing.copy = transform.copy and _SPARED
@@ -123,7 +124,7 @@ def _sparing(transform: Any) -> Any:  # noqa: ANN401
         for part in transform.transforms:
             # Code of others may keep what it was shown: what follows it works on a copy.
             sparing.transforms.append(part if shown else _sparing(part))
-            shown = not _is_known(part)
+            shown = not is_known(part)
     elif type(transform) is tio.OneOf:
         odds = transform.transforms_dict.items()
         sparing.transforms_dict = {_sparing(part): share for part, share in odds}
@@ -156,22 +157,23 @@ def _standardize(tensor: torch.Tensor, _: None) -> torch.Tensor | None:
     return result
 
 
-def _apply_transposed(transform: tio.Transform, subject: tio.Subject) -> tio.Subject:
+def _apply_transposed(transform: Any, subject: tio.Subject) -> tio.Subject:  # noqa: ANN401
     """Apply a transform that hands images to SimpleITK, in the order in which that wants voxels.
 
     SimpleITK 2.5.7 copies any other order voxel by voxel while it holds Python's lock: 70 ms for
     192**3 of float32, 5 after a transposition that takes 14 and holds nothing (2026-11-24).
     """
-    images = list(filter(is_loaded, subject.get_images(intensity_only=False)))
-    given = [image.data for image in images]
-    for image, tensor in zip(images, given, strict=True):
-        if tensor.is_contiguous():
-            image.set_data(_in_fortran_order(tensor))
-    handed = [image.data for image in images]
-    result = transform(subject)
-    for image, tensor, before in zip(images, handed, given, strict=True):
-        if image.data is tensor and tensor is not before:
-            image.set_data(before)
+    handed = []
+    for image in filter(is_loaded, transform.get_images(subject)):
+        if image.data.is_contiguous():
+            image.set_data(_in_fortran_order(image.data))
+            # Neither order is held beside the other, nor beside what becomes of it.
+            handed.append((image, weakref.ref(image.data)))
+    result: tio.Subject = transform(subject)
+    for image, reference in handed:
+        tensor = reference()
+        if tensor is not None and image.data is tensor:
+            image.set_data(_in_fortran_order(tensor.permute(0, 3, 2, 1)).permute(0, 3, 2, 1))
     return result
 
 

@@ -6,6 +6,7 @@ of inventing voxels. Never reads more than it must to know a size.
 """
 
 from tio_openneuro.volumes.headers import (
+    FLOAT_BYTES,
     ImageSize,
     SubjectSize,
     VolumeFile,
@@ -18,6 +19,7 @@ from tio_openneuro.volumes.reader import read_grid, read_volume
 from tio_openneuro.volumes.reading_gate import install_reading_gate
 
 __all__ = [
+    "FLOAT_BYTES",
     "ImageSize",
     "SubjectSize",
     "VolumeFile",

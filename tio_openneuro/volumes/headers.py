@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import inf, isfinite, prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from nibabel import nifti1, nifti2
@@ -25,7 +25,6 @@ from nibabel import nifti1, nifti2
 from tio_openneuro.errors import DamagedImageError, RamBudgetError, UnsafeDatasetError
 from tio_openneuro.sizes import format_size
 
-ImageSize = tuple[int, int, int]
 _NIFTI_SUFFIXES = (".nii", ".nii.gz")
 _MGH_SUFFIXES = (".mgz", ".mgh")
 VOLUME_SUFFIXES = _NIFTI_SUFFIXES + _MGH_SUFFIXES
@@ -33,7 +32,7 @@ HEADER_BYTES = 544
 PLAIN_EXTENSION_BYTES = 1 << 20
 _PACKED_BYTES = 1 << 16
 GZIP = b"\x1f\x8b"
-_LEAST_ITEM_BYTES = 4
+FLOAT_BYTES = 4
 _NIFTI2_BYTES = 540
 _MOST_DIMENSIONS = 7
 _VECTOR_INTENT = 1007
@@ -54,6 +53,29 @@ _PLACE_FIELDS = {
 _UNITS_MM = {1: 1e3, 3: 1e-3}
 _MGH_VERSION = 1
 _MGH_FRAMES = 4
+# goodRASFlag, then the size of a voxel along each axis.
+_MGH_SPACED_AT = 28
+
+
+class ImageSize(NamedTuple):
+    """What is known of an image before it is loaded.
+
+    Attributes:
+        channels: Its channels.
+        voxels: Voxels of one channel.
+        item_bytes: Bytes of a voxel once loaded, four at least.
+        axes: Voxels and their size in mm along each spatial axis; none where that is not known.
+    """
+
+    channels: int
+    voxels: int
+    item_bytes: int
+    axes: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all its voxels once loaded."""
+        return self.channels * self.voxels * self.item_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +83,30 @@ class SubjectSize:
     """What is known of a subject's images before they are loaded.
 
     Attributes:
-        largest_voxels: Voxels of its largest image, channels included.
-        total_voxels: Voxels of all its images, channels included.
-        stored_bytes: Bytes of all its images in the type that they are loaded in.
-        channels: Channels of all its images together.
+        images: The size of each; one at least.
     """
 
-    largest_voxels: int
-    total_voxels: int
-    stored_bytes: int
-    channels: int
+    images: tuple[ImageSize, ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all its images once loaded, and as floats."""
+        return sum(image.size_bytes for image in self.images)
+
+    @property
+    def largest_bytes(self) -> int:
+        """Bytes of its largest image."""
+        return max(image.size_bytes for image in self.images)
+
+    @property
+    def largest_grid(self) -> int:
+        """Voxels of one channel of the image that has most."""
+        return max(image.voxels for image in self.images)
+
+    @property
+    def channels(self) -> int:
+        """Channels of all its images together."""
+        return sum(image.channels for image in self.images)
 
     def scaled(self, factor: float) -> SubjectSize:
         """Return the size of a subject that has this many times as many voxels.
@@ -79,10 +115,7 @@ class SubjectSize:
             factor: At least one.
         """
         return SubjectSize(
-            largest_voxels=round(self.largest_voxels * factor),
-            total_voxels=round(self.total_voxels * factor),
-            stored_bytes=round(self.stored_bytes * factor),
-            channels=self.channels,
+            tuple(each._replace(voxels=round(each.voxels * factor)) for each in self.images)
         )
 
 
@@ -172,6 +205,15 @@ class NiftiHeader:
             affine = getattr(sound, f"get_{name}")()
             return affine if np.isfinite(affine).all() else None
         return None
+
+    @property
+    def spacing_mm(self) -> list[float]:
+        """Size of a voxel along each axis, the larger one where its two places differ."""
+        unit_mm, sizes = _UNITS_MM.get(self._of("xyzt_units") & 7, 1.0), self._of("pixdim")[1:4]
+        place = self._place("best_affine")
+        spans = [0.0] * 3 if place is None else np.linalg.norm(place[:3, :3], axis=0).tolist()
+        found = (unit_mm * max(abs(size), span) for size, span in zip(sizes, spans, strict=True))
+        return [size if 0 < size < inf else 1.0 for size in found]
 
     def agrees(self, shape: Sequence[int], affine: np.ndarray[Any, Any]) -> bool:
         """Tell whether a tensor's shape and its place, in mm, are among those that it states."""
@@ -294,12 +336,14 @@ def _parse_nifti(first: bytes) -> NiftiHeader | None:
 
 
 def _measure_nifti(header: NiftiHeader) -> ImageSize:
-    item_bytes = max(np.dtype(header.stored).itemsize, _LEAST_ITEM_BYTES)
+    # SimpleITK's 32 bits without a sign are 64 with one to torch.
+    item_bytes = 8 if header.stored == "u4" else max(np.dtype(header.stored).itemsize, FLOAT_BYTES)
     extension_bytes = int(header.offset_bytes) - header.header_bytes
     channels, voxels = prod(header.shape[3:]), prod(header.shape[:3])
     if extension_bytes > PLAIN_EXTENSION_BYTES:
         voxels += extension_bytes // (item_bytes * channels) + 1
-    return channels, voxels, item_bytes
+    axes = zip(header.tensor_shape[1:], header.spacing_mm, strict=True)
+    return ImageSize(channels, voxels, item_bytes, tuple(axes))
 
 
 def _measure_mgh(header: bytes) -> ImageSize | None:
@@ -307,20 +351,22 @@ def _measure_mgh(header: bytes) -> ImageSize | None:
     if version != _MGH_VERSION:
         return None
     frames = max(abs(shape.pop()), 1)
-    return frames, prod(map(abs, shape)), _LEAST_ITEM_BYTES
+    spaced = struct.unpack_from(">h3f", header, _MGH_SPACED_AT)
+    spacing_mm = spaced[1:] if spaced[0] > 0 else (1.0,) * 3
+    axes = tuple(zip(map(abs, shape), spacing_mm, strict=True))
+    return ImageSize(frames, prod(map(abs, shape)), FLOAT_BYTES, axes)
 
 
-def sum_sizes(images: Sequence[ImageSize]) -> SubjectSize:
+def sum_sizes(images: Iterable[Iterable[Any]]) -> SubjectSize:
     """Return the size of a subject that has these images.
 
     Args:
-        images: Channels, voxels of one channel and bytes per voxel of each; one at least.
+        images: Channels, voxels of one channel, bytes per voxel and, if known, axes of each; one at
+            least.
     """
+    found = (ImageSize(*image) for image in images)
     return SubjectSize(
-        largest_voxels=max(channels * voxels for channels, voxels, _ in images),
-        total_voxels=sum(channels * voxels for channels, voxels, _ in images),
-        stored_bytes=sum(prod(image) for image in images),
-        channels=sum(channels for channels, _, _ in images),
+        tuple(each._replace(item_bytes=max(each.item_bytes, FLOAT_BYTES)) for each in found)
     )
 
 
@@ -373,9 +419,9 @@ def refuse_bomb(file: VolumeFile, title: str, unit_name: str, free_bytes: int) -
             f"damaged: leave the unit out.",
             unit=unit_name,
         )
-    need_bytes = prod(size)
+    need_bytes = size.size_bytes
     if need_bytes > free_bytes:
-        channels, voxels, item_bytes = size
+        channels, voxels, item_bytes, _ = size
         raise RamBudgetError(
             f"Cannot load {title} of {unit_name}: its header states {channels} x {voxels} voxels "
             f"of {item_bytes} bytes, {format_size(need_bytes)} ({need_bytes} bytes), and "
