@@ -190,7 +190,9 @@ def test_iterators_that_are_left_over_end_quietly(
         check=False,
         timeout=300,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout) == (0, "")
+    # A fetch ahead that was under way may say that the root is gone; the iterators never do.
+    assert "generator" not in done.stderr if how == "removed" else not done.stderr
 
 
 def test_iterator_of_a_closed_dataset_says_so(openneuro: LoopbackOpenNeuro) -> None:
