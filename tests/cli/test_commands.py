@@ -124,7 +124,17 @@ def test_plan_foretells_from_metadata_alone(
     openneuro: LoopbackOpenNeuro, enter: Callable[..., Ended], tmp_path: Path
 ) -> None:
     """Bytes and seconds for people and programs, and a picture; nothing is fetched."""
-    asked = ["plan", "ds900001", *IMAGES, "--disk-budget", "50 kB", "--rate", "10 kB"]
+    asked = [
+        "plan",
+        "ds900001",
+        *IMAGES,
+        "--disk-budget",
+        "50 kB",
+        "--rate",
+        "10 kB",
+        "--latency",
+        "0",
+    ]
     record = json.loads(enter(*asked, "--json", "--png", str(tmp_path / "a.png")).stdout)
     assert record["units"] == 6
     assert record["largest_bytes"] <= 50_000 < record["epoch_bytes"] <= record["first_epoch_bytes"]
