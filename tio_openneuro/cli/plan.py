@@ -121,7 +121,7 @@ def answer(
             f"{name}_remote_bytes_per_s": epoch.fetched_bytes / epoch.seconds,
         }
     busy_s = max(told.first.node_busy_s) + (epochs - 1) * max(told.later.node_busy_s)
-    record |= {"link_busy_s": round(busy_s, 1), "nodes": nodes, "ranks": training["ranks"]}
+    record |= {"link_busy_s": busy_s, "nodes": nodes, "ranks": training["ranks"]}
     record["saturating_nodes"] = None if remote_rate is None else max(int(remote_rate // rate), 1)
     return record | {"curve": [dataclasses.asdict(point) for point in told.curve]}
 
