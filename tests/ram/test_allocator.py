@@ -139,9 +139,9 @@ _REUSED, _GIVEN_BACK, _BOUND = "(False, False)", "(True, True)", "(True, False)"
     ("budgets", "expected"),
     [
         (["3 GB", "3 GB"], [_REUSED, _REUSED, _BOUND]),
-        (["140 MB", "140 MB"], [_GIVEN_BACK, _GIVEN_BACK, _BOUND]),
-        (["3 GB", "140 MB"], [_GIVEN_BACK, _GIVEN_BACK, _BOUND]),
-        (["140 MB", "3 GB"], [_GIVEN_BACK, _REUSED, _BOUND]),
+        (["110 MB", "110 MB"], [_GIVEN_BACK, _GIVEN_BACK, _BOUND]),
+        (["3 GB", "110 MB"], [_GIVEN_BACK, _GIVEN_BACK, _BOUND]),
+        (["110 MB", "3 GB"], [_GIVEN_BACK, _REUSED, _BOUND]),
     ],
 )
 def test_what_a_queue_relies_on_holds_until_it_is_closed(budgets, expected):
