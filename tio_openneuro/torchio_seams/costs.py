@@ -14,19 +14,19 @@ import torchio as tio
 from torchio.transforms.augmentation import RandomTransform
 
 from tio_openneuro.ram import Need
-from tio_openneuro.torchio_seams.in_place import is_known
+from tio_openneuro.torchio_seams.in_place import is_known, normalizes_all
 from tio_openneuro.torchio_seams.parts import inner_transforms, walk_parts
 from tio_openneuro.torchio_seams.private_names import is_loaded
 from tio_openneuro.volumes import FLOAT_BYTES, ImageSize, SubjectSize, VolumeFile
 
 # Bytes of temporaries beside the subject's floats, per voxel of an image's grid and per voxel of
-# each of its channels: the kernel's peak of RSS at 80**3 to 192**3 with TorchIO 1.2.1, int16,
-# float32 and float64, 1 to 4 channels, and a tenth more (2026-12-01). Who is not here is taken for
-# the worst.
+# each of its channels: the kernel's peak of RSS at 80**3 with TorchIO 1.2.1, int16, float32 and
+# float64, 1 to 4 channels, some at 192**3, and a tenth more (2026-12-01). Who is not here is taken
+# for the worst.
 _WORST = 0, 128
 _CLASSES = {
     (0, 5): ("Clamp", "Crop", "CropOrPad", "EnsureShapeMultiple", "Flip", "Pad", "Transpose"),
-    (0, 6): ("Swap", "To", "ToCanonical", "ToOrientation"),
+    (0, 6): ("Swap", "To", "ToCanonical", "ToOrientation", "ZNormalization"),
     (3, 9): ("Blur", "Gamma", "Noise"),
     (0, 12): ("Anisotropy",),
     (0, 15): ("RescaleIntensity", "Resize"),
@@ -34,7 +34,7 @@ _CLASSES = {
     (9, 9): ("OneHot",),
     (12, 12): ("Affine", "AffineElasticDeformation", "ElasticDeformation", "ToReferenceSpace"),
     (26, 9): ("Ghosting", "Spike"),
-    (0, 45): ("HistogramStandardization", "ZNormalization"),
+    (0, 45): ("HistogramStandardization", "ZNormalization by a mask"),
     (62, 0): ("BiasField",),
     (41, 9): ("Motion",),
 }
@@ -123,6 +123,8 @@ def knows_cost(transform: object) -> bool:
 def _count_temporaries(transform: Any) -> tuple[int, int]:  # noqa: ANN401
     """Return the bytes per voxel of the grid and of each channel."""
     name = type(transform).__name__.removeprefix("Random")
+    if name == "ZNormalization" and not normalizes_all(transform):
+        name += " by a mask"
     grid, channel = _TEMPORARIES.get(name, _WORST) if knows_cost(transform) else _WORST
     if name == "Motion":
         times = getattr(transform, "times", range(getattr(transform, "num_transforms", 0)))
