@@ -215,7 +215,7 @@ def in_main_arena() -> bool:
     That is the one below the program break; other arenas are mapped far above. From now on no more
     of those are made: threads to come take turns among those that there are, so that few need to be
     started until some are in the main one. Where no other thread allocated yet all are; else it
-    alone is not enough: 2 of 4 beside torch's, none of 4 after 40 (glibc 2.36, 2026-12-01).
+    alone is not enough: 2 of 4 beside torch's, none of 4 beside 40 (glibc 2.36, 2026-12-01).
 
     Source: sbrk(2); ``arena_get2`` in glibc 2.36 gives each new thread an arena that nobody uses,
     and the next one in turn where there is none.
