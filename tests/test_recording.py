@@ -3,6 +3,7 @@
 import threading
 import time
 import tracemalloc
+from dataclasses import fields
 
 import pytest
 
@@ -60,7 +61,9 @@ def test_a_day_of_readings_is_a_few_megabytes() -> None:
     tracemalloc.start()
     try:
         for number in range(count):
-            queue = QueueStatistics(*(number + index for index in range(18)))
+            queue = QueueStatistics(
+                *(number + index for index, _ in enumerate(fields(QueueStatistics)))
+            )
             disk = DiskStatistics(*(number + index for index in range(14)))
             history.add(Reading(float(number), queue, disk))
         _, peak_bytes = tracemalloc.get_traced_memory()

@@ -548,7 +548,7 @@ def test_verbose_logs_ours_alone(tmp_path: Path, nursery: Nursery, root: Path) -
 
 def _log_beside(folder: Path) -> int:
     """Run a verbose command in a process in which another library logs too."""
-    status = _enter(folder, ("-v", "fetch", "ds900001", *IMAGES))
+    status = _enter(folder, ("--verbose", "fetch", "ds900001", *IMAGES))
     logging.getLogger("urllib3").info("of somebody else")
     logging.getLogger("datalad").info("of somebody else")
     sys.stderr.flush()

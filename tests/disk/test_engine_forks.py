@@ -37,10 +37,13 @@ def fork_and_lease(root: Path, units: list[ContentUnit]) -> tuple[int, int]:
 
 
 def test_an_engine_survives_a_fork(nursery: Nursery, root: Path) -> None:
-    """A forked child is an owner of its own, with its own threads, under the same budget."""
+    """A forked child is an owner of its own, with its own threads, under the same budget.
+
+    The parent counts what both fetched.
+    """
     units = make_units(FakeRepo(root / "clones" / "ds1"), 2, (4000,))
     with nursery.start(fork_and_lease, root, units) as worker:
-        assert worker.result() == (2, 4)
+        assert worker.result() == (2, 6)
 
 
 def fork_while_busy(root: Path, units: list[ContentUnit], budget_bytes: int) -> list[int]:

@@ -28,7 +28,7 @@ def test_each_epoch_fetches_again_little_more_than_what_cannot_be_kept(openneuro
     openneuro.reset_counters()
     sent_bytes = []
     with tno.DataladSubjectsDataset("ds900016", images, disk_budget=budget_bytes) as dataset:
-        clone = AnnexRepo(dataset._folder)
+        clone = AnnexRepo(dataset.parts[0].folder)
         with (
             Observer(clone) as observer,
             tno.BudgetedQueue(

@@ -28,7 +28,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from tio_openneuro.errors import FetchError, RamBudgetError
 from tio_openneuro.queue.queue import BudgetedQueue
-from tio_openneuro.queue.source import NoContent, _by_images
+from tio_openneuro.queue.source import NoContent
 from tio_openneuro.ram.admission import BASE_BYTES, bound_subject
 from tio_openneuro.volumes.headers import announce_size, sum_sizes
 
@@ -625,11 +625,11 @@ def test_a_refusal_tells_that_nobody_stated_the_budget(make_queue):
 def test_files_that_make_up_one_image_are_joined_in_the_bound():
     """All lie beside what they become; a label that is made of zeros takes room like any other."""
     files = sum_sizes([(1, 10**6, 4), (2, 10**6, 8)])
-    joined = _by_images(files, 1)
+    joined = files.of_images(1)
     assert (joined.channels, joined.largest_bytes) == (3, 3 * 8 * 10**6)
     assert bound_subject(joined, joined, [], 0).size_bytes >= 2 * 24 * 10**6
-    assert _by_images(files, 2) == files
-    assert _by_images(files, 3).stored_bytes == files.stored_bytes + 8 * 10**6
+    assert files.of_images(2) == files
+    assert files.of_images(3).stored_bytes == files.stored_bytes + 8 * 10**6
 
 
 def test_what_was_charged_to_work_that_ran_is_told_beside_what_was_held(make_queue):

@@ -17,6 +17,7 @@ from tio_openneuro.torchio_seams.private_names import (
     transform_of,
 )
 from tio_openneuro.torchio_seams.randomness import METHODS
+from tio_openneuro.volumes import ImageSize
 
 ROOM = Path(tio_openneuro.torchio_seams.__file__).parent
 
@@ -50,6 +51,8 @@ def names_of(path: Path) -> tuple[set[str], set[str]]:
 FOUND = [names_of(path) for path in sorted(ROOM.glob("*.py")) if path.stem != "__init__"]
 RELIED_ON = set().union(*(touched for touched, _ in FOUND)) - set().union(*(o for _, o in FOUND))
 RELIED_ON |= set(filter(is_private, METHODS))
+# Torch's and Python's own.
+RELIED_ON -= {*dir(torch.Tensor), *dir(ImageSize)}
 
 
 def test_what_is_relied_on_is_found() -> None:

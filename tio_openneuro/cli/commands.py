@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,25 +113,21 @@ def plan(
     on_incomplete: options.Incomplete = "raise",
     disk_budget: options.DiskBudget = "auto",
     rate: options.Rate = "20 MB",
-    epochs: Annotated[int, typer.Option(min=2, help="Passes over the units.")] = 10,
-    seed: Annotated[int, typer.Option(help="The queue's seed, which decides the order.")] = 0,
-    step: Annotated[float, typer.Option(min=0, help="Seconds of the model for a batch.")] = 0.1,
-    batch: Annotated[int, typer.Option(min=1, help="Patches of a batch.")] = 4,
-    samples: Annotated[int, typer.Option(min=1, help="Patches of each unit, an epoch.")] = 8,
-    workers: Annotated[int, typer.Option(min=1, help="The queue's num_workers.")] = 4,
-    unit_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Of a worker for a unit; default: by its voxels.")
-    ] = None,
-    patch_size: Annotated[int, typer.Option(min=1, help="Voxels along each axis.")] = 96,
+    epochs: options.Epochs = 10,
+    seed: options.Seed = 0,
+    step: options.Step = 0.1,
+    batch: options.Batch = 4,
+    samples: options.Samples = 8,
+    workers: options.Workers = 4,
+    unit_seconds: options.UnitSeconds = None,
+    patch_size: options.PatchSize = 96,
     ram_budget: options.DiskBudget = "auto",
-    latency: Annotated[float, typer.Option(min=0, help="Seconds to a file's first byte.")] = 0.1,
-    remote_rate: Annotated[
-        str | None, typer.Option(help="What the remote gives to all nodes in a second.")
-    ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes that train.")] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines that they are on.")] = 1,
-    probe: Annotated[int, typer.Option(min=0, help="Units whose headers are fetched.")] = 0,
-    png: Annotated[Path | None, typer.Option(help="File to draw the curve to.")] = None,
+    latency: options.Latency = 0.1,
+    remote_rate: options.RemoteRate = None,
+    ranks: options.Ranks = 1,
+    nodes: options.Nodes = 1,
+    probe: options.Probe = 0,
+    png: options.Picture = None,
     as_json: options.Json = False,  # noqa: FBT002 - typer
 ) -> None:
     """Tell what training fetches, holds, and waits for, from git metadata alone."""
@@ -155,7 +152,7 @@ def plan(
         voxels_per_byte=voxels_per_byte,
         patch_size=patch_size,
         ram_budget=ram_budget,
-        remote_rate=None if remote_rate is None else parse_size(options.checked_size(remote_rate)),
+        remote_rate=None if remote_rate is None else parse_size(remote_rate),
         unit_s=unit_seconds,
         rate=parse_size(rate),
         seed=seed,
@@ -195,12 +192,15 @@ def fetch(
     with _open(source, root, image, label, version, disk_budget, how) as dataset:
         done_bytes = total_bytes = 0
         # On standard error, so that what is printed for programs stays as it is.
-        with transferring(dataset.dataset_id, Console(stderr=True)) as show:
+        console = Console(stderr=True)
+        bar = transferring(f"Fetching {dataset.dataset_id}", console)
+        with bar if console.is_terminal else nullcontext() as show:
 
             def tell(*now: int) -> None:
                 nonlocal done_bytes, total_bytes
                 done_bytes, total_bytes = now
-                show(*now)
+                if show is not None:
+                    show(*now)
 
             fetched_bytes = dataset.fetch(progress=tell)
         statistics = dataset.statistics()
@@ -243,7 +243,9 @@ def evict(
         with _engine(root) as engine:
             evicted_bytes, used_bytes = engine.evict_all(), engine.statistics().used_bytes
     else:
-        _refuse_unused(root)
+        from tio_openneuro.cli.summary import refuse_unused
+
+        refuse_unused(root)
         how: Any = {"unit": unit, "on_multiple": on_multiple, "on_incomplete": on_incomplete}
         with _open(source, root, image, label, version, _NEUTRAL_BUDGET, how) as dataset:
             evicted_bytes, used_bytes = dataset.evict(), dataset.statistics().used_bytes
@@ -304,21 +306,11 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _refuse_unused(root: Path) -> None:
-    """Raise where nothing was ever kept under a root: only what fetches makes one."""
-    from tio_openneuro.cli.summary import is_used
-
-    if not is_used(root):
-        raise TioOpenNeuroError(
-            f"Cannot look into the root {root}: it holds no ledger. Nothing was fetched under it "
-            f"yet; give the root of your training with --root or TIO_OPENNEURO_ROOT."
-        )
-
-
 def _engine(root: Path) -> Engine:
+    from tio_openneuro.cli.summary import refuse_unused
     from tio_openneuro.disk import Engine
 
-    _refuse_unused(root)
+    refuse_unused(root)
     return Engine(root, disk_budget=_NEUTRAL_BUDGET)
 
 

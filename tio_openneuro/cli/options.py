@@ -72,6 +72,27 @@ _budget = typer.Option(
     help="Bytes, '10 GB', or 'auto'.", callback=lambda t: t if t == "auto" else checked_size(t)
 )
 DiskBudget = Annotated[str, _budget]
+RemoteRate = Annotated[
+    str | None,
+    typer.Option(
+        help="What the remote gives to all nodes in a second.",
+        callback=lambda text: text and checked_size(text),
+    ),
+]
+Epochs = Annotated[int, typer.Option(min=2, help="Passes over the units.")]
+Seed = Annotated[int, typer.Option(help="The queue's seed, which decides the order.")]
+Step = Annotated[float, typer.Option(min=0, help="Seconds of the model for a batch.")]
+Batch = Annotated[int, typer.Option(min=1, help="Patches of a batch.")]
+Samples = Annotated[int, typer.Option(min=1, help="Patches of each unit, an epoch.")]
+Workers = Annotated[int, typer.Option(min=1, help="The queue's num_workers.")]
+_unit_seconds = typer.Option(min=0, help="Of a worker for a unit; default: by its voxels.")
+UnitSeconds = Annotated[float | None, _unit_seconds]
+PatchSize = Annotated[int, typer.Option(min=1, help="Voxels along each axis.")]
+Latency = Annotated[float, typer.Option(min=0, help="Seconds to a file's first byte.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Processes that train.")]
+Nodes = Annotated[int, typer.Option(min=1, help="Machines that they are on.")]
+Probe = Annotated[int, typer.Option(min=0, help="Units whose headers are fetched.")]
+Picture = Annotated[Path | None, typer.Option("--png", help="File to draw the curve to.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 

@@ -162,7 +162,7 @@ def show(title: str, record: Mapping[str, Any], console: Console) -> None:
     console.print(bounds)
     busy, whole = _duration(record["link_busy_s"]), _duration(record["seconds"])
     console.print(
-        f"Taken for given: a link of {size['rate_bytes']} a second, {record['step_s']:g} s for a "
+        f"Taken for given: a link of {size['rate_bytes']} per second, {record['step_s']:g} s for a "
         f"batch,\n{record['unit_s']:.2f} s of a worker to load and transform a unit"
     )
     console.print(f"{record['epochs']} epochs: {whole}, of which the link is busy for {busy}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from tio_openneuro.bounds import TEXT_BYTES, parse_json
 from tio_openneuro.content import AnnexKey
+from tio_openneuro.errors import TioOpenNeuroError
 from tio_openneuro.roots import refuse_root
 from tio_openneuro.select import IMAGE_EXTENSIONS, Label, Scalar, Unit, parse_path, select
 from tio_openneuro.sources import Catalog, open_catalog
@@ -28,6 +29,15 @@ def is_used(root: Path) -> bool:
     """Tell whether anything was ever kept under a root; refuse what can be none."""
     refuse_root(root.expanduser().absolute())
     return any((root / name).exists() for name in ("ledger", "clones", ".ledger"))
+
+
+def refuse_unused(root: Path) -> None:
+    """Raise where nothing was ever kept under a root: only what fetches makes one."""
+    if not is_used(root):
+        raise TioOpenNeuroError(
+            f"Cannot look into the root {root}: it holds no ledger. Nothing was fetched under it "
+            f"yet; give the root of your training with --root or TIO_OPENNEURO_ROOT."
+        )
 
 
 @contextmanager

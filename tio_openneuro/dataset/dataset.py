@@ -112,7 +112,9 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
             source: Accession (``"ds004199"``), git URL, or path of a clone or BIDS folder, which
                 is used where it is.
             images: Name and pattern of each image; None for every NIfTI, each under its stem
-                less subject and session.
+                less subject and session. Label maps are then told by their names; where one tells
+                nothing, in a plain folder by its first file's header. Annexed content, which comes
+                and goes, is not asked: what an image is would change with what is on the disk.
             version: Tag or commit; None for the newest snapshot's tag, else the default branch.
             root: Local folder of clones and ledger; None for ``$TIO_OPENNEURO_ROOT``, else the
                 user's cache folder.
@@ -160,6 +162,10 @@ class DataladSubjectsDataset(SplitViews, tio.SubjectsDataset):
                 on_missing=on_missing,
                 on_multiple=on_multiple,
                 on_incomplete=on_incomplete,
+                # What is annexed comes and goes, and an image must not change its kind with that.
+                says_label=lambda file: (
+                    catalog.repo is None and VolumeFile(catalog.folder / file.path).says_label
+                ),
             )
         self._engine = (
             Engine(self._root, disk_budget=disk_budget, jobs=jobs) if catalog.repo else None

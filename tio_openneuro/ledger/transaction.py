@@ -156,9 +156,8 @@ class Transaction:
         needed_bytes = sum(want.size_bytes for want in missing)
         short_bytes = needed_bytes - self._room(spare_bytes)
         if missing and short_bytes > 0:
-            window_bytes = prefetch_window(
-                self._number(BUDGET), largest_bytes, self._number(ORDERS)
-            )
+            orders = self._number(ORDERS)
+            window_bytes = prefetch_window(self._number(BUDGET), largest_bytes, orders)
             spare = steps_to_spare(steps, ahead_bytes, needed_bytes, window_bytes)
             if since is None:
                 # What was leased out of order since this owner's last step stays until the next

@@ -167,8 +167,10 @@ class SubjectSource:
         self.counts = self.planner.counts
         self.content = self.dataset if isinstance(self.dataset, ContentDataset) else NoContent()
         self._likely_later = self.planner.likeliest()
-        preprocess = getattr(self.dataset, "preprocess", None)
-        transform = transform_of(self.dataset)
+        transform, preprocess = (
+            transform_of(self.dataset),
+            getattr(self.dataset, "preprocess", None),
+        )
         self._transforms = preprocess, transform
         # Code of others makes the copies that are spared here.
         made_by = type(self.dataset).__getitem__.__module__
@@ -380,7 +382,7 @@ class SubjectSource:
         """
 
         def admit(size: SubjectSize) -> None:
-            size = _by_images(size, self.images(turn.index))
+            size = size.of_images(self.images(turn.index))
             self._sizes[turn.index] = size
             announced()
             if self._bound(size) > granted_bytes:
@@ -486,18 +488,6 @@ def forget_locals(error: BaseException) -> None:
         seen.add(id(link))
         traceback.clear_frames(link.__traceback__)
         link = link.__cause__ or link.__context__
-
-
-def _by_images(size: SubjectSize, count: int) -> SubjectSize:
-    """Return the size of a subject's images, of which each of its files was told.
-
-    Several files of one image are joined, beside all of them; a missing label is made of zeros.
-    """
-    largest = max(size.images, key=lambda image: image.size_bytes)
-    if len(size.images) > count:
-        item_bytes = max(image.item_bytes for image in size.images)
-        return SubjectSize((largest._replace(channels=size.channels, item_bytes=item_bytes),))
-    return SubjectSize(size.images + (count - len(size.images)) * (largest._replace(channels=1),))
 
 
 def _in_ram(subject: tio.Subject) -> bool:

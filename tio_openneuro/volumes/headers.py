@@ -108,6 +108,21 @@ class SubjectSize:
         """Channels of all its images together."""
         return sum(image.channels for image in self.images)
 
+    def of_images(self, count: int) -> SubjectSize:
+        """Return the size of so many images, where this tells of each of their files.
+
+        Several files of one image are joined, beside all of them; a missing label is made of zeros.
+
+        Args:
+            count: Images, at least one.
+        """
+        largest = max(self.images, key=lambda image: image.size_bytes)
+        if len(self.images) > count:
+            item_bytes = max(image.item_bytes for image in self.images)
+            return SubjectSize((largest._replace(channels=self.channels, item_bytes=item_bytes),))
+        made = largest._replace(channels=1)
+        return SubjectSize(self.images + (count - len(self.images)) * (made,))
+
     def scaled(self, factor: float) -> SubjectSize:
         """Return the size of a subject that has this many times as many voxels.
 
