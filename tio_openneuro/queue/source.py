@@ -167,15 +167,12 @@ class SubjectSource:
         self.counts = self.planner.counts
         self.content = self.dataset if isinstance(self.dataset, ContentDataset) else NoContent()
         self._likely_later = self.planner.likeliest()
-        transform, preprocess = (
-            transform_of(self.dataset),
-            getattr(self.dataset, "preprocess", None),
-        )
-        self._transforms = preprocess, transform
+        self._transforms = getattr(self.dataset, "preprocess", None), transform_of(self.dataset)
+        preprocess, transform = self._transforms
         # Code of others makes the copies that are spared here.
         made_by = type(self.dataset).__getitem__.__module__
         self._in_place = made_by.startswith(("torchio.", "tio_openneuro."))
-        self.costs_known = all(map(knows_cost, (preprocess, transform, self.patch_transform)))
+        self.costs_known = all(map(knows_cost, (*self._transforms, self.patch_transform)))
         self._boxes_alone = transform is None and not map_bytes(self.sampler)
         keeps_maps = has_map(self.sampler) and transform is None and preprocess is not None
         self._maps = KeptMaps(self.ram_budget_bytes // _MAPS_SHARE if keeps_maps else 0)
