@@ -328,7 +328,7 @@ class OtherProgram:
 def wait_until_held(watch: DiskWatch, size_bytes: int) -> None:
     """Read the observer's lines until one tells of so many bytes."""
     deadline_s = time.monotonic() + 60
-    while watch.held_bytes() < size_bytes:
+    while watch.samples()[-1].held_bytes < size_bytes:
         assert watch._process is not None
         assert time.monotonic() < deadline_s
         watch._take(watch._process, timeout_s=30)
