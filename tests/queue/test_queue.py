@@ -725,7 +725,7 @@ def test_the_first_subject_through_an_unknown_transform_runs_alone(make_queue):
                     self.met.append(False)
             return super().__getitem__(index)
 
-    dataset = MeetingDataset([make_subject(n) for n in range(6)], transform=tio.Pad(1))
+    dataset = MeetingDataset([make_subject(n) for n in range(6)], transform=tio.Lambda(torch.clone))
     queue = make_queue(dataset, max_length=100)
     assert len(list(queue)) == 24
     assert dataset.met[:2] == [False, True]
