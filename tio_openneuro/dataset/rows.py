@@ -196,7 +196,11 @@ def _unpack(packed: bytes, shared: dict[int, object]) -> Rows:
 
 
 class Subjects(Sequence[tio.Subject]):
-    """Unloaded subjects, each built when it is asked for; what is changed in one is lost."""
+    """Unloaded subjects, each built when it is asked for; what is changed in one is lost.
+
+    Attributes:
+        digests: What was found out of all of them, which does not change.
+    """
 
     def __init__(self, rows: Rows) -> None:
         """Build none.
@@ -205,6 +209,7 @@ class Subjects(Sequence[tio.Subject]):
             rows: Of which each is one subject.
         """
         self._rows = rows
+        self.digests: dict[str, str] = {}
 
     def __len__(self) -> int:
         """Return how many there are."""

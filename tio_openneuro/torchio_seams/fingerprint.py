@@ -101,10 +101,13 @@ def identify_parts(
         patch_transform: Applied to each patch, or None.
     """
     name = getattr(dataset, "dataset_id", "") or type(dataset).__name__
-    preprocess = getattr(dataset, "preprocess", None)
+    preprocess, subjects = getattr(dataset, "preprocess", None), dataset.dry_iter()
+    digests: dict[str, str] = getattr(subjects, "digests", {})
+    if "selection" not in digests:
+        digests["selection"] = identify(repr([_describe(subject) for subject in subjects]))
     return {
         "dataset": f"{name} {getattr(dataset, 'version', '')}".strip(),
-        "selection": identify(repr([_describe(subject) for subject in dataset.dry_iter()])),
+        "selection": digests["selection"],
         "transform": identify([preprocess, transform_of(dataset), patch_transform]),
         "patch sampler": identify(sampler),
         "TorchIO version": tio.__version__,
