@@ -14,7 +14,7 @@ from tio_openneuro.plan import Training, foresee, ram_budgets
 from tio_openneuro.plan.training import Play
 from tio_openneuro.queue import BudgetedQueue
 from tio_openneuro.queue.draw import permute
-from tio_openneuro.ram import TransformCost, bound_subject
+from tio_openneuro.ram import bound_subject
 from tio_openneuro.volumes import sum_sizes
 
 
@@ -98,7 +98,8 @@ def test_the_smallest_ram_budget_is_the_one_that_the_queue_takes() -> None:
     side, samples = 32, 4
     subject = tio.Subject(t1=tio.ScalarImage(tensor=torch.zeros(1, side, side, side)), name="sub-1")
     dataset = tio.SubjectsDataset([subject] * 300)
-    work_bytes = bound_subject(sum_sizes([(1, side**3, 4)]), TransformCost(), 0)
+    size = sum_sizes([(1, side**3, 4)])
+    work_bytes = bound_subject(size, size, (), 0).size_bytes
     smallest, enough = ram_budgets(work_bytes, 16**3 * 4, samples, 1)
     assert smallest < enough
     given = {"samples_per_volume": samples, "sampler": tio.UniformSampler(16), "num_workers": 1}

@@ -8,7 +8,7 @@ from tio_openneuro.disk import DiskStatistics
 from tio_openneuro.queue.state import QueueStatistics, Reading
 from tio_openneuro.watch.gauge import between
 
-BEFORE = Reading(100.0, QueueStatistics(*18 * [7]), DiskStatistics(*14 * [5]))
+BEFORE = Reading(100.0, QueueStatistics(*19 * [7]), DiskStatistics(*14 * [5]))
 
 
 def after(seconds: float, *, fetched_bytes: int = 0, **more: float) -> Reading:
