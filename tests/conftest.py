@@ -12,7 +12,6 @@ or processor time, or needs all processors itself, waits until the other's test 
 other waits for it.
 """
 
-import contextlib
 import fcntl
 import gc
 import os
@@ -98,8 +97,9 @@ def _nothing_left(tmp_path: Path) -> Iterator[None]:
         # A loader whose worker failed hangs in a cycle with the error, and its workers with it.
         gc.collect()
         for thread in set(threading.enumerate()) - before:
-            with contextlib.suppress(RuntimeError):  # One that begins just now.
-                thread.join(timeout=10)
+            # One that begins just now cannot be joined yet.
+            assert thread._started.wait(timeout=10)
+            thread.join(timeout=10)
             assert not thread.is_alive(), f"left behind: {thread}"
         left = [child for child in _children() - before if not _is_tracker(child)]
         _, alive = psutil.wait_procs(left, timeout=10)

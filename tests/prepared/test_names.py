@@ -117,6 +117,26 @@ def test_transform_that_changes_while_it_runs_is_refused(make: Make, tmp_path: P
     assert prepared_files(tmp_path / "root") == []
 
 
+class Remembering(Counting):
+    """Changes while it runs, and what it returns does not."""
+
+    def apply_transform(self, subject: tio.Subject) -> tio.Subject:
+        """Count the calls, and return the subject."""
+        self.calls += 1
+        return subject
+
+
+def test_transform_that_changes_while_it_runs_is_not_kept(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its results have no name, which one line says."""
+    dataset = make(preprocess=Remembering(), preprocess_id="1")
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(dataset[0]["t1"].data, make()[0]["t1"].data)
+    assert "changed while it ran" in caplog.text
+    assert prepared_files(tmp_path / "root") == []
+
+
 def test_another_preprocess_may_be_assigned(make: Make) -> None:
     """It holds from then on, for that view alone; what is random is refused; an id does not go."""
     dataset = make(preprocess=tio.Clamp(0, 100), preprocess_id="1")
